@@ -1,0 +1,10 @@
+"""BEiT in JAX: tokenizer training, masked image modelling, fine-tuning."""
+
+__version__ = "0.1.0"
+
+
+def load(path, *, num_heads=None, image_size=None, step=None, ema=False):
+  """Loads a model with its weights; see `beit_jax.convert.load`."""
+  from beit_jax import convert  # here: `import beit_jax` alone costs nothing
+
+  return convert.load(path, num_heads=num_heads, image_size=image_size, step=step, ema=ema)

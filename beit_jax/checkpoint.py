@@ -1,0 +1,183 @@
+"""Checkpoints: `workdir/checkpoints/<step>/` with the state (Orbax), description.json and digest.json.
+
+`digest.json` holds sha256 and size of every other file and is written last, after Orbax has committed the step.
+A checkpoint without it is unfinished, one that does not match it is damaged; neither is ever restored.
+"""
+
+import concurrent.futures
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from beit_jax.errors import UserError
+from beit_jax.logs import log
+from beit_jax.train_state import TrainState
+
+DESCRIPTION, DIGEST = "description.json", "digest.json"
+
+
+def _digests(folder: Path) -> dict[str, dict[str, Any]]:
+  files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != DIGEST)
+  return {str(p.relative_to(folder)): {"size": p.stat().st_size, "sha256": sha256(p)} for p in files}
+
+
+def sha256(path: Path) -> str:
+  with path.open("rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_json(path: Path, value: Any) -> None:
+  temporary = path.with_name(path.name + ".tmp")
+  temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+  os.replace(temporary, path)
+
+
+def fault(folder: Path) -> str | None:
+  """Why a checkpoint folder must not be used, or None when every file is as its digest says."""
+  if not (folder / DIGEST).is_file():
+    return f"unfinished: {DIGEST} is missing"
+  try:
+    wanted = json.loads((folder / DIGEST).read_text())
+  except ValueError:
+    return f"damaged: {DIGEST} is not JSON"
+  found = _digests(folder)
+  for name in sorted(set(wanted) | set(found)):
+    if wanted.get(name) != found.get(name):
+      state = "missing" if name not in found else "not in the digest" if name not in wanted else "changed"
+      return f"damaged: {name} is {state}"
+  return None
+
+
+def digest_of(folder: Path) -> str:
+  """One sha256 for a whole checkpoint: that of its digest.json's content about the parameters."""
+  digests = json.loads((folder / DIGEST).read_text())
+  content = {name: entry["sha256"] for name, entry in digests.items() if name.startswith("params/")}
+  return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def steps(root: Path) -> list[int]:
+  """Steps of the committed checkpoints in `checkpoints/`, oldest first, good or not."""
+  if not root.is_dir():
+    return []
+  return sorted(int(p.name) for p in root.iterdir() if p.is_dir() and p.name.isdigit())
+
+
+def find(path: str | Path, step: int | None = None) -> Path:
+  """A run folder, its `checkpoints` folder or one step's folder -> the folder of the newest good checkpoint.
+
+  Raises:
+    UserError: there is none, or the step asked for is missing or damaged.
+  """
+  path = Path(os.path.expanduser(path))
+  if (path / DESCRIPTION).is_file():
+    root, wanted = path.parent, [int(path.name)] if path.name.isdigit() else [path.name]
+  else:
+    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    wanted = steps(root)[::-1]
+  if step is not None:
+    wanted = [s for s in wanted if s == step]
+  faults = []
+  for candidate in wanted:
+    problem = fault(root / str(candidate))
+    if problem is None:
+      return root / str(candidate)
+    faults.append(f"{root / str(candidate)}: {problem}")
+  reason = "; ".join(faults) or f"found the steps {steps(root) or 'none'}"
+  wish = "" if step is None else f" of step {step}"
+  raise UserError(f"{path}: no usable checkpoint{wish} here ({reason}); expected a run folder of beit_jax.main")
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+  return json.loads((folder / DESCRIPTION).read_text())
+
+
+def load_params(folder: Path) -> dict[str, Any]:
+  """The parameters of a checkpoint as a nested dict of NumPy arrays, whatever devices wrote them."""
+  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    metadata = checkpointer.metadata(folder / "params").item_metadata.tree
+    args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata)
+    return checkpointer.restore(folder / "params", args=ocp.args.PyTreeRestore(restore_args=args))
+
+
+class Checkpointer:
+  """Saves and restores the state of one run.
+
+  Saving is asynchronous: the arrays are copied, then written by Orbax and sealed (description, digest) by one
+  thread, while training goes on. An error of either is raised by the next `save` or by `close`.
+  """
+
+  def __init__(self, workdir: Path, *, keep: int, asynchronous: bool = True):
+    self.root = workdir.absolute() / "checkpoints"
+    self._quarantine = workdir.absolute() / "damaged"
+    options = ocp.CheckpointManagerOptions(
+      max_to_keep=keep, enable_async_checkpointing=asynchronous, cleanup_tmp_directories=True
+    )
+    self._put_aside()
+    self._manager = ocp.CheckpointManager(self.root, options=options)
+    self._sealer = concurrent.futures.ThreadPoolExecutor(1, "seal")
+    self._sealing: concurrent.futures.Future | None = None
+
+  def _put_aside(self) -> None:
+    """Moves unfinished and damaged checkpoints out of the way, loudly; nothing is deleted."""
+    if jax.process_index() != 0:
+      return
+    for step in steps(self.root)[::-1]:
+      problem = fault(self.root / str(step))
+      if problem is None:
+        return
+      target = self._quarantine / f"{step}-{int(time.time())}"
+      log.warning("checkpoint %s is %s; it was moved to %s", self.root / str(step), problem, target)
+      self._quarantine.mkdir(exist_ok=True)
+      os.rename(self.root / str(step), target)
+
+  def save(self, step: int, state: TrainState, description: dict[str, Any]) -> None:
+    self.wait()
+    rest = {"step": state.step, "collections": state.collections, "opt_state": state.opt_state}
+    items = ocp.args.Composite(
+      params=ocp.args.StandardSave(state.params), rest=ocp.args.StandardSave(rest)
+    )
+    self._manager.save(step, args=items)
+    self._sealing = self._sealer.submit(self._seal, step, {**description, "step": step})
+
+  def _seal(self, step: int, description: dict[str, Any]) -> None:
+    self._manager.wait_until_finished()
+    if jax.process_index() == 0:
+      folder = self.root / str(step)
+      _write_json(folder / DESCRIPTION, description)
+      _write_json(folder / DIGEST, _digests(folder))
+
+  def wait(self) -> None:
+    """Until the last save is on disk and sealed; raises its error."""
+    if self._sealing is not None:
+      sealing, self._sealing = self._sealing, None
+      sealing.result()
+
+  def latest(self) -> int | None:
+    """Step of the newest good checkpoint (bad ones were put aside at the start)."""
+    return max(steps(self.root), default=None)
+
+  def restore(self, step: int, shapes: TrainState, shardings: TrainState, root: Path | None = None) -> TrainState:
+    """The state saved at `step`, on the devices that `shardings` say, whatever mesh wrote it."""
+    abstract = jax.tree.map(
+      lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
+    )
+    rest = {"step": abstract.step, "collections": abstract.collections, "opt_state": abstract.opt_state}
+    folder = (root or self.root) / str(step)
+    with ocp.StandardCheckpointer() as checkpointer:
+      params = checkpointer.restore(folder / "params", abstract.params)
+      rest = checkpointer.restore(folder / "rest", rest)
+    return TrainState(rest["step"], params, rest["collections"], rest["opt_state"])
+
+  def close(self) -> None:
+    try:
+      self.wait()
+    finally:
+      self._sealer.shutdown()
+      self._manager.close()

@@ -1,0 +1,296 @@
+"""A run's configuration: every key with its default, and how a file and `--config.key=value` are laid over them.
+
+A config file holds plain `ml_collections` values in `get_config(variant)`: either one run, or `stages = ("a", "b")`
+with one run under each name. `DEFAULTS` is the schema: an unknown key or a wrong type is a `UserError` that names
+the nearest key. The keys of `model` are the fields of the objective's module (and `variant`, `preset`).
+"""
+
+import ast
+import difflib
+import importlib.util
+import inspect
+import math
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from beit_jax.errors import UserError
+
+DEFAULTS: dict[str, Any] = dict(
+  objective="beit",  # "dvae" | "beit" | "classify"
+  seed=0,
+  batch_size=256,  # global: over all devices, processes and microbatches
+  microbatches=1,  # gradient accumulation: the batch is run in that many parts
+  total_steps=placeholder(int),  # either this or total_epochs
+  total_epochs=placeholder(float),
+  init_from="",  # parameters: a run folder, or "stage:NAME"
+  resume="",  # full state (step, optimizer) of another run folder
+  log_every_steps=50,
+  mesh=dict(data=-1, fsdp=1),
+  optimizer=dict(
+    learning_rate=1.5e-3,  # the peak, for the global batch as given: nothing is scaled behind your back
+    min_lr=1e-5,
+    warmup_steps=placeholder(int),  # either this or warmup_epochs
+    warmup_epochs=placeholder(float),
+    weight_decay=0.05,
+    weight_decay_end=placeholder(float),  # cosine from weight_decay to this
+    betas=(0.9, 0.999),
+    eps=1e-8,
+    clip_norm=0.0,  # global norm; 0 = off
+    layer_decay=1.0,
+    no_decay=(),  # further regexes of parameters without weight decay
+  ),
+  data=dict(
+    source="tfds",  # "tfds" | "folder" | "shapes"
+    name="",  # tfds: "cifar10", "imagenet2012", "name/config:1.0.0"
+    split="train",
+    data_dir="",  # tfds: default $TFDS_DATA_DIR, then ~/tensorflow_datasets
+    root="",  # folder
+    num_examples=8192,  # shapes
+    render_size=32,  # shapes
+    fraction=1.0,  # keep a fixed random part of the examples
+    image_key="image",
+    label_key="label",  # "" = unlabelled
+    image_size=224,  # int, or (height, width)
+    token_image_size=112,
+    crop="random_resized",  # "random_resized" | "pad" | "center"
+    crop_scale=(0.08, 1.0),
+    crop_ratio=(3 / 4, 4 / 3),
+    flip=True,
+    color_jitter=0.0,
+    mean=(0.5, 0.5, 0.5),
+    std=(0.5, 0.5, 0.5),
+    interpolation="bicubic",
+    token_interpolation="lanczos",
+    crop_pct=0.875,  # of evaluation
+    workers=0,  # processes; 0 = threads of this one
+    threads=4,
+  ),
+  eval=dict(
+    split="",  # "" = no evaluation
+    num_examples=1024,  # shapes
+    fraction=1.0,
+    batch_size=256,
+    every_steps=placeholder(int),  # None = at the end only
+  ),
+  checkpoint=dict(
+    every_steps=1000,  # None = at the end only
+    keep=2,
+    asynchronous=True,
+  ),
+  figures=True,
+)
+
+# Sections that only one objective reads.
+SECTIONS: dict[str, dict[str, Any]] = {
+  "dvae": dict(
+    loss=dict(
+      reconstruction="logit_laplace",  # "logit_laplace" | "l1" | "l2"
+      kl_weight=6.6 / 192,  # of the mean KL per token against the mean loss per pixel, at 112/14 geometry
+      kl_warmup_steps=5000,
+      temperature=1.0,
+      temperature_end=1 / 16,
+      temperature_steps=150_000,  # cosine
+      straight_through=False,
+    ),
+    collapse=dict(
+      min_usage=0.02,  # share of the vocabulary seen on the eval set, below which the codebook has collapsed
+      after_steps=500,
+      stop=True,
+    ),
+  ),
+  "beit": dict(
+    tokenizer=dict(init_from="stage:tokenizer"),  # a tokenizer's run folder, or "stage:NAME"
+    mask=dict(
+      kind="block",  # "block" (exactly num_masked) | "block_at_most" (v1 as released) | "random"
+      num_masked=75,
+      min_block_patches=16,
+      max_block_patches=placeholder(int),
+      min_aspect=0.3,
+    ),
+  ),
+  "classify": dict(
+    loss=dict(label_smoothing=0.1),
+  ),
+}
+
+
+def load_file(spec: str) -> ConfigDict:
+  """`FILE[:variant]` -> what its `get_config` returns."""
+  path, _, variant = spec.partition(":")
+  if not Path(path).is_file():
+    raise UserError(f"--config={path}: no such file; the ready-made ones are in configs/, e.g. configs/quickstart.py")
+  module_spec = importlib.util.spec_from_file_location(f"config_{Path(path).stem}", path)
+  module = importlib.util.module_from_spec(module_spec)
+  try:
+    module_spec.loader.exec_module(module)
+  except SyntaxError as error:
+    raise UserError(f"--config={path}: {error}") from None
+  if not hasattr(module, "get_config"):
+    raise UserError(f"--config={path}: the file has no get_config(variant) function")
+  takes_variant = bool(inspect.signature(module.get_config).parameters)
+  if variant and not takes_variant:
+    raise UserError(f"--config={spec}: {path} has no variants")
+  try:
+    return module.get_config(variant) if takes_variant and variant else module.get_config()
+  except ValueError as error:
+    raise UserError(f"--config={spec}: {error}") from None
+
+
+def parse_value(text: str) -> Any:
+  """The Python literal that `text` spells, else the text itself; `true`, `false`, `none` in any case."""
+  words = {"true": True, "false": False, "none": None}
+  if text.lower() in words:
+    return words[text.lower()]
+  try:
+    return ast.literal_eval(text)
+  except (ValueError, SyntaxError):
+    return text
+
+
+def overlay(base: ConfigDict, changes: dict[str, Any], where: str) -> None:
+  """Writes nested `changes` into `base`; an unknown key or a value of another type is a UserError."""
+  for key, value in changes.items():
+    _set(base, key, value, where)
+
+
+def _set(base: ConfigDict, key: str, value: Any, where: str) -> None:
+  name = f"{where}.{key}" if where else key
+  if key not in base:
+    near = difflib.get_close_matches(key, list(base), 1, 0.5)
+    hint = f", did you mean {near[0]!r}?" if near else ""
+    raise UserError(f"config key {name!r} is unknown{hint}; the keys here are: {', '.join(sorted(base))}")
+  current = base[key]
+  if isinstance(current, ConfigDict):
+    if not isinstance(value, (dict, ConfigDict)):
+      raise UserError(f"config key {name!r} is a section with the keys {', '.join(sorted(current))}, got {value!r}")
+    overlay(base[key], dict(value.items()), name)
+    return
+  wanted = base.get_type(key)
+  if key in FREE_FORM:
+    wanted = object
+  if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+    value = float(value)
+  if wanted is tuple and isinstance(value, list):
+    value = tuple(value)
+  if wanted is int and isinstance(value, float) and value.is_integer():
+    value = int(value)
+  good = isinstance(value, wanted) and not (isinstance(value, bool) and wanted in (int, float))
+  if not good and not (value is None and key in OPTIONAL):
+    raise UserError(f"config key {name!r} must be of type {wanted.__name__}, found {value!r} ({type(value).__name__})")
+  with base.ignore_type():
+    base[key] = value
+
+
+FREE_FORM = {"image_size", "token_image_size"}  # int or (height, width)
+# Keys whose default is "none": a placeholder above, or a size that the model's variant or the data decide.
+OPTIONAL = {
+  *("total_steps", "total_epochs", "warmup_steps", "warmup_epochs", "weight_decay_end", "every_steps"),
+  *("max_block_patches", "width", "depth", "num_heads", "rel_pos", "abs_pos", "layer_scale_init"),
+  *("vocab_size", "num_classes"),
+}
+
+
+def set_dotted(config: ConfigDict, dotted: str, value: Any) -> None:
+  """`set_dotted(config, "data.crop", "pad")`; errors as `overlay`."""
+  *parents, last = dotted.split(".")
+  node, where = config, ""
+  for parent in parents:
+    if parent not in node or not isinstance(node[parent], ConfigDict):
+      _set(node, parent, {}, where)  # raises with the right message, unless it is a section
+    node, where = node[parent], f"{where}.{parent}" if where else parent
+  if isinstance(node.get(last), ConfigDict):
+    raise UserError(f"config key {dotted!r} is a section; set one of its keys: {', '.join(sorted(node[last]))}")
+  _set(node, last, value, where)
+
+
+def complete(run: ConfigDict, model_fields: dict[str, dict[str, Any]], where: str = "") -> ConfigDict:
+  """Lays one run's config over the defaults of its objective.
+
+  Args:
+    model_fields: objective -> the keys of its `model` section with their defaults.
+  """
+  objective = run.get("objective", DEFAULTS["objective"])
+  if objective not in model_fields:
+    raise UserError(f"config key 'objective': {objective!r} is unknown; there are {sorted(model_fields)}")
+  full = ConfigDict({**DEFAULTS, **SECTIONS[objective], "model": model_fields[objective]})
+  overlay(full, dict(run.items()), where)
+  return full
+
+
+def pair(size: Any, key: str) -> tuple[int, int]:
+  """int or (height, width) -> (height, width)."""
+  pair_ = (size, size) if isinstance(size, int) else tuple(size)
+  if len(pair_) != 2 or not all(isinstance(n, int) and n > 0 for n in pair_):
+    raise UserError(f"config key {key!r} must be a positive int or (height, width), found {size!r}")
+  return pair_
+
+
+def duration(section: ConfigDict, what: str, steps_per_epoch: int, default: int | None = None) -> int:
+  """`{what}_steps`, or `{what}_epochs` times the steps of an epoch; giving both is an error."""
+  steps, epochs = section[f"{what}_steps"], section[f"{what}_epochs"]
+  if steps is not None and epochs is not None:
+    raise UserError(f"config keys '{what}_steps'={steps} and '{what}_epochs'={epochs} are both set; keep one")
+  if steps is None and epochs is None:
+    if default is None:
+      raise UserError(f"config: neither '{what}_steps' nor '{what}_epochs' is set")
+    return default
+  return steps if steps is not None else math.ceil(epochs * steps_per_epoch - 1e-9)
+
+
+def parse_args(argv: list[str]) -> tuple[str, str, list[tuple[str, Any]]]:
+  """`--config=FILE[:variant] [--workdir=DIR] [--config.key=value ...]` -> (spec, workdir, overrides)."""
+  spec, workdir, overrides = "", "", []
+  items = iter(argv)
+  for item in items:
+    name, equals, value = item.partition("=")
+    if not name.startswith("--"):
+      raise UserError(f"unexpected argument {item!r}; {USAGE}")
+    if not equals:
+      value = next(items, None)
+      if value is None:
+        raise UserError(f"{name} needs a value; {USAGE}")
+    if name == "--config":
+      spec = value
+    elif name == "--workdir":
+      workdir = value
+    elif name.startswith("--config."):
+      overrides.append((name.removeprefix("--config."), parse_value(value)))
+    else:
+      raise UserError(f"unknown flag {name}; {USAGE}")
+  if not spec:
+    raise UserError(f"--config is missing; {USAGE}")
+  return spec, workdir, overrides
+
+
+USAGE = "usage: python -m beit_jax.main --config=FILE[:variant] [--workdir=DIR] [--config.key=value ...]"
+
+
+def load(
+  spec: str, overrides: list[tuple[str, Any]], model_fields: dict[str, dict[str, Any]]
+) -> ConfigDict:
+  """File, defaults and overrides -> a complete config: one run, or `stages` with one complete run under each name.
+
+  `--config.seed=1` of a staged config reaches every stage that has not set its own through `seed_offset`.
+  """
+  raw = load_file(spec)
+  if "stages" not in raw:
+    config = complete(raw, model_fields)
+    for dotted, value in overrides:
+      set_dotted(config, dotted, value)
+    return config
+  config = ConfigDict({"stages": tuple(raw.stages), "summary": tuple(raw.get("summary", ())), "seed": 0})
+  for name in raw.stages:
+    if name not in raw:
+      raise UserError(f"--config={spec}: stage {name!r} is listed but not defined")
+    config[name] = complete(raw[name], model_fields, name)
+  unknown = set(raw) - set(config)
+  if unknown:
+    raise UserError(f"--config={spec}: keys {sorted(unknown)} are neither stages nor settings")
+  for dotted, value in overrides:
+    set_dotted(config, dotted, value)
+  for name in config.stages:
+    config[name].seed += config.seed
+  return config

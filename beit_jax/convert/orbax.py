@@ -1,0 +1,33 @@
+"""Our own format: the checkpoints of a run."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from beit_jax import checkpoint, trees
+from beit_jax.errors import UserError
+from beit_jax.pretrained import Pretrained, make_module
+
+
+def load(path: Path, *, step: int | None = None) -> Pretrained:
+  """The newest good checkpoint of a run, or that of `step`; every tensor is checked against the module."""
+  folder = checkpoint.find(path, step)
+  description = checkpoint.read_description(folder)
+  module = make_module(description["kind"], description["module"])
+  params = checkpoint.load_params(folder)
+  found = {name: tuple(leaf.shape) for name, leaf in trees.flatten(params).items()}
+  wanted = {name: tuple(leaf.shape) for name, leaf in trees.flatten(_shapes(module, description)).items()}
+  if found != wanted:
+    names = sorted(n for n in found.keys() | wanted.keys() if found.get(n) != wanted.get(n))
+    lines = [f"{n}: found {found.get(n, 'nothing')}, expected {wanted.get(n, 'nothing')}" for n in names]
+    raise UserError(f"{folder} does not hold what it describes:\n  " + "\n  ".join(lines))
+  preprocessing = {**description["preprocessing"], "image_size": tuple(description["preprocessing"]["image_size"])}
+  description = {**description, "path": str(folder), "sha256": checkpoint.digest_of(folder)}
+  return Pretrained(description["kind"], params, module, preprocessing, description)
+
+
+def _shapes(module, description):
+  height, width = description["preprocessing"]["image_size"]
+  image = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
+  return jax.eval_shape(module.init, jax.random.key(0), image)["params"]

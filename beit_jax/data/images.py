@@ -1,0 +1,116 @@
+"""Decoding, cropping and resizing on the host: Pillow and NumPy, uint8 out.
+
+The two-view crop follows unilm `beit/datasets.py` and `beit/transforms.py`: one random box, resized twice.
+Every function takes its randomness as an argument.
+"""
+
+import io
+import math
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from beit_jax.errors import UserError
+
+RESAMPLE = {
+  "nearest": Image.Resampling.NEAREST,
+  "bilinear": Image.Resampling.BILINEAR,
+  "bicubic": Image.Resampling.BICUBIC,
+  "lanczos": Image.Resampling.LANCZOS,
+}
+Box = tuple[int, int, int, int]  # left, top, right, bottom
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+  """Any Pillow mode -> RGB. 16-bit and float greys are scaled to 8 bits, which `convert` would clip."""
+  if image.mode.startswith("I") or image.mode == "F":
+    values = np.asarray(image).astype(np.float64)
+    if values.max(initial=0) > 255:
+      values = values / 257.0  # 65535 -> 255
+    image = Image.fromarray(values.clip(0, 255).round().astype(np.uint8), "L")
+  elif image.mode == "P" and "transparency" in image.info:
+    image = image.convert("RGBA")
+  return image.convert("RGB")
+
+
+def decode(image: Any) -> Image.Image:
+  """Encoded bytes, or a uint8 array [H, W, 3 or 1] -> Pillow image in RGB."""
+  if isinstance(image, bytes):
+    return to_rgb(Image.open(io.BytesIO(image)))
+  array = np.asarray(image)
+  return to_rgb(Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array))
+
+
+def random_resized_box(
+  rng: np.random.Generator, width: int, height: int, scale: tuple[float, float], ratio: tuple[float, float]
+) -> Box:
+  """torchvision's RandomResizedCrop: ten tries at area and log-uniform aspect, then the largest central box."""
+  for _ in range(10):
+    area = width * height * rng.uniform(*scale)
+    aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+    w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+    if 0 < w <= width and 0 < h <= height:
+      top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
+      return left, top, left + w, top + h
+  w = min(width, round(height * ratio[1]))
+  h = min(height, round(width / ratio[0]))
+  return _central(width, height, w, h)
+
+
+def _central(width: int, height: int, w: int, h: int) -> Box:
+  left, top = round((width - w) / 2), round((height - h) / 2)
+  return left, top, left + w, top + h
+
+
+def _resize(image: Image.Image, box: Box, size: tuple[int, int], interpolation: str, flip: bool) -> np.ndarray:
+  """Crop, then resize to size (H, W) if need be, then flip: uint8 [H, W, 3]."""
+  image = image if box == (0, 0, *image.size) else image.crop(box)
+  if image.size != (size[1], size[0]):
+    image = image.resize((size[1], size[0]), RESAMPLE[interpolation])
+  array = np.asarray(image)
+  return np.ascontiguousarray(array[:, ::-1]) if flip else array
+
+
+Views = dict[str, tuple[tuple[int, int], str]]  # name -> ((H, W), interpolation)
+
+
+def train_views(image: Any, rng: np.random.Generator, views: Views, *, crop: str, scale, ratio, flip: bool) -> dict:
+  """One random box and flip, resized to every view: {name: uint8 [H, W, 3]}.
+
+  crop: "random_resized"; "pad" (reflect-free: zero padding by an eighth, then a random crop, for small images);
+  "center" (none: the largest central box of the first view's shape).
+  """
+  image = decode(image)
+  if crop == "random_resized":
+    box = random_resized_box(rng, *image.size, scale, ratio)
+  elif crop == "pad":
+    height, width = next(iter(views.values()))[0]
+    image = image if image.size == (width, height) else image.resize((width, height), RESAMPLE["bicubic"])
+    left, top = (int(rng.integers(0, 2 * (side // 8) + 1)) - side // 8 for side in (width, height))
+    box = (left, top, left + width, top + height)  # Pillow fills what lies outside with zeros
+  elif crop == "center":
+    box = _largest_box(image.size, next(iter(views.values()))[0])
+  else:
+    raise UserError(f"data.crop={crop!r} is unknown; there are 'random_resized', 'pad' and 'center'")
+  mirrored = flip and rng.random() < 0.5
+  return {name: _resize(image, box, size, how, mirrored) for name, (size, how) in views.items()}
+
+
+def _largest_box(image_size: tuple[int, int], view: tuple[int, int], crop_pct: float = 1.0) -> Box:
+  """The central box of the view's aspect that covers `crop_pct` of the image's shorter fit."""
+  width, height = image_size
+  unit = min(width / view[1], height / view[0]) * crop_pct
+  return _central(width, height, max(round(view[1] * unit), 1), max(round(view[0] * unit), 1))
+
+
+def eval_views(image: Any, views: Views, *, crop_pct: float) -> dict:
+  """Short side resized to view / crop_pct, then a centre crop of the view's size: {name: uint8 [H, W, 3]}."""
+  image = decode(image)
+  result = {}
+  for name, ((height, width), interpolation) in views.items():
+    scale = max(height / crop_pct / image.height, width / crop_pct / image.width)
+    size = (max(round(image.width * scale), width), max(round(image.height * scale), height))
+    resized = image if image.size == size else image.resize(size, RESAMPLE[interpolation])
+    result[name] = _resize(resized, _central(*size, width, height), (height, width), interpolation, False)
+  return result

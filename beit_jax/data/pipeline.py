@@ -1,0 +1,119 @@
+"""From a source to host batches, by grain. The step is the data position.
+
+There is one global order of examples: position p = step * batch_size + row, epoch = p // n, and within an epoch
+the permutation of (seed, epoch). A process reads the rows of each global batch that its devices hold; crops and
+flips depend on (seed, epoch, index) only. So a run starts anywhere at once, and neither the batch, the mesh,
+the number of processes nor that of workers changes what an example looks like.
+"""
+
+import ctypes
+import functools
+import signal
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import grain
+import numpy as np
+
+from beit_jax.data import images
+from beit_jax.errors import UserError
+
+HostBatch = dict[str, np.ndarray]
+
+
+@functools.lru_cache(maxsize=4)
+def _order(seed: int, epoch: int, count: int) -> np.ndarray:
+  return np.random.default_rng((seed, epoch, 1)).permutation(count)
+
+
+class _Rows:
+  """Random access to this process's rows of the global batches, in order; the unit that grain reads."""
+
+  def __init__(self, source, views, options, *, rows, batch_size, steps, seed, train):
+    self._source, self._views, self._options = source, views, options
+    self._rows, self._batch, self._steps = rows, batch_size, steps
+    self._seed, self._train = seed, train
+
+  def __len__(self) -> int:
+    return self._steps * len(self._rows)
+
+  def __getitem__(self, i: int) -> HostBatch:
+    step, row = divmod(int(i), len(self._rows))
+    position = step * self._batch + int(self._rows[row])
+    epoch, index = divmod(position, len(self._source))
+    if self._train:
+      index = int(_order(self._seed, epoch, len(self._source))[index])
+    example = self._source[index]
+    try:
+      views = self._look(example["image"], epoch, index)
+    except (OSError, ValueError, SyntaxError) as error:
+      name = example.get("file", f"example {index}")
+      raise UserError(f"{name} cannot be decoded: {error}; remove or repair it") from None
+    result = {
+      **views,
+      "example_key": np.array([epoch, index], np.uint32),
+      "valid": np.array(self._train or position < len(self._source)),
+    }
+    if "label" in example:
+      result["label"] = np.array(example["label"], np.int32)
+    return result
+
+  def _look(self, image, epoch, index):
+    o = self._options
+    if not self._train:
+      return images.eval_views(image, self._views, crop_pct=o["crop_pct"])
+    rng = np.random.default_rng((self._seed, epoch, index, 2))
+    return images.train_views(
+      image, rng, self._views, crop=o["crop"], scale=o["crop_scale"], ratio=o["crop_ratio"], flip=o["flip"]
+    )
+
+
+def _die_with_parent(*_) -> None:
+  """Linux: workers get SIGKILL when the process that started them dies, however it dies."""
+  if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+def _batches(rows: _Rows, local_batch: int, start_step: int, workers: int, threads: int) -> Iterator[HostBatch]:
+  # Batching comes before `to_iter_dataset`: after it the order would depend on the number of workers.
+  dataset = grain.MapDataset.source(rows).batch(local_batch)[start_step:]
+  options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2 * threads, 2))
+  dataset = dataset.to_iter_dataset(options)
+  if workers:
+    from absl import flags
+
+    flags.FLAGS.mark_as_parsed()  # grain's workers refuse to start otherwise; we use no absl flags
+    multiprocessing = grain.multiprocessing.MultiprocessingOptions(num_workers=workers)
+    dataset = dataset.mp_prefetch(multiprocessing, worker_init_fn=_die_with_parent)
+  return iter(dataset)
+
+
+def train_batches(
+  source: Any, views: images.Views, options: dict[str, Any], *,
+  rows: np.ndarray, batch_size: int, total_steps: int, start_step: int, seed: int,
+) -> Iterator[HostBatch]:  # fmt: skip
+  """Host batches of steps start_step..total_steps-1.
+
+  Args:
+    views: name -> ((H, W), interpolation), all of one random box.
+    options: the config's `data` section (crop, crop_scale, crop_ratio, flip, workers, threads).
+    rows: the rows of a global batch that this process reads.
+
+  Yields:
+    {view: uint8 [b, H, W, 3], "example_key": uint32 [b, 2] = (epoch, index), "valid": bool [b] and, with labels,
+    "label": int32 [b]}, b = len(rows).
+  """
+  reader = _Rows(
+    source, views, options, rows=rows, batch_size=batch_size, steps=total_steps, seed=seed, train=True
+  )
+  return _batches(reader, len(rows), start_step, options["workers"], options["threads"])
+
+
+def eval_batches(
+  source: Any, views: images.Views, options: dict[str, Any], *, rows: np.ndarray, batch_size: int
+) -> Iterator[HostBatch]:
+  """Every example once, in order, centre-cropped; the last batch is padded with `valid` False."""
+  steps = -(-len(source) // batch_size)
+  reader = _Rows(source, views, options, rows=rows, batch_size=batch_size, steps=steps, seed=0, train=False)
+  return _batches(reader, len(rows), 0, 0, options["threads"])

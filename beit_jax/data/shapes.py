@@ -1,0 +1,101 @@
+"""The embedded data set: procedural RGB scenes, so that every objective has data on a bare machine.
+
+A scene is a textured background, one large shape and a few small ones of other kinds, all with random colour,
+place, angle and size. The class is the kind of the large shape; the label map gives the kind per pixel.
+NumPy only; an example is a function of (split, index, size) and nothing else.
+"""
+
+import numpy as np
+
+KINDS = ("disc", "square", "triangle", "plus", "ring", "star", "bar", "crescent")
+SPLITS = {"train": 0, "test": 1}
+
+
+def _inside(kind: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+  """Is the point inside the unit shape? Coordinates are relative to its centre; 1 is its radius."""
+  r2 = x * x + y * y
+  if kind == "disc":
+    return r2 < 0.8
+  if kind == "square":
+    return np.maximum(abs(x), abs(y)) < 0.8
+  if kind == "triangle":
+    return (y > -0.55) & (y + 1.732 * abs(x) < 0.95)
+  if kind == "plus":
+    return np.minimum(abs(x), abs(y)) < 0.3 * (np.maximum(abs(x), abs(y)) < 0.95)
+  if kind == "ring":
+    return (r2 < 0.9) & (r2 > 0.35)
+  if kind == "star":
+    angle = np.abs((np.arctan2(y, x) / (2 * np.pi) * 5) % 1 - 0.5) * 2  # 1 at a tip, 0 between
+    return r2 < (0.4 + 0.6 * angle**1.5) ** 2
+  if kind == "bar":
+    return (abs(x) < 1.0) & (abs(y) < 0.35)
+  if kind == "crescent":
+    return (r2 < 0.95) & ((x - 0.45) ** 2 + y * y > 0.5)
+  raise ValueError(kind)
+
+
+def _texture(rng: np.random.Generator, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+  """Background: stripes, checks or waves between two muted colours, [S, S, 3] in [0, 1]."""
+  first, second = rng.uniform(0.15, 0.85, (2, 3))
+  angle, frequency, phase = rng.uniform(0, np.pi), rng.uniform(4, 14), rng.uniform(0, 2 * np.pi)
+  u = np.cos(angle) * x + np.sin(angle) * y
+  v = np.cos(angle) * y - np.sin(angle) * x
+  wave = np.sin(frequency * u + phase)
+  style = rng.integers(4)
+  if style == 1:
+    wave = wave * np.sin(frequency * v)
+  elif style == 2:
+    wave = np.sign(wave)
+  elif style == 3:
+    wave = u * 1.2
+  mix = (wave[..., None] + 1) / 2
+  return np.clip(first + (second - first) * 0.7 * mix, 0, 1)
+
+
+def render(split: str, index: int, size: int) -> dict[str, np.ndarray | int]:
+  """One scene: image uint8 [S, S, 3], label int in [0, 8), segmentation_mask uint8 [S, S] (0 background, 1 + kind)."""
+  rng = np.random.default_rng((SPLITS[split], index, 20210615))
+  scale = 2  # supersampling
+  grid = (np.arange(size * scale) + 0.5) / (size * scale) * 2 - 1
+  y, x = np.meshgrid(grid, grid, indexing="ij")
+  image = _texture(rng, x, y)
+  labels = np.zeros(image.shape[:2], np.uint8)
+  label = int(rng.integers(len(KINDS)))
+  small = [(int(rng.integers(len(KINDS))), rng.uniform(0.12, 0.22)) for _ in range(rng.integers(0, 4))]
+  for kind, radius in [*small, (label, rng.uniform(0.38, 0.6))]:
+    angle = rng.uniform(0, 2 * np.pi)
+    centre = rng.uniform(-1 + radius * 0.8, 1 - radius * 0.8, 2)
+    dx, dy = (x - centre[0]) / radius, (y - centre[1]) / radius
+    inside = _inside(KINDS[kind], np.cos(angle) * dx + np.sin(angle) * dy, np.cos(angle) * dy - np.sin(angle) * dx)
+    shade = 1 + 0.15 * dy[inside][:, None]
+    image[inside] = np.clip(rng.uniform(0.1, 1.0, 3) * shade, 0, 1)
+    labels[inside] = kind + 1
+  image = image.reshape(size, scale, size, scale, 3).mean((1, 3))
+  image = image + rng.normal(0, 0.02, image.shape)
+  return {
+    "image": (np.clip(image, 0, 1) * 255).round().astype(np.uint8),
+    "label": label,
+    "segmentation_mask": labels[::scale, ::scale].copy(),
+  }
+
+
+class ShapesSource:
+  """`num_examples` scenes of `size` x `size` pixels. `split` is "train" or "test"."""
+
+  num_classes = len(KINDS)
+  class_names = KINDS
+
+  def __init__(self, split: str, num_examples: int, size: int):
+    self._split, self._num_examples, self._size = split, num_examples, size
+    self.description = {"source": "shapes", "split": split, "num_examples": num_examples, "size": size}
+    self._cache: dict[int, dict] = {}  # 3 KB an example at 32 pixels; rendering takes longer than a read
+
+  def __len__(self) -> int:
+    return self._num_examples
+
+  def __getitem__(self, index: int) -> dict:
+    if self._size > 64:
+      return render(self._split, index, self._size)
+    if index not in self._cache:
+      self._cache[index] = render(self._split, index, self._size)
+    return self._cache[index]

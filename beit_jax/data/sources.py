@@ -1,0 +1,158 @@
+"""Where examples come from. A source has `__len__`, `__getitem__(i)`, `num_classes`, `class_names`, `description`.
+
+An example is a dict with `image` (encoded bytes or uint8 array) and, where there are labels, `label` (int).
+`SOURCES` is the register: a new data set is a class here, unless it is in TFDS or a folder of images.
+"""
+
+import difflib
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from beit_jax.data.shapes import SPLITS, ShapesSource
+from beit_jax.errors import UserError
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
+
+
+class TfdsSource:
+  """A prepared TFDS data set in a random-access form (ArrayRecord), read without TensorFlow.
+
+  Nothing is ever downloaded: a data set that is not there is an error with the command that builds it.
+  """
+
+  def __init__(self, name: str, split: str, data_dir: str, image_key: str, label_key: str):
+    root = Path(os.path.expanduser(data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")))
+    folder = _version_folder(root, name)
+    import tensorflow_datasets as tfds
+
+    builder = tfds.builder_from_directory(str(folder))
+    features = builder.info.features
+    for key, option in ((image_key, "data.image_key"), (label_key, "data.label_key")):
+      if key and key not in features:
+        raise UserError(f"{option}={key!r}: data set {name} has the features {sorted(features)}; set {option}")
+    try:
+      self._source = builder.as_data_source(split=split, decoders={image_key: tfds.decode.SkipDecoding()})
+    except (ValueError, KeyError) as error:
+      splits = sorted(builder.info.splits)
+      raise UserError(f"data.split={split!r}: data set {name} has the splits {splits} ({error})") from None
+    except NotImplementedError:
+      raise UserError(
+        f"{folder} is not in a random-access form; rebuild it with: {_build_command(root, name)}"
+      ) from None
+    label = features[label_key] if label_key else None
+    self.num_classes = getattr(label, "num_classes", 0) or 0
+    self.class_names = tuple(label.names) if self.num_classes else ()
+    self.description = {"source": "tfds", "name": str(builder.info.full_name), "split": split}
+    self._image_key, self._label_key = image_key, label_key
+
+  def __len__(self) -> int:
+    return len(self._source)
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    example = self._source[int(index)]
+    result = {"image": example[self._image_key]}
+    if self._label_key:
+      result["label"] = int(example[self._label_key])
+    return result
+
+
+def _build_command(root: Path, name: str) -> str:
+  return f"tfds build {name} --file_format=array_record --data_dir={root}"
+
+
+def _version_folder(root: Path, name: str) -> Path:
+  """root/name[/config]/version of the newest prepared version; `name` may be "name/config:version"."""
+  base, _, version = name.partition(":")
+  folder = root / base
+  versions = sorted(
+    (path.parent for path in folder.glob("**/dataset_info.json")),
+    key=lambda path: [int(n) if n.isdigit() else -1 for n in path.name.split(".")],
+  )
+  versions = [path for path in versions if not version or path.name == version]
+  if versions:
+    return versions[-1]
+  there = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+  near = difflib.get_close_matches(base, there, 1)
+  hint = f" Did you mean {near[0]!r}?" if near else ""
+  raise UserError(
+    f"data.name={name!r}: no prepared data set in {folder} (found in {root}: {', '.join(there) or 'nothing'}).{hint} "
+    f"Build it with: {_build_command(root, name)}   (needs `pip install tensorflow` once), or set data.data_dir"
+  )
+
+
+class FolderSource:
+  """A folder of images of any kind: `root/[split/]<class>/*.jpg`, or no class folders at all (unlabelled).
+
+  Files are taken in sorted order of their path. A file that Pillow cannot open is found on reading it.
+  """
+
+  def __init__(self, root: str, split: str):
+    base = Path(os.path.expanduser(root))
+    if not root or not base.is_dir():
+      raise UserError(f"data.root={root!r}: no such folder; give the folder that holds the images")
+    folder = base / split if split and (base / split).is_dir() else base
+    if split not in ("", "train") and folder == base:
+      have = sorted(p.name for p in base.iterdir() if p.is_dir())
+      raise UserError(f"data.split={split!r}: {base} has no such sub-folder (it has {have or 'none'})")
+    self._files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+    if not self._files:
+      raise UserError(f"data.root: no images below {folder}; known endings are {', '.join(sorted(IMAGE_SUFFIXES))}")
+    parents = [path.relative_to(folder).parts[0] if path.parent != folder else "" for path in self._files]
+    self.class_names = tuple(sorted(set(parents))) if "" not in parents else ()
+    self.num_classes = len(self.class_names)
+    ids = {name: i for i, name in enumerate(self.class_names)}
+    self._labels = [ids.get(parent, -1) for parent in parents]
+    self.description = {"source": "folder", "root": str(folder), "num_examples": len(self._files)}
+
+  def __len__(self) -> int:
+    return len(self._files)
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    example: dict[str, Any] = {"image": self._files[index].read_bytes(), "file": str(self._files[index])}
+    if self.num_classes:
+      example["label"] = self._labels[index]
+    return example
+
+
+class Subset:
+  """A fixed random fraction of a source (for few-label runs); the choice depends only on the source's length."""
+
+  def __init__(self, source: Any, fraction: float):
+    count = max(int(round(len(source) * fraction)), 1)
+    self._source, self._indices = source, np.random.default_rng(0).permutation(len(source))[:count]
+    self.num_classes, self.class_names = source.num_classes, source.class_names
+    self.description = {**source.description, "fraction": fraction}
+
+  def __len__(self) -> int:
+    return len(self._indices)
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    return self._source[int(self._indices[index])]
+
+
+def _shapes(data) -> ShapesSource:
+  if data["split"] not in SPLITS:
+    raise UserError(f"data.split={data['split']!r}: the shapes data has the splits {sorted(SPLITS)}")
+  return ShapesSource(data["split"], data["num_examples"], data["render_size"])
+
+
+SOURCES = {
+  "tfds": lambda d: TfdsSource(d["name"], d["split"], d["data_dir"], d["image_key"], d["label_key"]),
+  "folder": lambda d: FolderSource(d["root"], d["split"]),
+  "shapes": _shapes,
+}
+
+
+def make_source(data: dict[str, Any]) -> Any:
+  """The source that a config's `data` (or `eval.data`) section asks for."""
+  if data["source"] not in SOURCES:
+    raise UserError(f"data.source={data['source']!r} is unknown; there are {sorted(SOURCES)}")
+  source = SOURCES[data["source"]](data)
+  if not 0 < data["fraction"] <= 1:
+    raise UserError(f"data.fraction={data['fraction']} must lie in (0, 1]")
+  return source if data["fraction"] == 1 else Subset(source, data["fraction"])
+
+

@@ -1,0 +1,13 @@
+"""The one exception a user is meant to see."""
+
+
+class UserError(Exception):
+  """A mistake in what the user gave us: a key, a file, a data set, a checkpoint.
+
+  The message names the key or file, what was found, what was expected and what to do. `main` prints
+  it without a traceback and exits with status 2.
+  """
+
+
+class CollapseError(UserError):
+  """The codebook of a tokenizer in training has collapsed, and the config asks to stop then."""

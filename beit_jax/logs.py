@@ -1,0 +1,86 @@
+"""metrics.jsonl, TensorBoard, the progress line; only process 0 writes."""
+
+import json
+import logging
+import math
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+
+log = logging.getLogger("beit_jax")
+
+
+def setup(workdir: Path | None = None) -> None:
+  """Sends the package's log to standard error and, with a workdir, to workdir/log.txt. Idempotent."""
+  log.setLevel(logging.INFO)
+  log.propagate = False
+  for handler in list(log.handlers):
+    log.removeHandler(handler)
+    handler.close()
+  handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+  if workdir is not None and jax.process_index() == 0:
+    workdir.mkdir(parents=True, exist_ok=True)
+    handlers.append(logging.FileHandler(workdir / "log.txt"))
+  for handler in handlers:
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S"))
+    log.addHandler(handler)
+
+
+class Logger:
+  """Writes one JSON object per logged step, mirrors it to TensorBoard, keeps a progress line on a terminal."""
+
+  def __init__(self, workdir: Path, total_steps: int, name: str = "", start_step: int = 0):
+    self._active = jax.process_index() == 0
+    self._total, self._name, self._start = total_steps, name, start_step
+    self._began = time.monotonic()
+    if not self._active:
+      return
+    from tensorboardX import SummaryWriter  # here: keeps `import beit_jax` light
+
+    self._path = workdir / "metrics.jsonl"
+    self._truncate(start_step)
+    self._file = self._path.open("a")
+    self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
+
+  def _truncate(self, step: int) -> None:
+    """Forgets what an interrupted run logged after the step that was restored."""
+    if self._path.exists():
+      rows = [line for line in self._path.read_text().splitlines() if _step_of(line) <= step]
+      self._path.write_text("".join(f"{row}\n" for row in rows))
+
+  def write(self, step: int, metrics: Mapping[str, float]) -> None:
+    """Values must be finite floats to be plotted; NaN and infinity go to the file as null."""
+    if not self._active:
+      return
+    clean = {k: (float(v) if math.isfinite(float(v)) else None) for k, v in metrics.items()}
+    self._file.write(json.dumps({"step": int(step), **clean}) + "\n")
+    self._file.flush()
+    for key, value in clean.items():
+      if value is not None:
+        self._tensorboard.add_scalar(key, value, step)
+
+  def progress(self, step: int, metrics: Mapping[str, float]) -> None:
+    """`pretrain 120/600 loss 4.512 310 img/s eta 1:32`, on one line of a terminal."""
+    if not (self._active and sys.stderr.isatty()):
+      return
+    done = max(step - self._start, 1)
+    eta = (time.monotonic() - self._began) / done * (self._total - step)
+    parts = [f"{self._name} {step}/{self._total}", f"loss {metrics['loss']:.4f}"]
+    parts += [f"{metrics['images_per_second']:.0f} img/s", f"eta {int(eta) // 60}:{int(eta) % 60:02d}"]
+    sys.stderr.write("\r\033[K" + "  ".join(parts) + ("\n" if step == self._total else ""))
+    sys.stderr.flush()
+
+  def close(self) -> None:
+    if self._active:
+      self._file.close()
+      self._tensorboard.close()
+
+
+def _step_of(line: str) -> int:
+  try:
+    return int(json.loads(line)["step"])
+  except (ValueError, KeyError):  # a line cut off by a kill
+    return sys.maxsize

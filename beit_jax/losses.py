@@ -1,0 +1,52 @@
+"""Losses as sums with their counts: sums are added over devices, microbatches and eval steps, divided last.
+
+Logits are cast to float32 before anything is computed. Letters: B batch, M masked, V vocabulary, C classes.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def masked_cross_entropy(logits: jax.Array, targets: jax.Array, weight: jax.Array) -> tuple[jax.Array, ...]:
+  """Cross-entropy of visual tokens at masked positions (BEiT paper, section 2.3; unilm engine_for_pretraining.py).
+
+  Args:
+    logits: [B, M, V].
+    targets: int32 [B, M] visual-token ids.
+    weight: [B, M], 1 for a masked patch, 0 for an unused slot.
+
+  Returns:
+    float32 scalars (sum of losses, number of correct argmaxes, sum of weights): the loss is sum / weights,
+    so that every masked patch of the global batch counts alike.
+  """
+  log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
+  nll = -jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]  # [B, M]
+  correct = (logits.argmax(-1) == targets).astype(jnp.float32)
+  return (nll * weight).sum(), (correct * weight).sum(), weight.sum()
+
+
+def smooth_labels(labels: jax.Array, num_classes: int, smoothing: float) -> jax.Array:
+  """int [B] -> float32 [B, C]: off value s/C, on value 1 - s + s/C (timm)."""
+  one_hot = jax.nn.one_hot(labels, num_classes)
+  return one_hot * (1.0 - smoothing) + smoothing / num_classes
+
+
+def soft_target_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+  """-sum(targets * log softmax(logits)) per example: float32 [B], from [B, C] and [B, C] rows that sum to 1."""
+  return -(targets * jax.nn.log_softmax(logits.astype(jnp.float32))).sum(-1)
+
+
+def logit_laplace(mean: jax.Array, log_scale: jax.Array, target: jax.Array) -> jax.Array:
+  """Negative log-likelihood of the logit-Laplace distribution, elementwise (DALL-E paper, appendix A.3).
+
+  density(x) = exp(-|logit(x) - mean| / b) / (2 b x (1 - x)), b = exp(log_scale), for x in (0, 1); that is
+  why `map_pixels` keeps pixels inside [0.1, 0.9].
+  """
+  distance = jnp.abs(jnp.log(target) - jnp.log1p(-target) - mean)
+  return jnp.log(2.0 * target * (1.0 - target)) + log_scale + distance * jnp.exp(-log_scale)
+
+
+def kl_to_uniform(logits: jax.Array) -> jax.Array:
+  """KL(softmax(logits) || uniform) in nats over the last axis: float32 in [0, log V]."""
+  log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
+  return (jnp.exp(log_probs) * log_probs).sum(-1) + jnp.log(logits.shape[-1])

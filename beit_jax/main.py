@@ -1,0 +1,64 @@
+"""`python -m beit_jax.main --config=FILE[:variant] [--workdir=DIR] [--config.key=value ...]`
+
+Runs one training run, or the stages of a config one after the other. Giving the same command again goes on where
+the last one stopped. A mistake of yours ends in one message and exit status 2.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from beit_jax import config as config_lib
+from beit_jax import logs, objectives, summary, train
+from beit_jax.errors import UserError
+
+
+def main(argv: list[str]) -> int:
+  logs.setup()
+  try:
+    spec, workdir, overrides = config_lib.parse_args(argv)
+    config = config_lib.load(spec, overrides, objectives.model_fields())
+    folder = Path(workdir or Path("runs") / spec.replace(":", "_").removesuffix(".py").split("/")[-1].replace(".py", ""))
+    logs.setup(folder)
+    if "stages" not in config:
+      train.run(config, folder)
+    else:
+      run_stages(config, folder)
+  except UserError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+  except KeyboardInterrupt:
+    print("stopped; give the same command again to go on", file=sys.stderr)
+    return 130
+  return 0
+
+
+def run_stages(config, folder: Path) -> None:
+  """Each stage in its own sub-folder; "stage:NAME" in a stage's config stands for an earlier stage's folder.
+
+  A tokenizer stage with `init_from` is not trained: what that names stands in for its result.
+  """
+  results, where = {}, {}
+  for name in config.stages:
+    stage = config[name]
+    if stage.objective == "dvae" and stage.init_from:
+      where[name] = stage.init_from
+      continue
+    for section, key in ((stage, "init_from"), (stage, "resume"), (stage.get("tokenizer", {}), "init_from")):
+      value = section.get(key) or ""
+      if value.startswith("stage:"):
+        earlier = value.removeprefix("stage:")
+        if earlier not in where:
+          raise UserError(f"config key '{name}.{key}': {value!r} names no earlier stage; there are {list(where)}")
+        section[key] = str(where[earlier])
+    where[name] = folder / name
+    results[name] = train.run(stage, folder / name, name)
+  text = summary.table(config.summary, results)
+  if text:
+    print(text)
+    (folder / "summary.txt").write_text(text + "\n")
+  (folder / "summary.json").write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+  sys.exit(main(sys.argv[1:]))

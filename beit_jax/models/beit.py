@@ -1,0 +1,195 @@
+"""The BEiT encoder, a masked ViT, and its two models: masked image modelling and classification.
+
+Follows unilm `beit/modeling_pretrain.py` and `beit/modeling_finetune.py`. Parameter names (the public
+interface of checkpoints): `encoder/{patch_embed, cls_token, mask_token, pos_embed, rel_pos_bias, block_00...,
+norm}`, then `lm_head`, or `fc_norm` and `head`. Letters: see layers.py; V vocabulary, C classes, M masked.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from beit_jax.models.layers import INITS, Block, PatchEmbed, RelPosBias, constrain_batch
+
+# BEiT paper, Table 12 (base, large); tiny and small are DeiT's sizes, which no official release has.
+VARIANTS: dict[str, dict[str, Any]] = {
+  "tiny": dict(width=192, depth=12, num_heads=3),
+  "small": dict(width=384, depth=12, num_heads=6),
+  "base": dict(width=768, depth=12, num_heads=12),
+  "large": dict(width=1024, depth=24, num_heads=16),
+}
+LAYER_SCALE_INIT = {"large": 1e-5}  # all others 0.1 (unilm README commands)
+
+
+def preset_fields(preset: str, variant: str, *, pretrain: bool) -> dict[str, Any]:
+  """Module fields of a preset.
+
+  "plus" is what unilm released (relative-position bias, shared in pre-training and per block afterwards,
+  and LayerScale); "paper" is Table 1 of the paper (absolute positions, neither of these).
+  """
+  if preset == "plus":
+    layer_scale = LAYER_SCALE_INIT.get(variant, 0.1)
+    return dict(rel_pos="shared" if pretrain else "per_block", abs_pos=False, layer_scale_init=layer_scale)
+  if preset == "paper":
+    return dict(rel_pos="none", abs_pos=True, layer_scale_init=0.0)
+  raise ValueError(f"preset {preset!r} is unknown; there are 'plus' and 'paper'")
+
+
+class Beit(nn.Module):
+  """The encoder.
+
+  Call: image float [B, H, W, 3], normalised; mask bool [B, h, w] or None, True = masked. Returns
+  `(x, out)`: x [B, 1 + N, D] after `norm` (before it when `final_norm` is off), and out, a dict with the
+  residual stream after each block, `block_00`... [B, 1 + N, D], cls first, not normalised.
+  With `train=True` stochastic depth draws from the "drop_path" rng.
+  """
+
+  image_size: tuple[int, int] = (224, 224)
+  patch_size: int = 16
+  width: int = 768
+  depth: int = 12
+  num_heads: int = 12
+  mlp_ratio: float = 4.0
+  rel_pos: str = "shared"  # "shared" | "per_block" | "none"
+  abs_pos: bool = False
+  layer_scale_init: float = 0.1  # 0 = no LayerScale
+  drop_path_rate: float = 0.0  # of the last block; linear from 0 at the first
+  use_mask_token: bool = True
+  final_norm: bool = True
+  norm_eps: float = 1e-6
+  weight_init: str = "pretrain"  # "pretrain" | "finetune": the two differ, see layers.INITS
+  dtype: str = "float32"  # of the computation; parameters are float32
+  remat: bool = False  # recompute the blocks' activations in the backward pass
+  scan: bool = False  # one compiled block for all; parameters stay one tree per block
+
+  @property
+  def grid_size(self) -> tuple[int, int]:
+    return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
+
+  @nn.compact
+  def __call__(self, image, mask=None, *, train: bool = False):
+    dtype, init = jnp.dtype(self.dtype), INITS[self.weight_init]
+    if tuple(image.shape[1:3]) != tuple(self.image_size):
+      raise ValueError(f"the encoder was built for images of {self.image_size}, got {image.shape[1:3]}")
+    x = PatchEmbed(self.width, self.patch_size, self.weight_init, dtype, name="patch_embed")(image)  # [B, N, D]
+    if self.use_mask_token:
+      mask_token = self.param("mask_token", init, (1, 1, self.width)).astype(dtype)
+      if mask is not None:  # before positions are added: a masked patch still knows where it is
+        x = jnp.where(mask.reshape(len(x), -1, 1), mask_token, x)
+    elif mask is not None:
+      raise ValueError("this encoder has no mask token (a fine-tuned model); call it without a mask")
+    cls_token = self.param("cls_token", init, (1, 1, self.width)).astype(dtype)
+    x = jnp.concatenate([jnp.broadcast_to(cls_token, (len(x), 1, self.width)), x], 1)  # [B, T, D]
+    if self.abs_pos:
+      x += self.param("pos_embed", init, (1, x.shape[1], self.width)).astype(dtype)
+    bias = None
+    if self.rel_pos == "shared":
+      bias = RelPosBias(self.grid_size, self.num_heads, name="rel_pos_bias")()
+
+    rates = np.linspace(0, self.drop_path_rate, self.depth).astype(np.float32)
+    dropping = train and self.drop_path_rate > 0
+    keys = jax.random.split(self.make_rng("drop_path"), self.depth) if dropping else None
+    x = constrain_batch(x)
+    if self.scan and not self.is_initializing():
+      x, out = self._scan_blocks(x, bias, rates, keys)
+    else:
+      block_class = nn.remat(Block) if self.remat else Block
+      out = {}
+      for i in range(self.depth):
+        block = block_class(**self._block_fields(i), name=f"block_{i:02d}")
+        x = out[f"block_{i:02d}"] = block(x, bias, rates[i], None if keys is None else keys[i])
+    if self.final_norm:
+      x = nn.LayerNorm(self.norm_eps, dtype=dtype, name="norm")(x)
+    return x, out
+
+  def _block_fields(self, i):
+    return dict(
+      width=self.width,
+      num_heads=self.num_heads,
+      mlp_ratio=self.mlp_ratio,
+      layer=i + 1,
+      weight_init=self.weight_init,
+      layer_scale_init=self.layer_scale_init,
+      norm_eps=self.norm_eps,
+      dtype=jnp.dtype(self.dtype),
+      grid_size=self.grid_size if self.rel_pos == "per_block" else None,
+    )
+
+  def _scan_blocks(self, x, bias, rates, keys):
+    """The same blocks as one `jax.lax.scan` over their stacked parameters: compiled once, not `depth` times."""
+    names = [f"block_{i:02d}" for i in range(self.depth)]
+    params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(self.variables["params"][n] for n in names))
+    block = Block(**self._block_fields(0), parent=None)
+
+    def step(x, xs):
+      block_params, rate, key = xs
+      x = block.apply({"params": block_params}, x, bias, rate, key)
+      return x, x
+
+    step = jax.checkpoint(step, prevent_cse=False) if self.remat else step
+    x, stacked = jax.lax.scan(step, x, (params, rates, keys))
+    return x, {name: stacked[i] for i, name in enumerate(names)}
+
+
+def masked_slots(mask: jax.Array, num_slots: int) -> tuple[jax.Array, jax.Array]:
+  """Positions of the masked patches, row-major, in a fixed number of slots.
+
+  Args:
+    mask: bool [B, h, w], True = masked, at most `num_slots` per image.
+
+  Returns:
+    index int32 [B, M] into the N patches, and weight float32 [B, M]: 1 for a masked patch, 0 for a spare slot.
+  """
+  flat = mask.reshape(len(mask), -1)
+  index = jnp.argsort(~flat, axis=1, stable=True)[:, :num_slots]
+  return index, jnp.take_along_axis(flat, index, 1).astype(jnp.float32)
+
+
+class BeitForMaskedImageModeling(nn.Module):
+  """Encoder and vocabulary head. Call with `slots` [B, M]: logits float32 [B, M, V]; without: [B, N, V].
+
+  The head runs on the gathered positions only: at 75 of 196 patches that saves 62 % of its work.
+  """
+
+  encoder: dict[str, Any]
+  vocab_size: int = 8192
+
+  @nn.compact
+  def __call__(self, image, mask=None, *, slots=None, train: bool = False):
+    encoder = Beit(**self.encoder, name="encoder")
+    x, _ = encoder(image, mask, train=train)
+    x = x[:, 1:]
+    if slots is not None:
+      x = jnp.take_along_axis(x, slots[..., None], axis=1)  # [B, M, D]
+    head = nn.Dense(self.vocab_size, kernel_init=INITS[encoder.weight_init], dtype=encoder.dtype, name="lm_head")
+    return head(x).astype(jnp.float32)
+
+
+class BeitForImageClassification(nn.Module):
+  """Encoder and classifier: [B, H, W, 3] -> logits float32 [B, C].
+
+  `pool="mean"`: mean of the patch tokens (cls excluded), then `fc_norm`; `"cls"`: the cls token after
+  `norm`. Kernel and bias of the head start `head_init_scale` times smaller (unilm --init_scale).
+  """
+
+  encoder: dict[str, Any]
+  num_classes: int = 1000
+  pool: str = "mean"
+  head_init_scale: float = 0.001
+
+  @nn.compact
+  def __call__(self, image, *, train: bool = False):
+    fields = {**self.encoder, "use_mask_token": False, "final_norm": self.pool == "cls"}
+    encoder = Beit(**fields, name="encoder")
+    x, _ = encoder(image, train=train)
+    if self.pool == "mean":
+      # Averaging 196 tokens in bfloat16 would lose digits.
+      x = nn.LayerNorm(encoder.norm_eps, name="fc_norm")(x[:, 1:].astype(jnp.float32).mean(1))
+    else:
+      x = x[:, 0].astype(jnp.float32)
+    init = INITS[encoder.weight_init]
+    scaled = lambda *args: init(*args) * self.head_init_scale  # noqa: E731
+    return nn.Dense(self.num_classes, kernel_init=scaled, name="head")(x)

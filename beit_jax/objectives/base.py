@@ -1,0 +1,182 @@
+"""What an objective is: the only layer that knows model, mask and loss together.
+
+Sums: every metric is a pair (sum, count), so that it can be added over microbatches, eval steps and processes and
+divided last. The first of a training step is "loss"; its sum is what is differentiated.
+"""
+
+import dataclasses
+import difflib
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from beit_jax import config as config_lib
+from beit_jax import transfer, trees
+from beit_jax.data.images import Views
+from beit_jax.errors import UserError
+from beit_jax.models import beit
+from beit_jax.pretrained import Pretrained
+
+Sums = dict[str, tuple[jax.Array, jax.Array]]
+Variables = dict[str, Any]
+
+
+class Objective:
+  """Base class; a subclass sets `kind`, builds `self.module` and fills in `views`, `loss`, `eval_step`.
+
+  Args of the constructor:
+    config: the run's complete config.
+    source: the training data (for the number of classes).
+  """
+
+  kind: str
+
+  def __init__(self, config: ConfigDict, source: Any):
+    self.config, self.source = config, source
+    data = config.data
+    self.image_size = config_lib.pair(data.image_size, "data.image_size")
+    self.token_image_size = config_lib.pair(data.token_image_size, "data.token_image_size")
+
+  @classmethod
+  def model_fields(cls) -> dict[str, Any]:
+    """The keys of the config's `model` section with their defaults."""
+    raise NotImplementedError
+
+  @property
+  def depth(self) -> int:
+    """Blocks of the encoder, for layer-wise lr decay; 0 where there is none."""
+    return 0
+
+  def views(self) -> Views:
+    """The pictures this objective wants of each example: name -> ((H, W), interpolation)."""
+    raise NotImplementedError
+
+  def init(self, key: jax.Array) -> Variables:
+    """Fresh Linen variables. Pure."""
+    raise NotImplementedError
+
+  def frozen_params(self) -> Any:
+    """Host side: parameters that take part but are not trained; {} for none."""
+    return {}
+
+  def loss(self, variables: Variables, frozen: Any, batch: Any, key: jax.Array, step: jax.Array) -> tuple:
+    """Train mode, pure: (sum of the loss, (Sums, new collections)). `step` drives temperatures and weights."""
+    raise NotImplementedError
+
+  def eval_step(self, variables: Variables, frozen: Any, batch: Any) -> Sums:
+    """Eval mode, pure; honours batch["valid"] (bool [B])."""
+    raise NotImplementedError
+
+  def summarize(self, sums: dict[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
+    """Host side: the sums of a whole eval set -> metrics."""
+    return {name: float(total / max(count, 1)) for name, (total, count) in sums.items()}
+
+  def check_eval(self, step: int, metrics: dict[str, float]) -> None:
+    """Host side, after each evaluation: may warn, or raise a UserError to stop the run."""
+
+  def figures(self, variables: Variables, frozen: Any, batch: Any) -> dict[str, np.ndarray]:
+    """Host side: name -> uint8 picture [H, W, 3] of what the model does on one batch."""
+    return {}
+
+  def adapt(self, pretrained: Pretrained, shapes: Any) -> dict[str, Any]:
+    """Flat names and values out of a checkpoint that replace fresh parameters. Default: exactly the same tree."""
+    if pretrained.kind != self.kind:
+      raise UserError(f"init_from: the checkpoint is a {pretrained.kind}, this run trains a {self.kind}")
+    found, wanted = trees.flatten(pretrained.params), trees.flatten(shapes)
+    names = sorted(found.keys() | wanted.keys())
+    shape = lambda tree, n: tuple(tree[n].shape) if n in tree else "nothing"  # noqa: E731
+    lines = [
+      f"{n}: found {shape(found, n)}, expected {shape(wanted, n)}"
+      for n in names
+      if shape(found, n) != shape(wanted, n)
+    ]
+    if lines:
+      raise UserError("init_from: the checkpoint does not fit the model:\n  " + "\n  ".join(lines))
+    return found
+
+  def describe(self) -> dict[str, Any]:
+    """What a checkpoint says of the model: kind, module fields, preprocessing."""
+    raise NotImplementedError
+
+  def image_preprocessing(self) -> dict[str, Any]:
+    data = self.config.data
+    return dict(
+      mean=tuple(data.mean),
+      std=tuple(data.std),
+      image_size=self.image_size,
+      crop_pct=data.crop_pct,
+      interpolation=data.interpolation,
+      resize="short_side",
+    )
+
+
+def module_fields(module: type, *, without: tuple[str, ...] = ()) -> dict[str, Any]:
+  """Linen dataclass fields with their defaults: the schema of a config section."""
+  skip = {"parent", "name", *without}
+  return {f.name: f.default for f in dataclasses.fields(module) if f.name not in skip}
+
+
+def encoder_schema() -> dict[str, Any]:
+  """`model` keys of everything with a BEiT encoder: a variant, a preset, and each field to override them with."""
+  fields = module_fields(
+    beit.Beit, without=("image_size", "use_mask_token", "final_norm", "weight_init", "init")
+  )
+  decided = dict(width=int, depth=int, num_heads=int, rel_pos=str, abs_pos=bool, layer_scale_init=float)
+  return {
+    "variant": "base",
+    "preset": "plus",
+    **fields,
+    **{name: placeholder(kind) for name, kind in decided.items()},
+  }
+
+
+def encoder_fields(model: ConfigDict, image_size: tuple[int, int], *, pretrain: bool) -> dict[str, Any]:
+  """The config's `model` section -> the fields of `Beit`, checked."""
+  if model.variant not in beit.VARIANTS:
+    near = difflib.get_close_matches(model.variant, list(beit.VARIANTS), 1)
+    raise UserError(
+      f"config key 'model.variant': {model.variant!r} is unknown; there are {', '.join(beit.VARIANTS)}"
+      + (f"; did you mean {near[0]!r}?" if near else "")
+    )
+  try:
+    fields = {
+      **beit.VARIANTS[model.variant],
+      **beit.preset_fields(model.preset, model.variant, pretrain=pretrain),
+    }
+  except ValueError as error:
+    raise UserError(f"config key 'model.preset': {error}") from None
+  own = {name: model[name] for name in encoder_schema() if name not in ("variant", "preset")}
+  fields.update({name: value for name, value in own.items() if value is not None})
+  fields["image_size"] = image_size
+  patch = fields["patch_size"]
+  if any(side % patch for side in image_size):
+    raise UserError(
+      f"config key 'data.image_size': {image_size} is not divisible by model.patch_size={patch}; choose e.g. "
+      f"{tuple(max(round(side / patch), 1) * patch for side in image_size)}"
+    )
+  if fields["width"] % fields["num_heads"]:
+    raise UserError(
+      f"config key 'model.num_heads': {fields['num_heads']} does not divide model.width={fields['width']}"
+    )
+  if fields["rel_pos"] not in ("shared", "per_block", "none"):
+    raise UserError(
+      f"config key 'model.rel_pos': {fields['rel_pos']!r} is unknown; there are 'shared', 'per_block' and 'none'"
+    )
+  return fields
+
+
+def adapt_encoder(pretrained: Pretrained, shapes: Any, image_size: tuple[int, int], patch_size: int, say) -> dict:
+  """`Objective.adapt` for models with an encoder: see `transfer.encoder_params`."""
+  if pretrained.kind not in ("mim", "classifier"):
+    raise UserError(f"init_from: a {pretrained.kind} has no BEiT encoder to start from")
+  encoder = pretrained.module.encoder
+  if encoder["patch_size"] != patch_size:
+    raise UserError(
+      f"init_from: the checkpoint has patches of {encoder['patch_size']} pixels, model.patch_size is {patch_size}"
+    )
+  src_grid = tuple(side // patch_size for side in encoder["image_size"])
+  dst_grid = tuple(side // patch_size for side in image_size)
+  return transfer.encoder_params(pretrained.params, shapes, src_grid, dst_grid, say)

@@ -1,0 +1,139 @@
+"""A model with its weights, as `beit_jax.load` returns it: what a notebook user holds in hand."""
+
+import dataclasses
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from beit_jax.data import images as images_lib
+from beit_jax.errors import UserError
+from beit_jax.models.beit import Beit, BeitForImageClassification, BeitForMaskedImageModeling
+from beit_jax.models.dvae import Dvae
+
+MODULES: dict[str, Callable[..., nn.Module]] = {
+  "backbone": Beit,
+  "mim": BeitForMaskedImageModeling,
+  "classifier": BeitForImageClassification,
+  "tokenizer": Dvae,
+}
+
+
+def make_module(kind: str, fields: dict[str, Any]) -> nn.Module:
+  """The Linen module of a description's `kind` and `module` (JSON: lists stand for tuples)."""
+
+  def thaw(value):
+    if isinstance(value, dict):
+      return {k: thaw(v) for k, v in value.items()}
+    return tuple(value) if isinstance(value, list) else value
+
+  if kind not in MODULES:
+    raise UserError(f"a checkpoint of kind {kind!r} is unknown to this version; it knows {sorted(MODULES)}")
+  try:
+    return MODULES[kind](**thaw(fields))
+  except TypeError as error:
+    raise UserError(f"the {kind} of this checkpoint has fields this version does not know: {error}") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+  """A loaded model.
+
+  Attributes:
+    kind: "backbone" | "mim" | "classifier" | "tokenizer".
+    params: nested dict of arrays.
+    module: the Linen module.
+    preprocessing: mean, std, image_size (h, w), crop_pct, interpolation, resize ("short_side" | "squash").
+    description: what the checkpoint says of itself.
+  """
+
+  kind: str
+  params: dict[str, Any]
+  module: nn.Module
+  preprocessing: dict[str, Any]
+  description: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+  @cached_property
+  def _forward(self):
+    module = self.module
+
+    def run(params, x, mask):
+      variables = {"params": params}
+      if self.kind == "tokenizer":
+        return module.apply(variables, x, method="logits")
+      if self.kind == "backbone":
+        return module.apply(variables, x, mask)[0]
+      return module.apply(variables, x, mask) if self.kind == "mim" else module.apply(variables, x)
+
+    return jax.jit(run)
+
+  def forward(self, x: Any, mask: Any = None) -> jax.Array:
+    """Runs the model on float32 [B, H, W, 3], already normalised (a tokenizer: `map_pixels`'d).
+
+    Args:
+      mask: bool [B, h, w], True = masked; backbone and mim only.
+
+    Returns:
+      backbone: [B, 1 + N, D] after `norm`; mim: logits [B, N, V]; classifier: [B, C]; tokenizer: [B, h, w, V].
+    """
+    if mask is not None and self.kind not in ("backbone", "mim"):
+      raise UserError(f"a {self.kind} takes no mask")
+    return self._forward(self.params, jnp.asarray(x, jnp.float32), None if mask is None else jnp.asarray(mask))
+
+  def preprocess(self, images: Any) -> jax.Array:
+    """uint8 [B, H, W, 3], or float in [0, 1], any size -> normalised float32 of the model's size."""
+    p = self.preprocessing
+    pixels = np.stack([self._fit(np.asarray(image)) for image in images])
+    return (jnp.asarray(pixels) - jnp.asarray(p["mean"])) / jnp.asarray(p["std"])
+
+  def _fit(self, image: np.ndarray) -> np.ndarray:
+    """One image to float32 [h, w, 3] in [0, 1]; floats are resized as floats."""
+    p, size = self.preprocessing, tuple(self.preprocessing["image_size"])
+    crop_pct = p["crop_pct"] if p["resize"] == "short_side" else 1.0
+    if image.dtype == np.uint8 and p["resize"] == "short_side":
+      view = images_lib.eval_views(image, {"image": (size, p["interpolation"])}, crop_pct=crop_pct)["image"]
+      return view.astype(np.float32) / 255.0
+    image = image.astype(np.float32) / (255.0 if image.dtype == np.uint8 else 1.0)
+    height, width = image.shape[:2]
+    target = size
+    if p["resize"] == "short_side":
+      scale = max(size[0] / crop_pct / height, size[1] / crop_pct / width)
+      target = (max(round(height * scale), size[0]), max(round(width * scale), size[1]))
+    if target != (height, width):
+      resample = images_lib.RESAMPLE[p["interpolation"]]
+      channels = [Image.fromarray(image[..., c]).resize(target[::-1], resample) for c in range(3)]
+      image = np.stack([np.asarray(channel) for channel in channels], -1).clip(0, 1)
+    top, left = round((target[0] - size[0]) / 2), round((target[1] - size[1]) / 2)
+    return image[top : top + size[0], left : left + size[1]]
+
+  def __call__(self, images: Any) -> jax.Array:
+    """`forward` of `preprocess(images)`."""
+    return self.forward(self.preprocess(images))
+
+  def tokenize(self, images: Any) -> jax.Array:
+    """Images as for `preprocess` -> visual tokens int32 [B, N], row-major. Tokenizers only."""
+    self._need("tokenizer", "tokenize")
+    logits = self(images)
+    return logits.argmax(-1).astype(jnp.int32).reshape(len(logits), -1)
+
+  def decode(self, ids: Any) -> jax.Array:
+    """Visual tokens int32 [B, N] -> images float32 [B, H, W, 3] in [0, 1]. Tokenizers with a decoder only."""
+    self._need("tokenizer", "decode")
+    if "decoder" not in self.params:
+      raise UserError("this tokenizer was loaded without its decoder, so tokens cannot be turned into pictures")
+    grid = tuple(side // self.module.stride for side in self.preprocessing["image_size"])
+    return self._decode(self.params, jnp.asarray(ids), grid)
+
+  @cached_property
+  def _decode(self):
+    decode = lambda params, ids, grid: self.module.apply({"params": params}, ids, grid, method="decode")  # noqa: E731
+    return jax.jit(decode, static_argnums=2)
+
+  def _need(self, kind: str, method: str) -> None:
+    if self.kind != kind:
+      raise UserError(f"{method}() needs a {kind}, this is a {self.kind}")

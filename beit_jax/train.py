@@ -1,0 +1,357 @@
+"""The one training loop: every objective, one device or many.
+
+`run` reads in the order things happen: mesh, data, objective, optimizer, state, restore, steps.
+"""
+
+import functools
+import importlib.metadata
+import json
+import platform
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+from PIL import Image
+
+import beit_jax
+from beit_jax import checkpoint, convert, optim, sharding, train_state, trees
+from beit_jax import config as config_lib
+from beit_jax.data import pipeline, sources
+from beit_jax.errors import UserError
+from beit_jax.evaluate import evaluate
+from beit_jax.logs import Logger, log
+from beit_jax.objectives import OBJECTIVES, Objective
+from beit_jax.train_state import TrainState
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy", "pillow")
+RESULT = "result.json"
+
+
+def run(config: ConfigDict, workdir: Path, name: str = "") -> dict[str, Any]:
+  """Trains what `config` asks for in `workdir`, from wherever an earlier call with the same folder stopped.
+
+  Returns:
+    The content of workdir/result.json: step, seconds, `first` and `last` training metrics, `eval` metrics.
+
+  Raises:
+    UserError: anything a user can mend, with what to do.
+  """
+  finished = _finished(config, workdir)
+  if finished is not None:
+    log.info("%s: finished earlier, step %d (%s)", name or workdir, finished["step"], workdir / RESULT)
+    return finished
+  mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+  with jax.set_mesh(mesh):
+    return _run(config, workdir, name or workdir.name, mesh)
+
+
+def _run(config: ConfigDict, workdir: Path, name: str, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+  began = time.monotonic()
+
+  # Data and objective.
+  _check_batch(config, mesh)
+  source = sources.make_source(config.data.to_dict())
+  eval_source = _eval_source(config)
+  objective = OBJECTIVES[config.objective](config, source)
+  steps_per_epoch = len(source) // config.batch_size
+  total_steps = config_lib.duration(config, "total", steps_per_epoch)
+  if total_steps < 1:
+    raise UserError(
+      f"this run would make no update at all: {len(source)} examples are fewer than batch_size={config.batch_size}; "
+      "lower batch_size or set total_steps"
+    )
+
+  # Optimizer and state.
+  root = jax.random.key(config.seed)
+  init = functools.partial(objective.init, jax.random.fold_in(root, 0))
+  param_shapes = jax.eval_shape(init)["params"]
+  schedules = make_schedules(config, steps_per_epoch, total_steps)
+  tx = _optimizer(config, schedules, param_shapes, objective.depth)
+  state, shapes, shardings = train_state.create(init, tx, mesh)
+  frozen = jax.device_put(objective.frozen_params(), sharding.replicated(mesh))
+
+  # Restore: own folder > resume > init_from > scratch.
+  workdir.mkdir(parents=True, exist_ok=True)
+  description = _describe(config, objective, source)
+  saver = checkpoint.Checkpointer(workdir, keep=config.checkpoint.keep, asynchronous=config.checkpoint.asynchronous)
+  try:
+    state = _restore(config, objective, saver, state, shapes, shardings, description)
+    start_step = int(state.step)
+    _write_config(config, workdir)
+    _announce(config, name, objective, param_shapes, len(source), steps_per_epoch, start_step, total_steps, mesh)
+
+    # Steps.
+    train_step = make_train_step(objective, tx, config.microbatches, jax.random.fold_in(root, 1), shardings)
+    eval_step = jax.jit(objective.eval_step)
+    batches = _train_batches(config, objective, source, mesh, start_step, total_steps)
+    logger = Logger(workdir, total_steps, name, start_step)
+    first, last, evaluated, pending = _first_logged(workdir), {}, {}, None
+    clock, clock_step = time.monotonic(), start_step
+
+    def eval_now(step):
+      variables = {"params": state.params, **state.collections}
+      batches = _eval_batches(config, objective, eval_source, mesh, config.eval.batch_size)
+      metrics = evaluate(eval_step, objective.summarize, variables, frozen, batches)
+      logger.write(step, metrics)
+      log.info("%s step %d  %s", name, step, "  ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
+      objective.check_eval(step, {k.removeprefix("eval_"): v for k, v in metrics.items()})
+      return metrics
+
+    def flush():
+      """Logs the previous logged step, so that the host never waits for the newest one."""
+      nonlocal first, last
+      if pending is not None:
+        step, metrics, speed = pending
+        last = {k: float(v) for k, v in jax.device_get(metrics).items()}
+        last |= {"learning_rate": float(schedules["learning_rate"](step - 1)), "images_per_second": speed}
+        first = first or last
+        logger.write(step, last)
+        logger.progress(step, last)
+
+    for step in range(start_step + 1, total_steps + 1):
+      state, metrics = train_step(state, frozen, next(batches))
+      if step % config.log_every_steps == 0 or step in (start_step + 1, total_steps):
+        flush()
+        jax.block_until_ready(metrics["loss"]) if pending is None else None
+        now = time.monotonic()
+        speed = (step - clock_step) * config.batch_size / max(now - clock, 1e-9)
+        pending, clock, clock_step = (step, metrics, speed), now, step
+      is_last = step == total_steps
+      if eval_source and not is_last and config.eval.every_steps and step % config.eval.every_steps == 0:
+        evaluated = eval_now(step)
+        clock, clock_step = time.monotonic(), step
+      if is_last or (config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0):
+        jax.block_until_ready(state)
+        saver.save(step, state, description)
+    flush()
+    if eval_source:
+      evaluated = eval_now(total_steps)
+    if config.figures:
+      _write_figures(config, objective, state, frozen, eval_source, source, mesh, workdir, total_steps)
+    saver.wait()
+    logger.close()
+  finally:
+    saver.close()
+  seconds = round(time.monotonic() - began, 1)
+  result = dict(step=total_steps, seconds=seconds, first=first, last=last, eval=evaluated, examples=len(source))
+  if jax.process_index() == 0:
+    (workdir / RESULT).write_text(json.dumps(result, indent=1) + "\n")
+  log.info("%s: done in %.0f s, %s", name, seconds, workdir)
+  return result
+
+
+def make_train_step(objective: Objective, tx, microbatches: int, root: jax.Array, shardings: TrainState):
+  """(state, frozen, batch) -> (state, metrics), jitted, state donated: the same function for every objective.
+
+  The loss is sum / count over the global batch, microbatches included: gradients of sums are added and divided
+  once. Microbatch m takes rows m, m + M, ...: a regrouping that moves nothing between devices.
+  """
+
+  def gradients(state, frozen, batch, key):
+    def loss(params):
+      return objective.loss({"params": params, **state.collections}, frozen, batch, key, state.step)
+
+    (_, aux), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+    return grads, aux
+
+  def train_step(state: TrainState, frozen, batch):
+    key = jax.random.fold_in(root, state.step)
+    if microbatches == 1:
+      grads, (sums, collections) = gradients(state, frozen, batch, key)
+    else:
+      parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, microbatches, *x.shape[1:]), 1, 0), batch)
+
+      def accumulate(total, part):
+        index, rows = part
+        grads, (sums, collections) = gradients(state, frozen, rows, jax.random.fold_in(key, index))
+        return jax.tree.map(jnp.add, total, (grads, sums)), collections
+
+      first = jax.tree.map(lambda x: x[0], parts)
+      shapes = jax.eval_shape(gradients, state, frozen, first, key)
+      zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (shapes[0], shapes[1][0]))
+      (grads, sums), collections = jax.lax.scan(accumulate, zeros, (jnp.arange(microbatches), parts))
+      collections = jax.tree.map(lambda x: x[-1], collections)
+    count = jnp.maximum(sums["loss"][1], 1.0)
+    grads = jax.tree.map(lambda g: g / count, grads)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics = {name: total / jnp.maximum(n, 1.0) for name, (total, n) in sums.items()}
+    metrics["grad_norm"] = optax.tree.norm(grads)
+    return TrainState(state.step + 1, params, collections, opt_state), metrics
+
+  return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def make_schedules(config: ConfigDict, steps_per_epoch: int, total_steps: int) -> dict[str, Any]:
+  """`learning_rate` and `weight_decay`, each (step, xp=numpy) -> value."""
+  o = config.optimizer
+  warmup = config_lib.duration(o, "warmup", steps_per_epoch, default=0)
+  if warmup > total_steps:
+    raise UserError(f"config key 'optimizer.warmup_steps': {warmup} is more than the {total_steps} steps of the run")
+  cosine = functools.partial(optim.warmup_cosine, total_steps=total_steps)
+  end = o.weight_decay if o.weight_decay_end is None else o.weight_decay_end
+  return {
+    "learning_rate": functools.partial(cosine, peak=o.learning_rate, end=o.min_lr, warmup_steps=warmup),
+    "weight_decay": functools.partial(cosine, peak=o.weight_decay, end=end, warmup_steps=0),
+  }
+
+
+def _optimizer(config, schedules, param_shapes, depth):
+  o = config.optimizer
+  constant = o.weight_decay_end is None
+  return optim.make_optimizer(
+    param_shapes,
+    schedule=functools.partial(schedules["learning_rate"], xp=jnp),
+    weight_decay=o.weight_decay if constant else functools.partial(schedules["weight_decay"], xp=jnp),
+    betas=o.betas,
+    eps=o.eps,
+    clip_norm=o.clip_norm,
+    layer_decay=o.layer_decay,
+    depth=depth,
+    no_decay=o.no_decay,
+  )
+
+
+def _check_batch(config, mesh) -> None:
+  if config.microbatches < 1 or config.batch_size % (config.microbatches * mesh.size):
+    raise UserError(
+      f"config key 'batch_size': {config.batch_size} must be a multiple of microbatches={config.microbatches} x "
+      f"{mesh.size} devices"
+    )
+
+
+def _eval_source(config):
+  if not config.eval.split:
+    return None
+  data = {**config.data.to_dict(), "split": config.eval.split, "fraction": config.eval.fraction}
+  return sources.make_source({**data, "num_examples": config.eval.num_examples})
+
+
+def _train_batches(config, objective, source, mesh, start_step, total_steps) -> Iterator[dict[str, jax.Array]]:
+  host = pipeline.train_batches(
+    source,
+    objective.views(),
+    config.data.to_dict(),
+    rows=sharding.local_rows(mesh, config.batch_size),
+    batch_size=config.batch_size,
+    total_steps=total_steps,
+    start_step=start_step,
+    seed=config.seed,
+  )
+  return (sharding.put_batch(mesh, batch, config.batch_size) for batch in host)
+
+
+def _eval_batches(config, objective, source, mesh, batch_size) -> Iterator[dict[str, jax.Array]]:
+  batch_size = -(-batch_size // mesh.size) * mesh.size
+  rows = sharding.local_rows(mesh, batch_size)
+  host = pipeline.eval_batches(
+    source, objective.views(), config.data.to_dict(), rows=rows, batch_size=batch_size
+  )
+  return (sharding.put_batch(mesh, batch, batch_size) for batch in host)
+
+
+def _describe(config, objective, source) -> dict[str, Any]:
+  """description.json: what a stranger needs to use, and to distrust, a checkpoint."""
+  text = dict(
+    version=beit_jax.__version__,
+    preset=config.model.get("preset", ""),
+    dataset=source.description,
+    config=config.to_dict(),
+    packages={name: importlib.metadata.version(name) for name in PACKAGES},
+    python=platform.python_version(),
+    **objective.describe(),
+  )
+  return json.loads(json.dumps(text, default=str))
+
+
+def _restore(config, objective, saver, state, shapes, shardings, description) -> TrainState:
+  latest = saver.latest()
+  if latest is not None:
+    _same_architecture(saver.root / str(latest), description)
+    log.info("resuming from %s", saver.root / str(latest))
+    return saver.restore(latest, shapes, shardings)
+  if config.resume:
+    folder = checkpoint.find(config.resume)
+    _same_architecture(folder, description)
+    log.info("resume: step, parameters and optimizer from %s", folder)
+    return saver.restore(int(folder.name), shapes, shardings, root=folder.parent)
+  if config.init_from:
+    pretrained = convert.load(config.init_from)
+    found = objective.adapt(pretrained, state.params)
+    log.info("init_from: %d tensors from %s", len(found), pretrained.description.get("path"))
+    params = trees.named_map(
+      lambda name, leaf, sharding: jax.device_put(np.asarray(found[name]), sharding) if name in found else leaf,
+      state.params,
+      shardings.params,
+    )
+    return TrainState(state.step, params, state.collections, state.opt_state)
+  return state
+
+
+def _same_architecture(folder: Path, description: dict[str, Any]) -> None:
+  found = checkpoint.read_description(folder)
+  wanted = {"kind": description["kind"], **trees.flatten(description["module"])}
+  have = {"kind": found["kind"], **trees.flatten(found["module"])}
+  free = ("encoder/remat", "encoder/scan", "encoder/dtype", "dtype", "encoder/drop_path_rate")
+  names = [n for n in sorted(wanted.keys() | have.keys()) if wanted.get(n) != have.get(n) and n not in free]
+  if names:
+    lines = [f"model.{n}: the checkpoint has {have.get(n)!r}, the config {wanted.get(n)!r}" for n in names]
+    raise UserError(
+      f"{folder} holds another architecture than this config:\n  " + "\n  ".join(lines)
+      + "\nUse another --workdir, or the config that made it"
+    )
+
+
+def _announce(config, name, objective, shapes, examples, per_epoch, start_step, total_steps, mesh) -> None:
+  o = config.optimizer
+  log.info(
+    "%s: objective %s on %s, %d examples, %d steps of an effective batch of %d (%d microbatches, mesh data=%d fsdp=%d), "
+    "%d steps an epoch, from step %d",
+    *(name, config.objective, config.data.source, examples, total_steps, config.batch_size, config.microbatches),
+    *(mesh.shape["data"], mesh.shape["fsdp"], per_epoch, start_step),
+  )
+  report = optim.group_report(
+    shapes, depth=objective.depth, layer_decay=o.layer_decay, weight_decay=o.weight_decay, no_decay=o.no_decay
+  )
+  if start_step == 0:
+    log.info("parameter groups\n%s", report)
+
+
+def _first_logged(workdir: Path) -> dict[str, float]:
+  path = workdir / "metrics.jsonl"
+  if not path.exists():
+    return {}
+  rows = (json.loads(line) for line in path.read_text().splitlines()[:50] if line.endswith("}"))
+  return next((row for row in rows if "loss" in row), {})
+
+
+def _write_config(config, workdir) -> None:
+  if jax.process_index() == 0:
+    (workdir / "config.json").write_text(json.dumps(config.to_dict(), indent=1, default=str) + "\n")
+
+
+def _finished(config, workdir) -> dict[str, Any] | None:
+  """The result of an earlier, complete run of the very same config in this folder."""
+  try:
+    before = json.loads((workdir / "config.json").read_text())
+    result = json.loads((workdir / RESULT).read_text())
+  except (OSError, ValueError):
+    return None
+  now = json.loads(json.dumps(config.to_dict(), default=str))
+  return result if before == now else None
+
+
+def _write_figures(config, objective, state, frozen, eval_source, source, mesh, workdir, step) -> None:
+  batch = next(iter(_eval_batches(config, objective, eval_source or source, mesh, 16)))
+  pictures = objective.figures({"params": state.params, **state.collections}, frozen, batch)
+  folder = workdir / "figures"
+  folder.mkdir(exist_ok=True)
+  for name, picture in pictures.items():
+    Image.fromarray(picture).save(folder / f"{name}.png")
+    log.info("figure: %s", folder / f"{name}.png")
