@@ -91,7 +91,9 @@ def find(path: str | Path, step: int | None = None) -> Path:
     faults.append(f"{root / str(candidate)}: {problem}")
   reason = "; ".join(faults) or f"found the steps {steps(root) or 'none'}"
   wish = "" if step is None else f" of step {step}"
-  raise UserError(f"{path}: no usable checkpoint{wish} here ({reason}); expected a run folder of beit_jax.main")
+  raise UserError(
+    f"{path}: no usable checkpoint{wish} here ({reason}); expected a run folder of beit_jax.main"
+  )
 
 
 def read_description(folder: Path) -> dict[str, Any]:
@@ -140,9 +142,7 @@ class Checkpointer:
   def save(self, step: int, state: TrainState, description: dict[str, Any]) -> None:
     self.wait()
     rest = {"step": state.step, "collections": state.collections, "opt_state": state.opt_state}
-    items = ocp.args.Composite(
-      params=ocp.args.StandardSave(state.params), rest=ocp.args.StandardSave(rest)
-    )
+    items = ocp.args.Composite(params=ocp.args.StandardSave(state.params), rest=ocp.args.StandardSave(rest))
     self._manager.save(step, args=items)
     self._sealing = self._sealer.submit(self._seal, step, {**description, "step": step})
 
@@ -163,10 +163,14 @@ class Checkpointer:
     """Step of the newest good checkpoint (bad ones were put aside at the start)."""
     return max(steps(self.root), default=None)
 
-  def restore(self, step: int, shapes: TrainState, shardings: TrainState, root: Path | None = None) -> TrainState:
+  def restore(
+    self, step: int, shapes: TrainState, shardings: TrainState, root: Path | None = None
+  ) -> TrainState:
     """The state saved at `step`, on the devices that `shardings` say, whatever mesh wrote it."""
     abstract = jax.tree.map(
-      lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
+      lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+      shapes,
+      shardings,
     )
     rest = {"step": abstract.step, "collections": abstract.collections, "opt_state": abstract.opt_state}
     folder = (root or self.root) / str(step)

@@ -10,21 +10,29 @@ import difflib
 import importlib.util
 import inspect
 import math
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from beit_jax.errors import UserError
 
+
+class Maybe(NamedTuple):
+  """A default of None for a key of type `kind`."""
+
+  kind: type
+
+
 DEFAULTS: dict[str, Any] = dict(
   objective="beit",  # "dvae" | "beit" | "classify"
   seed=0,
   batch_size=256,  # global: over all devices, processes and microbatches
   microbatches=1,  # gradient accumulation: the batch is run in that many parts
-  total_steps=placeholder(int),  # either this or total_epochs
-  total_epochs=placeholder(float),
+  total_steps=Maybe(int),  # either this or total_epochs
+  total_epochs=Maybe(float),
   init_from="",  # parameters: a run folder, or "stage:NAME"
   resume="",  # full state (step, optimizer) of another run folder
   log_every_steps=50,
@@ -32,10 +40,10 @@ DEFAULTS: dict[str, Any] = dict(
   optimizer=dict(
     learning_rate=1.5e-3,  # the peak, for the global batch as given: nothing is scaled behind your back
     min_lr=1e-5,
-    warmup_steps=placeholder(int),  # either this or warmup_epochs
-    warmup_epochs=placeholder(float),
+    warmup_steps=Maybe(int),  # either this or warmup_epochs
+    warmup_epochs=Maybe(float),
     weight_decay=0.05,
-    weight_decay_end=placeholder(float),  # cosine from weight_decay to this
+    weight_decay_end=Maybe(float),  # cosine from weight_decay to this
     betas=(0.9, 0.999),
     eps=1e-8,
     clip_norm=0.0,  # global norm; 0 = off
@@ -73,7 +81,7 @@ DEFAULTS: dict[str, Any] = dict(
     num_examples=1024,  # shapes
     fraction=1.0,
     batch_size=256,
-    every_steps=placeholder(int),  # None = at the end only
+    every_steps=Maybe(int),  # None = at the end only
   ),
   checkpoint=dict(
     every_steps=1000,  # None = at the end only
@@ -107,7 +115,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
       kind="block",  # "block" (exactly num_masked) | "block_at_most" (v1 as released) | "random"
       num_masked=75,
       min_block_patches=16,
-      max_block_patches=placeholder(int),
+      max_block_patches=Maybe(int),
       min_aspect=0.3,
     ),
   ),
@@ -121,13 +129,18 @@ def load_file(spec: str) -> ConfigDict:
   """`FILE[:variant]` -> what its `get_config` returns."""
   path, _, variant = spec.partition(":")
   if not Path(path).is_file():
-    raise UserError(f"--config={path}: no such file; the ready-made ones are in configs/, e.g. configs/quickstart.py")
+    raise UserError(
+      f"--config={path}: no such file; the ready-made ones are in configs/, e.g. configs/quickstart.py"
+    )
   module_spec = importlib.util.spec_from_file_location(f"config_{Path(path).stem}", path)
   module = importlib.util.module_from_spec(module_spec)
+  sys.path.insert(0, str(Path(path).resolve().parent))  # a config may import its neighbours
   try:
     module_spec.loader.exec_module(module)
-  except SyntaxError as error:
+  except (SyntaxError, ImportError) as error:
     raise UserError(f"--config={path}: {error}") from None
+  finally:
+    sys.path.pop(0)
   if not hasattr(module, "get_config"):
     raise UserError(f"--config={path}: the file has no get_config(variant) function")
   takes_variant = bool(inspect.signature(module.get_config).parameters)
@@ -165,7 +178,9 @@ def _set(base: ConfigDict, key: str, value: Any, where: str) -> None:
   current = base[key]
   if isinstance(current, ConfigDict):
     if not isinstance(value, (dict, ConfigDict)):
-      raise UserError(f"config key {name!r} is a section with the keys {', '.join(sorted(current))}, got {value!r}")
+      raise UserError(
+        f"config key {name!r} is a section with the keys {', '.join(sorted(current))}, got {value!r}"
+      )
     overlay(base[key], dict(value.items()), name)
     return
   wanted = base.get_type(key)
@@ -179,7 +194,9 @@ def _set(base: ConfigDict, key: str, value: Any, where: str) -> None:
     value = int(value)
   good = isinstance(value, wanted) and not (isinstance(value, bool) and wanted in (int, float))
   if not good and not (value is None and key in OPTIONAL):
-    raise UserError(f"config key {name!r} must be of type {wanted.__name__}, found {value!r} ({type(value).__name__})")
+    raise UserError(
+      f"config key {name!r} must be of type {wanted.__name__}, found {value!r} ({type(value).__name__})"
+    )
   with base.ignore_type():
     base[key] = value
 
@@ -202,7 +219,9 @@ def set_dotted(config: ConfigDict, dotted: str, value: Any) -> None:
       _set(node, parent, {}, where)  # raises with the right message, unless it is a section
     node, where = node[parent], f"{where}.{parent}" if where else parent
   if isinstance(node.get(last), ConfigDict):
-    raise UserError(f"config key {dotted!r} is a section; set one of its keys: {', '.join(sorted(node[last]))}")
+    raise UserError(
+      f"config key {dotted!r} is a section; set one of its keys: {', '.join(sorted(node[last]))}"
+    )
   _set(node, last, value, where)
 
 
@@ -215,9 +234,15 @@ def complete(run: ConfigDict, model_fields: dict[str, dict[str, Any]], where: st
   objective = run.get("objective", DEFAULTS["objective"])
   if objective not in model_fields:
     raise UserError(f"config key 'objective': {objective!r} is unknown; there are {sorted(model_fields)}")
-  full = ConfigDict({**DEFAULTS, **SECTIONS[objective], "model": model_fields[objective]})
+  full = ConfigDict(_fresh({**DEFAULTS, **SECTIONS[objective], "model": model_fields[objective]}))
   overlay(full, dict(run.items()), where)
   return full
+
+
+def _fresh(defaults: dict[str, Any]) -> dict[str, Any]:
+  """Placeholders are made anew for each run: ml_collections shares one among all configs that hold it."""
+  make = lambda v: placeholder(v.kind) if isinstance(v, Maybe) else _fresh(v) if isinstance(v, dict) else v  # noqa: E731
+  return {key: make(value) for key, value in defaults.items()}
 
 
 def pair(size: Any, key: str) -> tuple[int, int]:
@@ -268,12 +293,11 @@ def parse_args(argv: list[str]) -> tuple[str, str, list[tuple[str, Any]]]:
 USAGE = "usage: python -m beit_jax.main --config=FILE[:variant] [--workdir=DIR] [--config.key=value ...]"
 
 
-def load(
-  spec: str, overrides: list[tuple[str, Any]], model_fields: dict[str, dict[str, Any]]
-) -> ConfigDict:
+def load(spec: str, overrides: list[tuple[str, Any]], model_fields: dict[str, dict[str, Any]]) -> ConfigDict:
   """File, defaults and overrides -> a complete config: one run, or `stages` with one complete run under each name.
 
-  `--config.seed=1` of a staged config reaches every stage that has not set its own through `seed_offset`.
+  In a staged config `--config.STAGE.key=value` sets a key of one stage and `--config.key=value` that of every
+  stage; `--config.seed=1` is added to the seed of each.
   """
   raw = load_file(spec)
   if "stages" not in raw:
@@ -290,7 +314,11 @@ def load(
   if unknown:
     raise UserError(f"--config={spec}: keys {sorted(unknown)} are neither stages nor settings")
   for dotted, value in overrides:
-    set_dotted(config, dotted, value)
+    if dotted.split(".")[0] in config:
+      set_dotted(config, dotted, value)
+    else:
+      for name in config.stages:
+        set_dotted(config, f"{name}.{dotted}", value)
   for name in config.stages:
     config[name].seed += config.seed
   return config

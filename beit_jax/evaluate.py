@@ -17,10 +17,10 @@ def evaluate(
   """Adds the (sum, count) pairs of every batch on the device, fetches them once, and lets the objective divide.
 
   Returns:
-    Metrics with an `eval_` prefix.
+    The objective's metrics as floats.
   """
   total = None
   for batch in batches:
     sums = eval_step(variables, frozen, batch)
     total = sums if total is None else jax.tree.map(jnp.add, total, sums)
-  return {f"eval_{name}": value for name, value in summarize(jax.device_get(total)).items()}
+  return summarize(jax.device_get(total))

@@ -18,7 +18,9 @@ def main(argv: list[str]) -> int:
   try:
     spec, workdir, overrides = config_lib.parse_args(argv)
     config = config_lib.load(spec, overrides, objectives.model_fields())
-    folder = Path(workdir or Path("runs") / spec.replace(":", "_").removesuffix(".py").split("/")[-1].replace(".py", ""))
+    folder = Path(
+      workdir or Path("runs") / spec.replace(":", "_").removesuffix(".py").split("/")[-1].replace(".py", "")
+    )
     logs.setup(folder)
     if "stages" not in config:
       train.run(config, folder)
@@ -49,7 +51,9 @@ def run_stages(config, folder: Path) -> None:
       if value.startswith("stage:"):
         earlier = value.removeprefix("stage:")
         if earlier not in where:
-          raise UserError(f"config key '{name}.{key}': {value!r} names no earlier stage; there are {list(where)}")
+          raise UserError(
+            f"config key '{name}.{key}': {value!r} names no earlier stage; there are {list(where)}"
+          )
         section[key] = str(where[earlier])
     where[name] = folder / name
     results[name] = train.run(stage, folder / name, name)

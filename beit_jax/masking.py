@@ -33,7 +33,9 @@ def _rectangles(key, grid_size, low, high, min_aspect):
   # Python's random.uniform(a, b) allows a > b and then draws between b and a: when fewer than `low` patches
   # are left the reference draws areas in (left, low). jax.random.uniform would return `low` every time.
   area = low + (high - low) * jax.random.uniform(area_key, (ATTEMPTS,))
-  log_aspect = jax.random.uniform(aspect_key, (ATTEMPTS,), minval=math.log(min_aspect), maxval=-math.log(min_aspect))
+  log_aspect = jax.random.uniform(
+    aspect_key, (ATTEMPTS,), minval=math.log(min_aspect), maxval=-math.log(min_aspect)
+  )
   block_h = jnp.round(jnp.sqrt(area * jnp.exp(log_aspect))).astype(jnp.int32)
   block_w = jnp.round(jnp.sqrt(area / jnp.exp(log_aspect))).astype(jnp.int32)
   fits = (block_h < height) & (block_w < width)  # strictly smaller, as in the reference
@@ -48,7 +50,9 @@ def _rectangles(key, grid_size, low, high, min_aspect):
   return rows[:, :, None] & columns[:, None, :], fits
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2), static_argnames=("min_block_patches", "max_block_patches", "min_aspect"))
+@functools.partial(
+  jax.jit, static_argnums=(1, 2), static_argnames=("min_block_patches", "max_block_patches", "min_aspect")
+)
 def block_mask_at_most(
   key: jax.Array,
   grid_size: tuple[int, int],
@@ -157,5 +161,10 @@ def chance_of_empty(
   area = (min_block_patches + (limit - min_block_patches) * middle)[:, None]
   aspect = np.exp(math.log(min_aspect) * (1 - 2 * middle))[None]
   block_h, block_w = np.round(np.sqrt(area * aspect)), np.round(np.sqrt(area / aspect))
-  fits = (block_h < grid_size[0]) & (block_w < grid_size[1]) & (0 < block_h * block_w) & (block_h * block_w <= limit)
+  fits = (
+    (block_h < grid_size[0])
+    & (block_w < grid_size[1])
+    & (0 < block_h * block_w)
+    & (block_h * block_w <= limit)
+  )
   return float((1 - fits.mean()) ** ATTEMPTS)

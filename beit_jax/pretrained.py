@@ -83,7 +83,9 @@ class Pretrained:
     """
     if mask is not None and self.kind not in ("backbone", "mim"):
       raise UserError(f"a {self.kind} takes no mask")
-    return self._forward(self.params, jnp.asarray(x, jnp.float32), None if mask is None else jnp.asarray(mask))
+    return self._forward(
+      self.params, jnp.asarray(x, jnp.float32), None if mask is None else jnp.asarray(mask)
+    )
 
   def preprocess(self, images: Any) -> jax.Array:
     """uint8 [B, H, W, 3], or float in [0, 1], any size -> normalised float32 of the model's size."""
@@ -125,7 +127,9 @@ class Pretrained:
     """Visual tokens int32 [B, N] -> images float32 [B, H, W, 3] in [0, 1]. Tokenizers with a decoder only."""
     self._need("tokenizer", "decode")
     if "decoder" not in self.params:
-      raise UserError("this tokenizer was loaded without its decoder, so tokens cannot be turned into pictures")
+      raise UserError(
+        "this tokenizer was loaded without its decoder, so tokens cannot be turned into pictures"
+      )
     grid = tuple(side // self.module.stride for side in self.preprocessing["image_size"])
     return self._decode(self.params, jnp.asarray(ids), grid)
 

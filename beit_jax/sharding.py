@@ -31,7 +31,9 @@ def make_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
     raise UserError(f"mesh.fsdp={fsdp} does not divide the {len(devices)} devices there are")
   data = len(devices) // fsdp if data == -1 else data
   if not 0 < data * fsdp <= len(devices):
-    raise UserError(f"a mesh of data={data} x fsdp={fsdp} needs {data * fsdp} devices, there are {len(devices)}")
+    raise UserError(
+      f"a mesh of data={data} x fsdp={fsdp} needs {data * fsdp} devices, there are {len(devices)}"
+    )
   devices = np.asarray(devices[: data * fsdp]).reshape(data, fsdp)
   return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 

@@ -29,7 +29,17 @@ from beit_jax.logs import Logger, log
 from beit_jax.objectives import OBJECTIVES, Objective
 from beit_jax.train_state import TrainState
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy", "pillow")
+PACKAGES = (
+  "jax",
+  "jaxlib",
+  "flax",
+  "optax",
+  "orbax-checkpoint",
+  "grain",
+  "tensorflow-datasets",
+  "numpy",
+  "pillow",
+)
 RESULT = "result.json"
 
 
@@ -79,12 +89,16 @@ def _run(config: ConfigDict, workdir: Path, name: str, mesh: jax.sharding.Mesh) 
   # Restore: own folder > resume > init_from > scratch.
   workdir.mkdir(parents=True, exist_ok=True)
   description = _describe(config, objective, source)
-  saver = checkpoint.Checkpointer(workdir, keep=config.checkpoint.keep, asynchronous=config.checkpoint.asynchronous)
+  saver = checkpoint.Checkpointer(
+    workdir, keep=config.checkpoint.keep, asynchronous=config.checkpoint.asynchronous
+  )
   try:
     state = _restore(config, objective, saver, state, shapes, shardings, description)
     start_step = int(state.step)
     _write_config(config, workdir)
-    _announce(config, name, objective, param_shapes, len(source), steps_per_epoch, start_step, total_steps, mesh)
+    _announce(
+      config, name, objective, param_shapes, len(source), steps_per_epoch, start_step, total_steps, mesh
+    )
 
     # Steps.
     train_step = make_train_step(objective, tx, config.microbatches, jax.random.fold_in(root, 1), shardings)
@@ -98,38 +112,40 @@ def _run(config: ConfigDict, workdir: Path, name: str, mesh: jax.sharding.Mesh) 
       variables = {"params": state.params, **state.collections}
       batches = _eval_batches(config, objective, eval_source, mesh, config.eval.batch_size)
       metrics = evaluate(eval_step, objective.summarize, variables, frozen, batches)
-      logger.write(step, metrics)
-      log.info("%s step %d  %s", name, step, "  ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
-      objective.check_eval(step, {k.removeprefix("eval_"): v for k, v in metrics.items()})
+      logger.write(step, {f"eval_{key}": value for key, value in metrics.items()})
+      log.info("%s step %d  eval  %s", name, step, "  ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
+      objective.check_eval(step, metrics)
       return metrics
 
     def flush():
-      """Logs the previous logged step, so that the host never waits for the newest one."""
-      nonlocal first, last
-      if pending is not None:
-        step, metrics, speed = pending
-        last = {k: float(v) for k, v in jax.device_get(metrics).items()}
-        last |= {"learning_rate": float(schedules["learning_rate"](step - 1)), "images_per_second": speed}
-        first = first or last
-        logger.write(step, last)
-        logger.progress(step, last)
+      """Logs the step before the newest, so that the host never waits for the device with nothing queued."""
+      nonlocal first, last, pending, clock, clock_step
+      if pending is None:
+        return
+      (step, metrics), pending = pending, None
+      last = {key: float(value) for key, value in jax.device_get(metrics).items()}
+      now = time.monotonic()
+      speed = (step - clock_step) * config.batch_size / max(now - clock, 1e-9)
+      last |= {"learning_rate": float(schedules["learning_rate"](step - 1)), "images_per_second": speed}
+      clock, clock_step, first = now, step, first or last
+      logger.write(step, last)
+      logger.progress(step, last)
 
     for step in range(start_step + 1, total_steps + 1):
       state, metrics = train_step(state, frozen, next(batches))
-      if step % config.log_every_steps == 0 or step in (start_step + 1, total_steps):
-        flush()
-        jax.block_until_ready(metrics["loss"]) if pending is None else None
-        now = time.monotonic()
-        speed = (step - clock_step) * config.batch_size / max(now - clock, 1e-9)
-        pending, clock, clock_step = (step, metrics, speed), now, step
       is_last = step == total_steps
-      if eval_source and not is_last and config.eval.every_steps and step % config.eval.every_steps == 0:
-        evaluated = eval_now(step)
+      if is_last or step == start_step + 1 or step % config.log_every_steps == 0:
+        flush()
+        pending = step, metrics
+      saving = is_last or (config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0)
+      evaluating = not is_last and config.eval.every_steps and step % config.eval.every_steps == 0
+      if is_last or saving or (eval_source and evaluating):
+        flush()
+        if eval_source and evaluating:
+          evaluated = eval_now(step)
+        if saving:
+          saver.save(step, state, description)
         clock, clock_step = time.monotonic(), step
-      if is_last or (config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0):
-        jax.block_until_ready(state)
-        saver.save(step, state, description)
-    flush()
     if eval_source:
       evaluated = eval_now(total_steps)
     if config.figures:
@@ -139,7 +155,9 @@ def _run(config: ConfigDict, workdir: Path, name: str, mesh: jax.sharding.Mesh) 
   finally:
     saver.close()
   seconds = round(time.monotonic() - began, 1)
-  result = dict(step=total_steps, seconds=seconds, first=first, last=last, eval=evaluated, examples=len(source))
+  result = dict(
+    step=total_steps, seconds=seconds, first=first, last=last, eval=evaluated, examples=len(source)
+  )
   if jax.process_index() == 0:
     (workdir / RESULT).write_text(json.dumps(result, indent=1) + "\n")
   log.info("%s: done in %.0f s, %s", name, seconds, workdir)
@@ -193,7 +211,9 @@ def make_schedules(config: ConfigDict, steps_per_epoch: int, total_steps: int) -
   o = config.optimizer
   warmup = config_lib.duration(o, "warmup", steps_per_epoch, default=0)
   if warmup > total_steps:
-    raise UserError(f"config key 'optimizer.warmup_steps': {warmup} is more than the {total_steps} steps of the run")
+    raise UserError(
+      f"config key 'optimizer.warmup_steps': {warmup} is more than the {total_steps} steps of the run"
+    )
   cosine = functools.partial(optim.warmup_cosine, total_steps=total_steps)
   end = o.weight_decay if o.weight_decay_end is None else o.weight_decay_end
   return {
@@ -233,7 +253,9 @@ def _eval_source(config):
   return sources.make_source({**data, "num_examples": config.eval.num_examples})
 
 
-def _train_batches(config, objective, source, mesh, start_step, total_steps) -> Iterator[dict[str, jax.Array]]:
+def _train_batches(
+  config, objective, source, mesh, start_step, total_steps
+) -> Iterator[dict[str, jax.Array]]:
   host = pipeline.train_batches(
     source,
     objective.views(),
@@ -286,7 +308,9 @@ def _restore(config, objective, saver, state, shapes, shardings, description) ->
     found = objective.adapt(pretrained, state.params)
     log.info("init_from: %d tensors from %s", len(found), pretrained.description.get("path"))
     params = trees.named_map(
-      lambda name, leaf, sharding: jax.device_put(np.asarray(found[name]), sharding) if name in found else leaf,
+      lambda name, leaf, sharding: (
+        jax.device_put(np.asarray(found[name]), sharding) if name in found else leaf
+      ),
       state.params,
       shardings.params,
     )
@@ -303,7 +327,8 @@ def _same_architecture(folder: Path, description: dict[str, Any]) -> None:
   if names:
     lines = [f"model.{n}: the checkpoint has {have.get(n)!r}, the config {wanted.get(n)!r}" for n in names]
     raise UserError(
-      f"{folder} holds another architecture than this config:\n  " + "\n  ".join(lines)
+      f"{folder} holds another architecture than this config:\n  "
+      + "\n  ".join(lines)
       + "\nUse another --workdir, or the config that made it"
     )
 
@@ -311,9 +336,17 @@ def _same_architecture(folder: Path, description: dict[str, Any]) -> None:
 def _announce(config, name, objective, shapes, examples, per_epoch, start_step, total_steps, mesh) -> None:
   o = config.optimizer
   log.info(
-    "%s: objective %s on %s, %d examples, %d steps of an effective batch of %d (%d microbatches, mesh data=%d fsdp=%d), "
+    "%s: objective %s on %s, %d examples, %d steps of an effective batch of %d (%d microbatches, mesh %d x %d), "
     "%d steps an epoch, from step %d",
-    *(name, config.objective, config.data.source, examples, total_steps, config.batch_size, config.microbatches),
+    *(
+      name,
+      config.objective,
+      config.data.source,
+      examples,
+      total_steps,
+      config.batch_size,
+      config.microbatches,
+    ),
     *(mesh.shape["data"], mesh.shape["fsdp"], per_epoch, start_step),
   )
   report = optim.group_report(

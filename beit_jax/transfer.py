@@ -73,7 +73,9 @@ def resize_pos_embed(pos_embed: Any, src_grid: tuple[int, int], dst_grid: tuple[
   pos_embed = np.asarray(pos_embed)
   width = pos_embed.shape[-1]
   if pos_embed.shape[1] != 1 + src_grid[0] * src_grid[1]:
-    raise ValueError(f"pos_embed of shape {pos_embed.shape} does not belong to a grid {src_grid} and a cls token")
+    raise ValueError(
+      f"pos_embed of shape {pos_embed.shape} does not belong to a grid {src_grid} and a cls token"
+    )
   if tuple(src_grid) == tuple(dst_grid):
     return pos_embed
   patches = jnp.asarray(pos_embed[:, 1:]).reshape(1, *src_grid, width)
@@ -114,7 +116,9 @@ def encoder_params(
       value = resize_pos_embed(value, src_grid, dst_grid)
     if not name.startswith("encoder/"):
       if value is None or value.shape != wanted.shape:
-        say(f"{name}: starts fresh, {wanted.shape}" + ("" if value is None else f", instead of {value.shape}"))
+        say(
+          f"{name}: starts fresh, {wanted.shape}" + ("" if value is None else f", instead of {value.shape}")
+        )
         continue
     if value is None:
       problems.append(f"{name} is missing, expected {tuple(wanted.shape)}")
@@ -122,8 +126,14 @@ def encoder_params(
       problems.append(f"{name} has shape {tuple(value.shape)}, expected {tuple(wanted.shape)}")
     else:
       found[name] = value
-  used = set(found) | {n for n in src if n.startswith(("encoder/norm/", "encoder/mask_token", "encoder/rel_pos_bias"))}
-  problems += [f"{n} is unexpected, {tuple(v.shape)}" for n, v in src.items() if n.startswith("encoder/") and n not in used]
+  used = set(found) | {
+    n for n in src if n.startswith(("encoder/norm/", "encoder/mask_token", "encoder/rel_pos_bias"))
+  }
+  problems += [
+    f"{n} is unexpected, {tuple(v.shape)}"
+    for n, v in src.items()
+    if n.startswith("encoder/") and n not in used
+  ]
   if problems:
     raise UserError("the checkpoint does not fit the model:\n  " + "\n  ".join(problems))
   if shared is not None and any(n.endswith(f"attn/{TABLE}") for n in dst):

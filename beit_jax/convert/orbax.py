@@ -22,7 +22,10 @@ def load(path: Path, *, step: int | None = None) -> Pretrained:
     names = sorted(n for n in found.keys() | wanted.keys() if found.get(n) != wanted.get(n))
     lines = [f"{n}: found {found.get(n, 'nothing')}, expected {wanted.get(n, 'nothing')}" for n in names]
     raise UserError(f"{folder} does not hold what it describes:\n  " + "\n  ".join(lines))
-  preprocessing = {**description["preprocessing"], "image_size": tuple(description["preprocessing"]["image_size"])}
+  preprocessing = {
+    **description["preprocessing"],
+    "image_size": tuple(description["preprocessing"]["image_size"]),
+  }
   description = {**description, "path": str(folder), "sha256": checkpoint.digest_of(folder)}
   return Pretrained(description["kind"], params, module, preprocessing, description)
 

@@ -63,7 +63,9 @@ def _central(width: int, height: int, w: int, h: int) -> Box:
   return left, top, left + w, top + h
 
 
-def _resize(image: Image.Image, box: Box, size: tuple[int, int], interpolation: str, flip: bool) -> np.ndarray:
+def _resize(
+  image: Image.Image, box: Box, size: tuple[int, int], interpolation: str, flip: bool
+) -> np.ndarray:
   """Crop, then resize to size (H, W) if need be, then flip: uint8 [H, W, 3]."""
   image = image if box == (0, 0, *image.size) else image.crop(box)
   if image.size != (size[1], size[0]):
@@ -75,7 +77,9 @@ def _resize(image: Image.Image, box: Box, size: tuple[int, int], interpolation: 
 Views = dict[str, tuple[tuple[int, int], str]]  # name -> ((H, W), interpolation)
 
 
-def train_views(image: Any, rng: np.random.Generator, views: Views, *, crop: str, scale, ratio, flip: bool) -> dict:
+def train_views(
+  image: Any, rng: np.random.Generator, views: Views, *, crop: str, scale, ratio, flip: bool
+) -> dict:
   """One random box and flip, resized to every view: {name: uint8 [H, W, 3]}.
 
   crop: "random_resized"; "pad" (reflect-free: zero padding by an eighth, then a random crop, for small images);

@@ -75,7 +75,9 @@ def _die_with_parent(*_) -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
-def _batches(rows: _Rows, local_batch: int, start_step: int, workers: int, threads: int) -> Iterator[HostBatch]:
+def _batches(
+  rows: _Rows, local_batch: int, start_step: int, workers: int, threads: int
+) -> Iterator[HostBatch]:
   # Batching comes before `to_iter_dataset`: after it the order would depend on the number of workers.
   dataset = grain.MapDataset.source(rows).batch(local_batch)[start_step:]
   options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2 * threads, 2))

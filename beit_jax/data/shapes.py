@@ -36,7 +36,7 @@ def _inside(kind: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 def _texture(rng: np.random.Generator, x: np.ndarray, y: np.ndarray) -> np.ndarray:
   """Background: stripes, checks or waves between two muted colours, [S, S, 3] in [0, 1]."""
-  first, second = rng.uniform(0.15, 0.85, (2, 3))
+  first, second = rng.uniform(0.1, 0.55, (2, 3))
   angle, frequency, phase = rng.uniform(0, np.pi), rng.uniform(4, 14), rng.uniform(0, 2 * np.pi)
   u = np.cos(angle) * x + np.sin(angle) * y
   v = np.cos(angle) * y - np.sin(angle) * x
@@ -61,14 +61,16 @@ def render(split: str, index: int, size: int) -> dict[str, np.ndarray | int]:
   image = _texture(rng, x, y)
   labels = np.zeros(image.shape[:2], np.uint8)
   label = int(rng.integers(len(KINDS)))
-  small = [(int(rng.integers(len(KINDS))), rng.uniform(0.12, 0.22)) for _ in range(rng.integers(0, 4))]
-  for kind, radius in [*small, (label, rng.uniform(0.38, 0.6))]:
+  small = [(int(rng.integers(len(KINDS))), rng.uniform(0.12, 0.2)) for _ in range(rng.integers(0, 3))]
+  for kind, radius in [*small, (label, rng.uniform(0.5, 0.75))]:
     angle = rng.uniform(0, 2 * np.pi)
     centre = rng.uniform(-1 + radius * 0.8, 1 - radius * 0.8, 2)
     dx, dy = (x - centre[0]) / radius, (y - centre[1]) / radius
-    inside = _inside(KINDS[kind], np.cos(angle) * dx + np.sin(angle) * dy, np.cos(angle) * dy - np.sin(angle) * dx)
+    inside = _inside(
+      KINDS[kind], np.cos(angle) * dx + np.sin(angle) * dy, np.cos(angle) * dy - np.sin(angle) * dx
+    )
     shade = 1 + 0.15 * dy[inside][:, None]
-    image[inside] = np.clip(rng.uniform(0.1, 1.0, 3) * shade, 0, 1)
+    image[inside] = np.clip(rng.uniform(0.5, 1.0, 3) * shade, 0, 1)
     labels[inside] = kind + 1
   image = image.reshape(size, scale, size, scale, 3).mean((1, 3))
   image = image + rng.normal(0, 0.02, image.shape)

@@ -32,7 +32,9 @@ class TfdsSource:
     features = builder.info.features
     for key, option in ((image_key, "data.image_key"), (label_key, "data.label_key")):
       if key and key not in features:
-        raise UserError(f"{option}={key!r}: data set {name} has the features {sorted(features)}; set {option}")
+        raise UserError(
+          f"{option}={key!r}: data set {name} has the features {sorted(features)}; set {option}"
+        )
     try:
       self._source = builder.as_data_source(split=split, decoders={image_key: tfds.decode.SkipDecoding()})
     except (ValueError, KeyError) as error:
@@ -99,7 +101,9 @@ class FolderSource:
       raise UserError(f"data.split={split!r}: {base} has no such sub-folder (it has {have or 'none'})")
     self._files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
     if not self._files:
-      raise UserError(f"data.root: no images below {folder}; known endings are {', '.join(sorted(IMAGE_SUFFIXES))}")
+      raise UserError(
+        f"data.root: no images below {folder}; known endings are {', '.join(sorted(IMAGE_SUFFIXES))}"
+      )
     parents = [path.relative_to(folder).parts[0] if path.parent != folder else "" for path in self._files]
     self.class_names = tuple(sorted(set(parents))) if "" not in parents else ()
     self.num_classes = len(self.class_names)
@@ -154,5 +158,3 @@ def make_source(data: dict[str, Any]) -> Any:
   if not 0 < data["fraction"] <= 1:
     raise UserError(f"data.fraction={data['fraction']} must lie in (0, 1]")
   return source if data["fraction"] == 1 else Subset(source, data["fraction"])
-
-

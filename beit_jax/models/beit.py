@@ -74,7 +74,9 @@ class Beit(nn.Module):
     dtype, init = jnp.dtype(self.dtype), INITS[self.weight_init]
     if tuple(image.shape[1:3]) != tuple(self.image_size):
       raise ValueError(f"the encoder was built for images of {self.image_size}, got {image.shape[1:3]}")
-    x = PatchEmbed(self.width, self.patch_size, self.weight_init, dtype, name="patch_embed")(image)  # [B, N, D]
+    x = PatchEmbed(self.width, self.patch_size, self.weight_init, dtype, name="patch_embed")(
+      image
+    )  # [B, N, D]
     if self.use_mask_token:
       mask_token = self.param("mask_token", init, (1, 1, self.width)).astype(dtype)
       if mask is not None:  # before positions are added: a masked patch still knows where it is
@@ -164,7 +166,9 @@ class BeitForMaskedImageModeling(nn.Module):
     x = x[:, 1:]
     if slots is not None:
       x = jnp.take_along_axis(x, slots[..., None], axis=1)  # [B, M, D]
-    head = nn.Dense(self.vocab_size, kernel_init=INITS[encoder.weight_init], dtype=encoder.dtype, name="lm_head")
+    head = nn.Dense(
+      self.vocab_size, kernel_init=INITS[encoder.weight_init], dtype=encoder.dtype, name="lm_head"
+    )
     return head(x).astype(jnp.float32)
 
 

@@ -188,5 +188,3 @@ class Dvae(nn.Module):
       tokens = hard + tokens - jax.lax.stop_gradient(tokens)
     mean, log_scale = self.decode_soft(tokens)
     return {"logits": logits, "mean": mean, "log_scale": log_scale}
-
-

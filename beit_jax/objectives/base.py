@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import numpy as np
 from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
 
 from beit_jax import config as config_lib
 from beit_jax import transfer, trees
@@ -129,7 +128,7 @@ def encoder_schema() -> dict[str, Any]:
     "variant": "base",
     "preset": "plus",
     **fields,
-    **{name: placeholder(kind) for name, kind in decided.items()},
+    **{name: config_lib.Maybe(kind) for name, kind in decided.items()},
   }
 
 
@@ -168,7 +167,9 @@ def encoder_fields(model: ConfigDict, image_size: tuple[int, int], *, pretrain: 
   return fields
 
 
-def adapt_encoder(pretrained: Pretrained, shapes: Any, image_size: tuple[int, int], patch_size: int, say) -> dict:
+def adapt_encoder(
+  pretrained: Pretrained, shapes: Any, image_size: tuple[int, int], patch_size: int, say
+) -> dict:
   """`Objective.adapt` for models with an encoder: see `transfer.encoder_params`."""
   if pretrained.kind not in ("mim", "classifier"):
     raise UserError(f"init_from: a {pretrained.kind} has no BEiT encoder to start from")

@@ -5,9 +5,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections.config_dict import placeholder
 
 from beit_jax import augment, convert, losses, masking, pictures
+from beit_jax.config import Maybe
 from beit_jax.errors import UserError
 from beit_jax.logs import log
 from beit_jax.models.beit import BeitForMaskedImageModeling, masked_slots
@@ -29,7 +29,9 @@ class Beit(base.Objective):
       )
     self.tokenizer = convert.load(path)
     if self.tokenizer.kind != "tokenizer":
-      raise UserError(f"config key 'tokenizer.init_from': {path} holds a {self.tokenizer.kind}, not a tokenizer")
+      raise UserError(
+        f"config key 'tokenizer.init_from': {path} holds a {self.tokenizer.kind}, not a tokenizer"
+      )
     vocab_size = self.tokenizer.module.vocab_size
     if config.model.vocab_size not in (None, vocab_size):
       raise UserError(
@@ -50,7 +52,7 @@ class Beit(base.Objective):
 
   @classmethod
   def model_fields(cls):
-    return {**base.encoder_schema(), "vocab_size": placeholder(int)}
+    return {**base.encoder_schema(), "vocab_size": Maybe(int)}
 
   @property
   def depth(self):
@@ -112,9 +114,7 @@ class Beit(base.Objective):
     slots, weight = masked_slots(mask, self.config.mask.num_masked)
     logits = self.module.apply(variables, image, mask, slots=slots, train=train, rngs=rngs)
     weight = weight * batch["valid"][:, None]
-    loss, correct, count = losses.masked_cross_entropy(
-      logits, jnp.take_along_axis(targets, slots, 1), weight
-    )
+    loss, correct, count = losses.masked_cross_entropy(logits, jnp.take_along_axis(targets, slots, 1), weight)
     return {"loss": (loss, count), "mim_acc": (correct, count)}
 
   def loss(self, variables, frozen, batch, key, step):
@@ -126,7 +126,7 @@ class Beit(base.Objective):
     return self._sums(variables, frozen, batch, train=False)
 
   def figures(self, variables, frozen, batch):
-    """Rows: image, what the encoder sees, its prediction decoded (visible tokens kept), the tokenizer's own reconstruction."""
+    """Rows: image, what the encoder sees, its prediction and the true tokens, both decoded."""
     image, mask, targets = self._inputs(frozen, batch, train=False)
     logits = self.module.apply(variables, image, mask)
     predicted = jnp.where(mask.reshape(len(mask), -1), logits.argmax(-1), targets)
@@ -156,5 +156,3 @@ class Beit(base.Objective):
       preprocessing=self.image_preprocessing(),
       tokenizer=dict(path=tokenizer.get("path"), sha256=tokenizer.get("sha256")),
     )
-
-

@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections.config_dict import placeholder
 
 from beit_jax import augment, losses, pictures
+from beit_jax.config import Maybe
 from beit_jax.errors import UserError
 from beit_jax.logs import log
 from beit_jax.models.beit import BeitForImageClassification
@@ -27,7 +27,9 @@ class Classify(base.Objective):
         f"set data.label_key ({source.description})"
       )
     if model.num_classes and found and found > model.num_classes:
-      raise UserError(f"config key 'model.num_classes': {model.num_classes}, but the data has {found} classes")
+      raise UserError(
+        f"config key 'model.num_classes': {model.num_classes}, but the data has {found} classes"
+      )
     if model.pool not in ("mean", "cls"):
       raise UserError(f"config key 'model.pool': {model.pool!r} is unknown; there are 'mean' and 'cls'")
     encoder = base.encoder_fields(model, self.image_size, pretrain=False)
@@ -39,7 +41,7 @@ class Classify(base.Objective):
   @classmethod
   def model_fields(cls):
     own = base.module_fields(BeitForImageClassification, without=("encoder",))
-    return {**base.encoder_schema(), **own, "num_classes": placeholder(int)}
+    return {**base.encoder_schema(), **own, "num_classes": Maybe(int)}
 
   @property
   def depth(self):
@@ -63,9 +65,7 @@ class Classify(base.Objective):
     del frozen, step
     image = self._image(batch, train=True)
     logits = self.module.apply(variables, image, train=True, rngs={"drop_path": key})
-    targets = losses.smooth_labels(
-      batch["label"], self.module.num_classes, self.config.loss.label_smoothing
-    )
+    targets = losses.smooth_labels(batch["label"], self.module.num_classes, self.config.loss.label_smoothing)
     loss = losses.soft_target_cross_entropy(logits, targets).sum()
     count = jnp.asarray(len(logits), jnp.float32)
     correct = (logits.argmax(-1) == batch["label"]).sum().astype(jnp.float32)

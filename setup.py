@@ -1,0 +1,40 @@
+"""Installation of beit_jax; every bound is a version the tests have run with, or the next major one."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+TEST = ["pytest>=8,<10", "chex>=0.1.90,<0.2", "ruff>=0.9"]
+
+setup(
+  name="beit_jax",
+  version="0.1.0",
+  description="BEiT in JAX: tokenizer training, masked image modelling, fine-tuning",
+  long_description=Path(__file__).with_name("README.md").read_text(),
+  long_description_content_type="text/markdown",
+  license="Apache-2.0",
+  packages=find_packages(include=["beit_jax", "beit_jax.*"]),
+  python_requires=">=3.11",
+  install_requires=[
+    "jax>=0.10,<0.12",
+    "flax>=0.12,<0.14",
+    "optax>=0.2.6,<0.3",
+    "orbax-checkpoint>=0.11.30,<0.13",
+    "grain>=0.2.15,<0.4",
+    "tensorflow-datasets>=4.9.9,<5",
+    "importlib_resources>=6",  # tfds needs it on Python 3.11 and does not say so
+    "ml-collections>=1,<2",
+    "absl-py>=2",
+    "numpy>=2,<3",
+    "scipy>=1.14,<2",
+    "pillow>=11",
+    "tensorboardX>=2.6,<3",
+  ],
+  extras_require={
+    "test": TEST,
+    "dev": [*TEST, "pre-commit>=4"],
+    "torch": ["torch>=2.4", "safetensors>=0.4"],
+    "tpu": ["jax[tpu]>=0.10,<0.12"],
+    "cuda": ["jax[cuda12]>=0.10,<0.12"],
+  },
+)

@@ -1,0 +1,36 @@
+"""8 fake CPU devices, full float32 products, key reuse checked; tiny configs and helpers for all tests."""
+
+import logging
+from pathlib import Path
+
+import jax
+import pytest
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_default_matmul_precision", "float32")
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _logs_reach_pytest():
+  """`main` turns propagation of the package's log off; tests read it."""
+  log = logging.getLogger("beit_jax")
+  log.setLevel(logging.INFO)
+  yield
+  for handler in list(log.handlers):
+    log.removeHandler(handler)
+    handler.close()
+  log.propagate = True
+
+
+@pytest.fixture(scope="session")
+def tokenizer_run(tmp_path_factory):
+  """The folder of a tiny tokenizer, trained for a few steps: 16 words, stride 2, 16x16 pixels -> 8x8 tokens."""
+  from beit_jax import train
+  from tests import tiny
+
+  workdir = tmp_path_factory.mktemp("tokenizer")
+  train.run(tiny.config("dvae"), workdir)
+  return workdir

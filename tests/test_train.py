@@ -1,0 +1,261 @@
+"""The seams of the loop: meshes, accumulation, stop and resume, data workers, stages, sys.modules."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from beit_jax import checkpoint, sharding, train, trees
+from beit_jax.errors import CollapseError, UserError
+from tests import tiny
+
+
+def _losses(workdir):
+  rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  return np.array([row["loss"] for row in rows if "loss" in row])
+
+
+def _params(workdir, step=None):
+  return trees.flatten(checkpoint.load_params(checkpoint.find(workdir, step)))
+
+
+def _beit(tokenizer, **changes):
+  return tiny.config("beit", **{"tokenizer.init_from": str(tokenizer), **changes})
+
+
+@pytest.fixture(scope="module")
+def whole_run(tokenizer_run, tmp_path_factory):
+  """10 steps on one device, checkpoints at 3, 6, 9 and 10."""
+  workdir = tmp_path_factory.mktemp("whole")
+  result = train.run(_beit(tokenizer_run, **{"checkpoint.every_steps": 3, "checkpoint.keep": 9}), workdir)
+  return workdir, result
+
+
+def _assert_same_run(workdir, other):
+  """Losses to rtol 1e-5; 99.9 % of the parameters within 1e-6, all within 5e-4."""
+  np.testing.assert_allclose(_losses(workdir), _losses(other), rtol=1e-5)
+  mine, theirs = _params(workdir), _params(other)
+  difference = np.concatenate([np.abs(mine[n] - theirs[n]).ravel() for n in theirs])
+  assert difference.max() <= 5e-4
+  assert (difference <= 1e-6).mean() >= 0.999
+
+
+@pytest.mark.parametrize("mesh", [(8, 1), (4, 2), (2, 4)])
+def test_the_mesh_does_not_change_the_run(mesh, whole_run, tokenizer_run, tmp_path, monkeypatch):
+  monkeypatch.setattr(sharding, "MIN_FSDP_SIZE", 64)  # or nothing of this tiny model would be sharded
+  config = _beit(tokenizer_run, **{"mesh.data": mesh[0], "mesh.fsdp": mesh[1]})
+  train.run(config, tmp_path)
+  _assert_same_run(whole_run[0], tmp_path)
+
+
+def test_fsdp_spreads_parameters_and_moments(monkeypatch):
+  monkeypatch.setattr(sharding, "MIN_FSDP_SIZE", 64)
+  mesh = sharding.make_mesh(2, 4)
+  shapes = {
+    "params": {
+      "mlp": {"kernel": jax.ShapeDtypeStruct((16, 64), np.float32)},
+      "bias": jax.ShapeDtypeStruct((64,), np.float32),
+    }
+  }
+  shapes["opt_state"] = [{"mu": shapes["params"]}]
+  found = trees.flatten(sharding.param_shardings(mesh, shapes))
+  for prefix in ("params", "opt_state/0/mu"):
+    assert found[f"{prefix}/mlp/kernel"].spec == jax.sharding.PartitionSpec(None, "fsdp")
+    assert found[f"{prefix}/bias"].spec == jax.sharding.PartitionSpec()
+
+
+def test_accumulation_does_not_change_the_run(whole_run, tokenizer_run, tmp_path):
+  """Masks are exact here, but the loss is sum / count of the whole batch either way. No stochastic depth: its keys differ."""
+  one, four = tmp_path / "one", tmp_path / "four"
+  common = {"model.drop_path_rate": 0.0, "mask.kind": "block_at_most", "total_steps": 4}
+  train.run(_beit(tokenizer_run, **common), one)
+  train.run(_beit(tokenizer_run, **common, microbatches=4), four)
+  _assert_same_run(one, four)
+
+
+@pytest.mark.parametrize("stop", [3, 9])
+def test_stop_and_resume_is_bit_identical(stop, whole_run, tokenizer_run, tmp_path):
+  """Step 3 lies in the first epoch (6 steps an epoch), step 9 in the second."""
+  workdir = tmp_path / "resumed"
+  shutil.copytree(whole_run[0], workdir)
+  for step in checkpoint.steps(workdir / "checkpoints"):
+    if step > stop:
+      shutil.rmtree(workdir / "checkpoints" / str(step))
+  (workdir / "result.json").unlink()
+  train.run(_beit(tokenizer_run, **{"checkpoint.every_steps": 3, "checkpoint.keep": 9}), workdir)
+  _assert_bit_identical(workdir, whole_run[0])
+  np.testing.assert_array_equal(_losses(workdir), _losses(whole_run[0]))
+
+
+def _assert_bit_identical(workdir, other):
+  for item in ("params", "rest"):
+    mine, theirs = (trees.flatten(_leaves(path, item)) for path in (workdir, other))
+    assert mine.keys() == theirs.keys() and len(mine) > 0
+    for name, value in theirs.items():
+      np.testing.assert_array_equal(mine[name], value, err_msg=name)
+
+
+def _leaves(workdir, item):
+  import orbax.checkpoint as ocp
+
+  folder = checkpoint.find(workdir)
+  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    return checkpointer.restore(folder / item)
+
+
+def test_resume_on_another_mesh(whole_run, tokenizer_run, tmp_path, monkeypatch):
+  monkeypatch.setattr(sharding, "MIN_FSDP_SIZE", 64)
+  workdir = tmp_path / "resumed"
+  shutil.copytree(whole_run[0], workdir)
+  for step in (6, 9, 10):
+    shutil.rmtree(workdir / "checkpoints" / str(step))
+  train.run(_beit(tokenizer_run, **{"mesh.data": 2, "mesh.fsdp": 4}), workdir)
+  _assert_same_run(whole_run[0], workdir)
+
+
+def test_data_workers_do_not_change_the_run(whole_run, tokenizer_run, tmp_path):
+  """Resumed in mid-epoch with two worker processes where there were none: bit-identical."""
+  workdir = tmp_path / "workers"
+  shutil.copytree(whole_run[0], workdir)
+  for step in (6, 9, 10):
+    shutil.rmtree(workdir / "checkpoints" / str(step))
+  changes = {"checkpoint.every_steps": 3, "checkpoint.keep": 9, "data.workers": 2}
+  train.run(_beit(tokenizer_run, **changes), workdir)
+  _assert_bit_identical(workdir, whole_run[0])
+
+
+def test_metrics_figures_and_description(whole_run):
+  workdir, result = whole_run
+  rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  steps = [row["step"] for row in rows if "loss" in row]
+  assert steps == list(range(1, 11))
+  for key in ("loss", "learning_rate", "grad_norm", "images_per_second", "mim_acc"):
+    assert key in rows[0]
+  assert rows[0]["learning_rate"] == 0.0  # a warm-up starts at 0
+  assert rows[0]["loss"] == pytest.approx(np.log(16), abs=0.1)
+  assert 0 <= result["eval"]["mim_acc"] <= 1 and "loss" in result["eval"]
+  description = checkpoint.read_description(checkpoint.find(workdir))
+  assert description["kind"] == "mim" and len(description["tokenizer"]["sha256"]) == 64
+  for key in ("version", "module", "preset", "preprocessing", "dataset", "config", "packages"):
+    assert key in description
+  assert list((workdir / "tensorboard").iterdir())
+  assert json.loads((workdir / "config.json").read_text())["mask"]["num_masked"] == 25
+
+
+def test_a_finished_run_is_not_run_again(whole_run, tokenizer_run):
+  workdir, result = whole_run
+  before = (workdir / "metrics.jsonl").read_text()
+  config = _beit(tokenizer_run, **{"checkpoint.every_steps": 3, "checkpoint.keep": 9})
+  assert train.run(config, workdir) == result
+  assert (workdir / "metrics.jsonl").read_text() == before
+
+
+def test_fine_tuning_starts_from_pre_training(whole_run, tmp_path, caplog):
+  config = tiny.config(
+    "classify",
+    init_from=str(whole_run[0]),
+    total_steps=1,
+    **{"optimizer.learning_rate": 0.0, "optimizer.min_lr": 0.0},
+  )
+  train.run(config, tmp_path)
+  before, after = _params(whole_run[0]), _params(tmp_path)
+  for name in ("encoder/block_01/mlp/fc1/kernel", "encoder/patch_embed/kernel"):
+    np.testing.assert_array_equal(before[name], after[name])
+  for i in range(2):
+    np.testing.assert_array_equal(
+      after[f"encoder/block_{i:02d}/attn/relative_position_bias_table"],
+      before["encoder/rel_pos_bias/relative_position_bias_table"],
+    )
+
+
+def test_a_damaged_checkpoint_falls_back_loudly(whole_run, tokenizer_run, tmp_path, caplog):
+  workdir = tmp_path / "damaged"
+  shutil.copytree(whole_run[0], workdir)
+  newest = workdir / "checkpoints" / "10"
+  victim = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+  data = bytearray(victim.read_bytes())
+  data[len(data) // 2] ^= 1  # a single bit
+  victim.write_bytes(data)
+  (workdir / "checkpoints" / "9" / "digest.json").unlink()  # and an unfinished one
+  assert "changed" in checkpoint.fault(newest)
+  (workdir / "result.json").unlink()
+  train.run(_beit(tokenizer_run, **{"checkpoint.every_steps": 3, "checkpoint.keep": 9}), workdir)
+  assert "damaged" in caplog.text and "unfinished" in caplog.text and "resuming from" in caplog.text
+  assert len(list((workdir / "damaged").iterdir())) == 2
+  _assert_bit_identical(workdir, whole_run[0])
+
+
+def test_another_architecture_is_refused(whole_run, tokenizer_run):
+  with pytest.raises(UserError) as error:
+    train.run(_beit(tokenizer_run, **{"model.width": 48}), whole_run[0])
+  for fact in ("encoder/width", "32", "48", "--workdir"):
+    assert fact in str(error.value)
+
+
+def test_collapse_alarm(tmp_path, caplog):
+  changes = {"collapse.min_usage": 1.1, "collapse.after_steps": 1, "total_steps": 2}
+  with pytest.raises(CollapseError, match="codebook has collapsed"):
+    train.run(tiny.config("dvae", **changes), tmp_path / "stop")
+  train.run(tiny.config("dvae", **changes, **{"collapse.stop": False}), tmp_path / "go")
+  assert "codebook has collapsed" in caplog.text
+
+
+def test_zero_updates_is_an_error(tmp_path):
+  config = tiny.config("classify", total_epochs=3.0, **{"data.num_examples": 10})
+  config.total_steps = None
+  with pytest.raises(UserError, match="no update at all: 10 examples are fewer than batch_size=16"):
+    train.run(config, tmp_path)
+
+
+@pytest.mark.parametrize("reconstruction", ["l1", "l2"])
+def test_other_reconstruction_losses_and_straight_through(reconstruction, tmp_path):
+  changes = {"loss.reconstruction": reconstruction, "loss.straight_through": True, "total_steps": 2}
+  result = train.run(tiny.config("dvae", **changes), tmp_path)
+  assert 0 < result["eval"]["mae"] < 1 and 0 < result["eval"]["codebook_usage"] <= 1
+
+
+def test_figures(whole_run, tokenizer_run, tmp_path):
+  for name, config in {
+    "reconstructions": tiny.config("dvae", total_steps=1, figures=True),
+    "masked_image_modelling": _beit(tokenizer_run, total_steps=1, figures=True),
+    "predictions": tiny.config("classify", total_steps=1, figures=True),
+  }.items():
+    train.run(config, tmp_path / name)
+    assert (tmp_path / name / "figures" / f"{name}.png").stat().st_size > 1000
+
+
+def test_overfits_one_batch(tmp_path):
+  """Everything together learns: 16 images, 60 steps, from chance (1/8) to near certainty."""
+  config = tiny.config(
+    "classify",
+    total_steps=80,
+    log_every_steps=40,
+    **{"data.num_examples": 16, "data.crop": "center", "data.flip": False, "loss.label_smoothing": 0.0},
+    **{
+      "model.drop_path_rate": 0.0,
+      "optimizer.layer_decay": 1.0,
+      "optimizer.learning_rate": 3e-3,
+      "eval.split": "",
+    },
+  )
+  assert train.run(config, tmp_path)["last"]["acc1"] >= 0.9
+
+
+def test_one_compilation_of_the_step(whole_run, tokenizer_run, tmp_path):
+  """Shapes are static: the step is traced once, whatever the masks look like."""
+  import chex
+
+  chex.clear_trace_counter()
+  original = train.make_train_step
+
+  def counted(objective, *args):
+    objective.loss = chex.assert_max_traces(objective.loss, n=1)
+    return original(objective, *args)
+
+  train.make_train_step = counted
+  try:
+    train.run(_beit(tokenizer_run, **{"mask.kind": "block_at_most"}), tmp_path)
+  finally:
+    train.make_train_step = original

@@ -1,0 +1,68 @@
+"""Configs that train in seconds: 16x16 scenes, 2x2 patches, an encoder of width 32."""
+
+from ml_collections import ConfigDict
+
+from beit_jax import config as config_lib
+from beit_jax import objectives
+
+DATA = dict(
+  source="shapes",
+  num_examples=96,
+  render_size=16,
+  image_size=16,
+  token_image_size=16,
+  crop_scale=(0.5, 1.0),
+  crop_pct=1.0,
+  threads=1,
+)
+MODEL = dict(variant="tiny", width=32, depth=2, num_heads=2, patch_size=2)
+RUNS = {
+  "dvae": dict(
+    batch_size=16,
+    total_steps=6,
+    model=dict(n_hid=8, n_init=8, n_blk_per_group=1, group_count=2, vocab_size=16),
+    optimizer=dict(learning_rate=3e-3, weight_decay=0.0),
+    loss=dict(kl_weight=0.001, temperature_steps=6),
+  ),
+  "beit": dict(
+    batch_size=16,
+    total_steps=10,
+    model=dict(drop_path_rate=0.1, **MODEL),
+    mask=dict(num_masked=25, min_block_patches=4),
+    optimizer=dict(learning_rate=1e-3, warmup_steps=3, clip_norm=3.0),
+    data=dict(color_jitter=0.4),
+  ),
+  "classify": dict(
+    batch_size=16,
+    total_steps=6,
+    model=dict(drop_path_rate=0.1, **MODEL),
+    optimizer=dict(learning_rate=1e-3, layer_decay=0.65),
+  ),
+}
+
+
+def raw(objective: str, **changes) -> dict:
+  """The uncompleted dict, with dotted changes: `raw("beit", **{"mask.kind": "random"})`."""
+  run = {
+    "objective": objective,
+    "log_every_steps": 1,
+    "mesh": dict(data=1, fsdp=1),
+    "eval": dict(split="test", num_examples=20, batch_size=16),
+    "figures": False,
+    **RUNS[objective],
+    "data": {**DATA, **RUNS[objective].get("data", {})},
+  }
+  run = ConfigDict(run)
+  for key, value in changes.items():
+    *parents, last = key.split(".")
+    node = run
+    for parent in parents:
+      if parent not in node:
+        node[parent] = ConfigDict()
+      node = node[parent]
+    node[last] = value
+  return run
+
+
+def config(objective: str, **changes) -> ConfigDict:
+  return config_lib.complete(raw(objective, **changes), objectives.model_fields())
