@@ -144,7 +144,8 @@ STAGES = """
   from ml_collections import ConfigDict
 
   def get_config():
-    return ConfigDict(dict(stages=("tokenizer", "pretrain", "finetune"), summary=(("accuracy", "finetune.eval.acc1", ".3f"),), **{stages!r}))
+    summary = (("accuracy", "finetune.eval.acc1", ".3f"),)
+    return ConfigDict(dict(stages=("tokenizer", "pretrain", "finetune"), summary=summary, **{stages!r}))
 """
 
 

@@ -26,7 +26,13 @@ def _isolated(masks):
   return (masks & ~neighbours).sum() / max(masks.sum(), 1)
 
 
-@pytest.mark.parametrize("setting", STATS["settings"], ids=_id)
+QUICK = ("v1-14x14-75-16", "v2-14x14-75-16", "v1-4x6-8-4", "v1-14x14-1-16")
+SETTINGS = [
+  pytest.param(s, id=_id(s), marks=() if _id(s) in QUICK else pytest.mark.slow) for s in STATS["settings"]
+]
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
 def test_statistics_of_the_reference(setting):
   sampler = masking.block_mask_at_most if setting["generator"] == "v1" else masking.block_mask
   grid, count = tuple(setting["grid"]), setting["num_masking_patches"]

@@ -67,7 +67,7 @@ def test_fsdp_spreads_parameters_and_moments(monkeypatch):
 
 
 def test_accumulation_does_not_change_the_run(whole_run, tokenizer_run, tmp_path):
-  """Masks are exact here, but the loss is sum / count of the whole batch either way. No stochastic depth: its keys differ."""
+  """Also where images have different numbers of masked patches. No stochastic depth: its keys differ."""
   one, four = tmp_path / "one", tmp_path / "four"
   common = {"model.drop_path_rate": 0.0, "mask.kind": "block_at_most", "total_steps": 4}
   train.run(_beit(tokenizer_run, **common), one)
