@@ -100,12 +100,12 @@ def read_description(folder: Path) -> dict[str, Any]:
   return json.loads((folder / DESCRIPTION).read_text())
 
 
-def load_params(folder: Path) -> dict[str, Any]:
-  """The parameters of a checkpoint as a nested dict of NumPy arrays, whatever devices wrote them."""
-  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-    metadata = checkpointer.metadata(folder / "params").item_metadata.tree
-    args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata)
-    return checkpointer.restore(folder / "params", args=ocp.args.PyTreeRestore(restore_args=args))
+def load_params(folder: Path, item: str = "params") -> dict[str, Any]:
+  """The parameters (or `rest`: step, collections, optimizer) as nested NumPy arrays, whatever devices wrote them."""
+  handler = ocp.PyTreeCheckpointHandler()
+  metadata = handler.metadata(folder / item).tree
+  args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata)
+  return handler.restore(folder / item, args=ocp.args.PyTreeRestore(restore_args=args))
 
 
 class Checkpointer:

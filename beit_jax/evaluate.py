@@ -22,5 +22,5 @@ def evaluate(
   total = None
   for batch in batches:
     sums = eval_step(variables, frozen, batch)
-    total = sums if total is None else jax.tree.map(jnp.add, total, sums)
+    total = jax.block_until_ready(sums if total is None else jax.tree.map(jnp.add, total, sums))
   return summarize(jax.device_get(total))

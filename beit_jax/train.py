@@ -3,6 +3,8 @@
 `run` reads in the order things happen: mesh, data, objective, optimizer, state, restore, steps.
 """
 
+import collections
+import contextlib
 import functools
 import importlib.metadata
 import json
@@ -89,10 +91,9 @@ def _run(config: ConfigDict, workdir: Path, name: str, mesh: jax.sharding.Mesh) 
   # Restore: own folder > resume > init_from > scratch.
   workdir.mkdir(parents=True, exist_ok=True)
   description = _describe(config, objective, source)
-  saver = checkpoint.Checkpointer(
-    workdir, keep=config.checkpoint.keep, asynchronous=config.checkpoint.asynchronous
-  )
-  try:
+  options = dict(keep=config.checkpoint.keep, asynchronous=config.checkpoint.asynchronous)
+  with contextlib.ExitStack() as stack:
+    saver = stack.enter_context(contextlib.closing(checkpoint.Checkpointer(workdir, **options)))
     state = _restore(config, objective, saver, state, shapes, shardings, description)
     start_step = int(state.step)
     _write_config(config, workdir)
@@ -104,7 +105,7 @@ def _run(config: ConfigDict, workdir: Path, name: str, mesh: jax.sharding.Mesh) 
     train_step = make_train_step(objective, tx, config.microbatches, jax.random.fold_in(root, 1), shardings)
     eval_step = jax.jit(objective.eval_step)
     batches = _train_batches(config, objective, source, mesh, start_step, total_steps)
-    logger = Logger(workdir, total_steps, name, start_step)
+    logger = stack.enter_context(contextlib.closing(Logger(workdir, total_steps, name, start_step)))
     first, last, evaluated, pending = _first_logged(workdir), {}, {}, None
     clock, clock_step = time.monotonic(), start_step
 
@@ -131,8 +132,15 @@ def _run(config: ConfigDict, workdir: Path, name: str, mesh: jax.sharding.Mesh) 
       logger.write(step, last)
       logger.progress(step, last)
 
+    # How far the host may run ahead. Batches would pile up on the device without a bound, and several CPU
+    # devices in one process can block each other for good when two steps with collectives are under way.
+    ahead = 0 if mesh.size > 1 and jax.default_backend() == "cpu" else 2
+    in_flight: collections.deque = collections.deque()
     for step in range(start_step + 1, total_steps + 1):
       state, metrics = train_step(state, frozen, next(batches))
+      in_flight.append(metrics["loss"])
+      if len(in_flight) > ahead:
+        jax.block_until_ready(in_flight.popleft())
       is_last = step == total_steps
       if is_last or step == start_step + 1 or step % config.log_every_steps == 0:
         flush()
@@ -150,10 +158,6 @@ def _run(config: ConfigDict, workdir: Path, name: str, mesh: jax.sharding.Mesh) 
       evaluated = eval_now(total_steps)
     if config.figures:
       _write_figures(config, objective, state, frozen, eval_source, source, mesh, workdir, total_steps)
-    saver.wait()
-    logger.close()
-  finally:
-    saver.close()
   seconds = round(time.monotonic() - began, 1)
   result = dict(
     step=total_steps, seconds=seconds, first=first, last=last, eval=evaluated, examples=len(source)
@@ -181,27 +185,27 @@ def make_train_step(objective: Objective, tx, microbatches: int, root: jax.Array
   def train_step(state: TrainState, frozen, batch):
     key = jax.random.fold_in(root, state.step)
     if microbatches == 1:
-      grads, (sums, collections) = gradients(state, frozen, batch, key)
+      grads, (sums, extra) = gradients(state, frozen, batch, key)
     else:
       parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, microbatches, *x.shape[1:]), 1, 0), batch)
 
       def accumulate(total, part):
         index, rows = part
-        grads, (sums, collections) = gradients(state, frozen, rows, jax.random.fold_in(key, index))
-        return jax.tree.map(jnp.add, total, (grads, sums)), collections
+        grads, (sums, extra) = gradients(state, frozen, rows, jax.random.fold_in(key, index))
+        return jax.tree.map(jnp.add, total, (grads, sums)), extra
 
       first = jax.tree.map(lambda x: x[0], parts)
       shapes = jax.eval_shape(gradients, state, frozen, first, key)
       zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (shapes[0], shapes[1][0]))
-      (grads, sums), collections = jax.lax.scan(accumulate, zeros, (jnp.arange(microbatches), parts))
-      collections = jax.tree.map(lambda x: x[-1], collections)
+      (grads, sums), extra = jax.lax.scan(accumulate, zeros, (jnp.arange(microbatches), parts))
+      extra = jax.tree.map(lambda x: x[-1], extra)
     count = jnp.maximum(sums["loss"][1], 1.0)
     grads = jax.tree.map(lambda g: g / count, grads)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics = {name: total / jnp.maximum(n, 1.0) for name, (total, n) in sums.items()}
     metrics["grad_norm"] = optax.tree.norm(grads)
-    return TrainState(state.step + 1, params, collections, opt_state), metrics
+    return TrainState(state.step + 1, params, extra, opt_state), metrics
 
   return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
 

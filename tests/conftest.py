@@ -1,6 +1,10 @@
 """8 fake CPU devices, full float32 products, key reuse checked; tiny configs and helpers for all tests."""
 
+import atexit
 import logging
+import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import jax
@@ -9,6 +13,12 @@ import pytest
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "float32")
+
+# One compilation cache for the session and its subprocesses: most tests run the same few programs.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="beit_jax_cache_")
+  atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+  jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 
 ROOT = Path(__file__).parent.parent
 

@@ -152,7 +152,9 @@ STAGES = """
 def _stages(tmp_path, **data):
   stages = {
     "tokenizer": tiny.raw("dvae", total_steps=2, figures=True),
-    "pretrain": tiny.raw("beit", total_steps=2, **{"tokenizer.init_from": "stage:tokenizer"}),
+    "pretrain": tiny.raw(
+      "beit", total_steps=3, **{"tokenizer.init_from": "stage:tokenizer", "optimizer.warmup_steps": 0}
+    ),
     "finetune": tiny.raw("classify", total_steps=2, init_from="stage:pretrain"),
   }
   plain = {name: run.to_dict() for name, run in stages.items()}
@@ -202,7 +204,7 @@ def test_a_tokenizer_stage_can_be_skipped(tmp_path, tokenizer_run):
   assert sorted(p.name for p in (tmp_path / "run").iterdir() if p.is_dir()) == ["finetune", "pretrain"]
 
 
-@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize("labelled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_own_images_of_any_kind(tmp_path, labelled):
   """configs/own_images.py on a folder of colour, grey, 16-bit, palette and odd-sized pictures."""
   rng = np.random.default_rng(0)
@@ -221,10 +223,16 @@ def test_own_images_of_any_kind(tmp_path, labelled):
     )
     kinds[i % 5](pixels).save(sub / f"{i}.png")
   flags = [f"--config={ROOT}/configs/own_images.py", f"--workdir={tmp_path / 'run'}"]
-  for stage, batch in (("tokenizer", 8), ("pretrain", 8)):
-    flags += [f"--config.{stage}.data.root={folder}", f"--config.{stage}.batch_size={batch}"]
-    flags += [f"--config.{stage}.total_epochs=none", f"--config.{stage}.total_steps=2"]
-    flags += [f"--config.{stage}.mesh.data=1", f"--config.{stage}.optimizer.warmup_epochs=none"]
-  flags += ["--config.tokenizer.model.n_hid=8", "--config.pretrain.model.depth=1"]
+  flags += [
+    f"--config.data.root={folder}",
+    "--config.batch_size=8",
+    "--config.total_steps=2",
+    "--config.mesh.data=1",
+  ]
+  flags += [
+    "--config.optimizer.warmup_steps=1",
+    "--config.tokenizer.model.n_hid=8",
+    "--config.pretrain.model.depth=1",
+  ]
   assert main_lib.main(flags) == 0
   assert (tmp_path / "run" / "pretrain" / "figures" / "masked_image_modelling.png").exists()

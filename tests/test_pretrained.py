@@ -26,7 +26,7 @@ def test_a_tokenizer_goes_there_and_back(tokenizer_run):
 
 
 def test_a_masked_image_model_and_a_classifier(tokenizer_run, tmp_path):
-  config = tiny.config("beit", total_steps=1, **{"tokenizer.init_from": str(tokenizer_run)})
+  config = tiny.config("beit", total_steps=3, **{"tokenizer.init_from": str(tokenizer_run)})
   train.run(config, tmp_path / "mim")
   mim = beit_jax.load(tmp_path / "mim")
   x = mim.preprocess(np.zeros((2, 40, 30, 3), np.uint8))

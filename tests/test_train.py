@@ -42,7 +42,9 @@ def _assert_same_run(workdir, other):
   assert (difference <= 1e-6).mean() >= 0.999
 
 
-@pytest.mark.parametrize("mesh", [(8, 1), (4, 2), (2, 4)])
+@pytest.mark.parametrize(
+  "mesh", [pytest.param((8, 1), marks=pytest.mark.slow), pytest.param((4, 2), marks=pytest.mark.slow), (2, 4)]
+)
 def test_the_mesh_does_not_change_the_run(mesh, whole_run, tokenizer_run, tmp_path, monkeypatch):
   monkeypatch.setattr(sharding, "MIN_FSDP_SIZE", 64)  # or nothing of this tiny model would be sharded
   config = _beit(tokenizer_run, **{"mesh.data": mesh[0], "mesh.fsdp": mesh[1]})
@@ -91,18 +93,12 @@ def test_stop_and_resume_is_bit_identical(stop, whole_run, tokenizer_run, tmp_pa
 
 def _assert_bit_identical(workdir, other):
   for item in ("params", "rest"):
-    mine, theirs = (trees.flatten(_leaves(path, item)) for path in (workdir, other))
+    mine, theirs = (
+      trees.flatten(checkpoint.load_params(checkpoint.find(path), item)) for path in (workdir, other)
+    )
     assert mine.keys() == theirs.keys() and len(mine) > 0
     for name, value in theirs.items():
       np.testing.assert_array_equal(mine[name], value, err_msg=name)
-
-
-def _leaves(workdir, item):
-  import orbax.checkpoint as ocp
-
-  folder = checkpoint.find(workdir)
-  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-    return checkpointer.restore(folder / item)
 
 
 def test_resume_on_another_mesh(whole_run, tokenizer_run, tmp_path, monkeypatch):
@@ -209,17 +205,18 @@ def test_zero_updates_is_an_error(tmp_path):
     train.run(config, tmp_path)
 
 
-@pytest.mark.parametrize("reconstruction", ["l1", "l2"])
+@pytest.mark.parametrize("reconstruction", ["l1", pytest.param("l2", marks=pytest.mark.slow)])
 def test_other_reconstruction_losses_and_straight_through(reconstruction, tmp_path):
   changes = {"loss.reconstruction": reconstruction, "loss.straight_through": True, "total_steps": 2}
   result = train.run(tiny.config("dvae", **changes), tmp_path)
   assert 0 < result["eval"]["mae"] < 1 and 0 < result["eval"]["codebook_usage"] <= 1
 
 
+@pytest.mark.slow
 def test_figures(whole_run, tokenizer_run, tmp_path):
   for name, config in {
     "reconstructions": tiny.config("dvae", total_steps=1, figures=True),
-    "masked_image_modelling": _beit(tokenizer_run, total_steps=1, figures=True),
+    "masked_image_modelling": _beit(tokenizer_run, total_steps=3, figures=True),
     "predictions": tiny.config("classify", total_steps=1, figures=True),
   }.items():
     train.run(config, tmp_path / name)
@@ -243,6 +240,7 @@ def test_overfits_one_batch(tmp_path):
   assert train.run(config, tmp_path)["last"]["acc1"] >= 0.9
 
 
+@pytest.mark.slow
 def test_one_compilation_of_the_step(whole_run, tokenizer_run, tmp_path):
   """Shapes are static: the step is traced once, whatever the masks look like."""
   import chex
