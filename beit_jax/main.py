@@ -18,9 +18,8 @@ def main(argv: list[str]) -> int:
   try:
     spec, workdir, overrides = config_lib.parse_args(argv)
     config = config_lib.load(spec, overrides, objectives.model_fields())
-    folder = Path(
-      workdir or Path("runs") / spec.replace(":", "_").removesuffix(".py").split("/")[-1].replace(".py", "")
-    )
+    path, _, variant = spec.partition(":")
+    folder = Path(workdir or f"runs/{Path(path).stem}{'_' if variant else ''}{variant}")
     logs.setup(folder)
     if "stages" not in config:
       train.run(config, folder)

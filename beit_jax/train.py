@@ -106,7 +106,7 @@ def _run(config: ConfigDict, workdir: Path, name: str, mesh: jax.sharding.Mesh) 
     eval_step = jax.jit(objective.eval_step)
     batches = _train_batches(config, objective, source, mesh, start_step, total_steps)
     logger = stack.enter_context(contextlib.closing(Logger(workdir, total_steps, name, start_step)))
-    first, last, evaluated, pending = _first_logged(workdir), {}, {}, None
+    (first, last), evaluated, pending = _logged(workdir), {}, None
     clock, clock_step = time.monotonic(), start_step
 
     def eval_now(step):
@@ -360,12 +360,12 @@ def _announce(config, name, objective, shapes, examples, per_epoch, start_step, 
     log.info("parameter groups\n%s", report)
 
 
-def _first_logged(workdir: Path) -> dict[str, float]:
+def _logged(workdir: Path) -> tuple[dict[str, float], dict[str, float]]:
+  """The first and the last training metrics in metrics.jsonl."""
   path = workdir / "metrics.jsonl"
-  if not path.exists():
-    return {}
-  rows = (json.loads(line) for line in path.read_text().splitlines()[:50] if line.endswith("}"))
-  return next((row for row in rows if "loss" in row), {})
+  rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+  rows = [row for row in rows if "loss" in row]
+  return (rows[0], rows[-1]) if rows else ({}, {})
 
 
 def _write_config(config, workdir) -> None:
