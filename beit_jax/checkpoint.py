@@ -75,7 +75,7 @@ def find(path: str | Path, step: int | None = None) -> Path:
   Raises:
     UserError: there is none, or the step asked for is missing or damaged.
   """
-  path = Path(os.path.expanduser(path))
+  path = Path(os.path.expanduser(path)).absolute()  # Orbax takes no relative paths
   if (path / DESCRIPTION).is_file():
     root, wanted = path.parent, [int(path.name)] if path.name.isdigit() else [path.name]
   else:

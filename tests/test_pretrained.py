@@ -64,3 +64,8 @@ def test_a_step_can_be_chosen(tokenizer_run):
     beit_jax.load(tokenizer_run, step=5)
   with pytest.raises(UserError, match="num_heads=3"):
     beit_jax.load(tokenizer_run, num_heads=3)
+
+
+def test_relative_paths_work(tokenizer_run, monkeypatch):
+  monkeypatch.chdir(tokenizer_run.parent)
+  assert beit_jax.load(tokenizer_run.name).kind == "tokenizer"
