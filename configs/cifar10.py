@@ -53,7 +53,7 @@ def get_config():
     objective="classify",
     init_from="stage:pretrain",
     batch_size=32,
-    total_epochs=6.0,
+    total_epochs=4.0,
     model=MODEL,
     optimizer=dict(learning_rate=1e-3, warmup_steps=100, layer_decay=0.9),
     data={**DATA, "fraction": 0.05, "crop": "pad"},
