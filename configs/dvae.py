@@ -7,7 +7,7 @@ Source: DALL-E paper (arXiv 2102.12092), section 2.1 and appendix A.2: logit-Lap
 1/16 over 150,000 updates on a cosine. Their 3 million updates on 64 GPUs are out of proportion for 112x112
 ImageNet; BEiT's authors trained one of their own on ImageNet-1K and lost 0.16 points (BEiT paper, Table 8: 82.70
 against 82.86 after fine-tuning), with a reconstruction error of 0.0880.
-Expected: that error (mean absolute, normalised RGB). Run here: 8 steps of the full-size model (docs/results.md).
+Expected: that error (mean absolute, normalised RGB). Run here: two steps at full size (docs/results.md).
 """
 
 from ml_collections import ConfigDict

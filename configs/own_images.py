@@ -4,7 +4,7 @@
 
 Colour, grey, 16-bit, palette, any size; sub-folders are searched. Pictures are cropped to 64x64, cut into patches
 of 8x8; the tokenizer sees 32x32 and has 512 words. docs/own_data.md says what to change for more.
-Expected: nothing published. Run here: docs/own_data.md.
+Expected: nothing published. Run here: two steps of each stage, in the tests.
 """
 
 from ml_collections import ConfigDict
