@@ -26,7 +26,6 @@ setup(
     "ml-collections>=1,<2",
     "absl-py>=2",
     "numpy>=2,<3",
-    "scipy>=1.14,<2",
     "pillow>=11",
     "tensorboardX>=2.6,<3",
   ],

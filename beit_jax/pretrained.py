@@ -58,6 +58,15 @@ class Pretrained:
   preprocessing: dict[str, Any]
   description: dict[str, Any] = dataclasses.field(default_factory=dict)
 
+  @property
+  def encoder_fields(self) -> dict[str, Any]:
+    """Fields of the BEiT encoder in this model (not of a tokenizer)."""
+    self._need(("backbone", "mim", "classifier"), "encoder_fields")
+    encoder = self.module if self.kind == "backbone" else Beit(**self.module.encoder)
+    return {
+      f.name: getattr(encoder, f.name) for f in dataclasses.fields(Beit) if f.name not in ("parent", "name")
+    }
+
   @cached_property
   def _forward(self):
     module = self.module
@@ -119,13 +128,13 @@ class Pretrained:
 
   def tokenize(self, images: Any) -> jax.Array:
     """Images as for `preprocess` -> visual tokens int32 [B, N], row-major. Tokenizers only."""
-    self._need("tokenizer", "tokenize")
+    self._need(("tokenizer",), "tokenize()")
     logits = self(images)
     return logits.argmax(-1).astype(jnp.int32).reshape(len(logits), -1)
 
   def decode(self, ids: Any) -> jax.Array:
     """Visual tokens int32 [B, N] -> images float32 [B, H, W, 3] in [0, 1]. Tokenizers with a decoder only."""
-    self._need("tokenizer", "decode")
+    self._need(("tokenizer",), "decode()")
     if "decoder" not in self.params:
       raise UserError(
         "this tokenizer was loaded without its decoder, so tokens cannot be turned into pictures"
@@ -138,6 +147,6 @@ class Pretrained:
     decode = lambda params, ids, grid: self.module.apply({"params": params}, ids, grid, method="decode")  # noqa: E731
     return jax.jit(decode, static_argnums=2)
 
-  def _need(self, kind: str, method: str) -> None:
-    if self.kind != kind:
-      raise UserError(f"{method}() needs a {kind}, this is a {self.kind}")
+  def _need(self, kinds: tuple[str, ...], what: str) -> None:
+    if self.kind not in kinds:
+      raise UserError(f"{what} needs a {' or '.join(kinds)}, this is a {self.kind}")

@@ -9,6 +9,7 @@ import functools
 import importlib.metadata
 import json
 import platform
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -299,12 +300,14 @@ def _describe(config, objective, source) -> dict[str, Any]:
 def _restore(config, objective, saver, state, shapes, shardings, description) -> TrainState:
   latest = saver.latest()
   if latest is not None:
-    _same_architecture(saver.root / str(latest), description)
+    _same_model(saver.root / str(latest), description)
     log.info("resuming from %s", saver.root / str(latest))
     return saver.restore(latest, shapes, shardings)
   if config.resume:
     folder = checkpoint.find(config.resume)
-    _same_architecture(folder, description)
+    if not (folder / "rest").is_dir():
+      raise UserError(f"config key 'resume': {folder} holds weights only, no optimizer; use init_from")
+    _same_model(folder, description)
     log.info("resume: step, parameters and optimizer from %s", folder)
     return saver.restore(int(folder.name), shapes, shardings, root=folder.parent)
   if config.init_from:
@@ -322,16 +325,25 @@ def _restore(config, objective, saver, state, shapes, shardings, description) ->
   return state
 
 
-def _same_architecture(folder: Path, description: dict[str, Any]) -> None:
-  found = checkpoint.read_description(folder)
-  wanted = {"kind": description["kind"], **trees.flatten(description["module"])}
-  have = {"kind": found["kind"], **trees.flatten(found["module"])}
-  free = ("encoder/remat", "encoder/scan", "encoder/dtype", "dtype", "encoder/drop_path_rate")
-  names = [n for n in sorted(wanted.keys() | have.keys()) if wanted.get(n) != have.get(n) and n not in free]
-  if names:
-    lines = [f"model.{n}: the checkpoint has {have.get(n)!r}, the config {wanted.get(n)!r}" for n in names]
+def _same_model(folder: Path, description: dict[str, Any]) -> None:
+  """Refuses a checkpoint of another architecture, other pixel statistics or another tokenizer."""
+
+  def facts(of):
+    model = {f"model.{name}": value for name, value in trees.flatten(of["module"]).items()}
+    data = {f"data.{key}": of["preprocessing"].get(key) for key in ("mean", "std")}
+    return {"kind": of["kind"], **model, **data, "tokenizer's sha256": of.get("tokenizer", {}).get("sha256")}
+
+  have, want = facts(checkpoint.read_description(folder)), facts(description)
+  free = ("remat", "scan", "dtype", "drop_path_rate")
+  names = [n for n in sorted(want.keys() | have.keys()) if want.get(n) != have.get(n)]
+  lines = [
+    f"{n.replace('encoder/', '')}: the checkpoint has {have.get(n)!r}, the config {want.get(n)!r}"
+    for n in names
+    if re.split("[./]", n)[-1] not in free
+  ]
+  if lines:
     raise UserError(
-      f"{folder} holds another architecture than this config:\n  "
+      f"{folder} holds another model than this config:\n  "
       + "\n  ".join(lines)
       + "\nUse another --workdir, or the config that made it"
     )

@@ -7,10 +7,7 @@ are not square (each axis gets its own progression).
 from collections.abc import Callable
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from scipy.interpolate import make_interp_spline
 
 from beit_jax import trees
 from beit_jax.errors import UserError
@@ -32,8 +29,32 @@ def geometric_ratio(source: int, target: int) -> float:
   return ratio
 
 
+def _cubic_spline(known: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+  """[len(wanted), len(known)] weights of the interpolating cubic spline, not-a-knot at both ends.
+
+  Up to three known points there is no such spline; then it is the polynomial through all of them.
+  """
+  n, identity = len(known), np.eye(len(known))
+  if n < 4:
+    others = [[(wanted - known[j]) / (known[i] - known[j]) for j in range(n) if j != i] for i in range(n)]
+    return np.stack([np.prod([np.ones(len(wanted)), *factors], 0) for factors in others], -1)
+  h = np.diff(known)
+  # Second derivatives at the known points: one row per point, the outer two say "third derivative continuous".
+  left, right = np.zeros((n, n)), np.zeros((n, n))
+  left[0, :3] = h[1], -h[0] - h[1], h[0]
+  left[-1, -3:] = h[-1], -h[-2] - h[-1], h[-2]
+  for i in range(1, n - 1):
+    left[i, i - 1 : i + 2] = h[i - 1], 2 * (h[i - 1] + h[i]), h[i]
+    right[i, i - 1 : i + 2] = 6 / h[i - 1], -6 / h[i - 1] - 6 / h[i], 6 / h[i]
+  second = np.linalg.solve(left, right)
+  i = np.clip(np.searchsorted(known, wanted, side="right") - 1, 0, n - 2)
+  b = ((wanted - known[i]) / h[i])[:, None]
+  a, scale = 1 - b, (h[i] ** 2 / 6)[:, None]
+  return a * identity[i] + b * identity[i + 1] + scale * ((a**3 - a) * second[i] + (b**3 - b) * second[i + 1])
+
+
 def _axis_weights(source: int, target: int) -> np.ndarray:
-  """[target, source] weights of a cubic spline (not-a-knot) from a geometric to an even grid of offsets."""
+  """[target, source] weights from a geometric to an even grid of offsets."""
   if source == target:
     return np.eye(source)
   ratio = geometric_ratio(source, target)
@@ -41,8 +62,7 @@ def _axis_weights(source: int, target: int) -> np.ndarray:
   known = np.concatenate([-distances[::-1], [0.0], distances])
   wanted = np.arange(-(target // 2), target // 2 + 0.1)
   # FITPACK, behind the reference, repeats the border value outside the known range.
-  wanted = np.clip(wanted, known[0], known[-1])
-  return make_interp_spline(known, np.eye(source), k=min(3, source - 1))(wanted)
+  return _cubic_spline(known, np.clip(wanted, known[0], known[-1]))
 
 
 def resize_rel_pos_table(table: Any, src_grid: tuple[int, int], dst_grid: tuple[int, int]) -> np.ndarray:
@@ -64,12 +84,28 @@ def resize_rel_pos_table(table: Any, src_grid: tuple[int, int], dst_grid: tuple[
   if tuple(src_grid) == tuple(dst_grid):
     return table
   body, extra = table[:-EXTRA_ROWS].astype(np.float64).reshape(sh, sw, -1), table[-EXTRA_ROWS:]
-  body = np.einsum("yi,xj,ijk->yxk", _axis_weights(sh, dh), _axis_weights(sw, dw), body)
+  body = np.einsum("yi,xj,ijk->yxk", _axis_weights(sh, dh), _axis_weights(sw, dw), body, optimize=True)
   return np.concatenate([body.reshape(dh * dw, -1), extra]).astype(table.dtype)
 
 
+def _bicubic(source: int, target: int) -> np.ndarray:
+  """[target, source] weights of PyTorch's bicubic: a = -0.75, half-pixel centres, border repeated, no antialiasing."""
+  position = (np.arange(target) + 0.5) * source / target - 0.5
+  first, a = np.floor(position).astype(int) - 1, -0.75
+  weights = np.zeros((target, source))
+  for tap in range(4):
+    d = np.abs(position - first - tap)
+    near, far = (a + 2) * d**3 - (a + 3) * d**2 + 1, a * (d**3 - 5 * d**2 + 8 * d - 4)
+    np.add.at(weights, (np.arange(target), np.clip(first + tap, 0, source - 1)), np.where(d <= 1, near, far))
+  return weights
+
+
 def resize_pos_embed(pos_embed: Any, src_grid: tuple[int, int], dst_grid: tuple[int, int]) -> np.ndarray:
-  """[1, 1 + h*w, D] -> [1, 1 + h'*w', D]: bicubic (a = -0.75, no antialiasing, as PyTorch), cls copied."""
+  """[1, 1 + h*w, D] -> [1, 1 + h'*w', D]: bicubic as PyTorch's, the cls token's copied.
+
+  Raises:
+    ValueError: the shape does not belong to `src_grid` and a cls token.
+  """
   pos_embed = np.asarray(pos_embed)
   width = pos_embed.shape[-1]
   if pos_embed.shape[1] != 1 + src_grid[0] * src_grid[1]:
@@ -78,9 +114,10 @@ def resize_pos_embed(pos_embed: Any, src_grid: tuple[int, int], dst_grid: tuple[
     )
   if tuple(src_grid) == tuple(dst_grid):
     return pos_embed
-  patches = jnp.asarray(pos_embed[:, 1:]).reshape(1, *src_grid, width)
-  patches = jax.image.resize(patches, (1, *dst_grid, width), "cubic-pytorch", antialias=False)
-  return np.concatenate([pos_embed[:, :1], np.asarray(patches).reshape(1, -1, width)], 1)
+  patches = pos_embed[0, 1:].astype(np.float64).reshape(*src_grid, width)
+  rows, columns = (_bicubic(*sides) for sides in zip(src_grid, dst_grid, strict=True))
+  patches = np.einsum("yi,xj,ijk->yxk", rows, columns, patches, optimize=True).reshape(1, -1, width)
+  return np.concatenate([pos_embed[:, :1], patches.astype(pos_embed.dtype)], 1)
 
 
 def encoder_params(

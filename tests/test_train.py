@@ -186,8 +186,24 @@ def test_a_damaged_checkpoint_falls_back_loudly(whole_run, tokenizer_run, tmp_pa
 def test_another_architecture_is_refused(whole_run, tokenizer_run):
   with pytest.raises(UserError) as error:
     train.run(_beit(tokenizer_run, **{"model.width": 48}), whole_run[0])
-  for fact in ("encoder/width", "32", "48", "--workdir"):
+  for fact in ("model.width", "32", "48", "--workdir"):
     assert fact in str(error.value)
+
+
+def test_another_tokenizer_is_refused(whole_run, tokenizer_run, tmp_path):
+  """The same words in another order would be learnt without a complaint."""
+  other = tmp_path / "tokenizer"
+  train.run(tiny.config("dvae", total_steps=1, seed=5), other)
+  with pytest.raises(UserError, match="tokenizer's sha256"):
+    train.run(_beit(other), whole_run[0])
+
+
+def test_other_pixel_statistics_are_refused(whole_run, tmp_path):
+  changes = {"init_from": str(whole_run[0]), "data.mean": (0.1, 0.2, 0.3)}
+  with pytest.raises(
+    UserError, match=r"data.mean: the checkpoint was trained with .*, this run has \(0.1, 0.2, 0.3\)"
+  ):
+    train.run(tiny.config("classify", **changes), tmp_path / "run")
 
 
 def test_collapse_alarm(tmp_path, caplog):

@@ -6,6 +6,7 @@ divided last. The first of a training step is "loss"; its sum is what is differe
 
 import dataclasses
 import difflib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -167,17 +168,37 @@ def encoder_fields(model: ConfigDict, image_size: tuple[int, int], *, pretrain: 
   return fields
 
 
-def adapt_encoder(
-  pretrained: Pretrained, shapes: Any, image_size: tuple[int, int], patch_size: int, say
-) -> dict:
-  """`Objective.adapt` for models with an encoder: see `transfer.encoder_params`."""
-  if pretrained.kind not in ("mim", "classifier"):
+def adapt_encoder(objective: Any, pretrained: Pretrained, shapes: Any, say: Callable[[str], None]) -> dict:
+  """`Objective.adapt` for models with an encoder: see `transfer.encoder_params`.
+
+  Raises:
+    UserError: everything in which checkpoint and run disagree, with the config keys.
+  """
+  if pretrained.kind not in ("backbone", "mim", "classifier"):
     raise UserError(f"init_from: a {pretrained.kind} has no BEiT encoder to start from")
-  encoder = pretrained.module.encoder
-  if encoder["patch_size"] != patch_size:
+  have, want = pretrained.encoder_fields, objective.module.encoder
+  problems = [
+    f"model.{key}: the checkpoint has {have[key]!r}, this run {want[key]!r}"
+    for key in ("patch_size", "width", "depth", "num_heads", "mlp_ratio", "abs_pos")
+    if have[key] != want[key]
+  ]
+  for key, off in (("rel_pos", "none"), ("layer_scale_init", 0)):
+    if (have[key] == off) != (want[key] == off):
+      problems.append(f"model.{key}: the checkpoint has {have[key]!r}, this run {want[key]!r}")
+  assumed = pretrained.description.get("assumed", ())
+  for key in ("mean", "std"):
+    ours, theirs = (tuple(map(float, p[key])) for p in (objective.config.data, pretrained.preprocessing))
+    if ours != theirs and "preprocessing" not in assumed:
+      problems.append(f"data.{key}: the checkpoint was trained with {theirs}, this run has {ours}")
+  if problems:
     raise UserError(
-      f"init_from: the checkpoint has patches of {encoder['patch_size']} pixels, model.patch_size is {patch_size}"
+      "init_from: the checkpoint and this run disagree (set the keys in the config, or with --config.KEY=VALUE):\n  "
+      + "\n  ".join(problems)
     )
-  src_grid = tuple(side // patch_size for side in encoder["image_size"])
-  dst_grid = tuple(side // patch_size for side in image_size)
-  return transfer.encoder_params(pretrained.params, shapes, src_grid, dst_grid, say)
+  if have["norm_eps"] != want["norm_eps"]:
+    say(f"norm_eps: {have['norm_eps']} in the checkpoint, {want['norm_eps']} here (model.norm_eps)")
+  src_grid, dst_grid = (
+    tuple(side // want["patch_size"] for side in size) for size in (have["image_size"], want["image_size"])
+  )
+  params = {"encoder": pretrained.params} if pretrained.kind == "backbone" else pretrained.params
+  return transfer.encoder_params(params, shapes, src_grid, dst_grid, say)

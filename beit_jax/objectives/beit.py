@@ -144,9 +144,7 @@ class Beit(base.Objective):
     return {"masked_image_modelling": pictures.table({k: np.asarray(v) for k, v in rows.items()})}
 
   def adapt(self, pretrained, shapes):
-    return base.adapt_encoder(
-      pretrained, shapes, self.image_size, self.module.encoder["patch_size"], log.info
-    )
+    return base.adapt_encoder(self, pretrained, shapes, log.info)
 
   def describe(self) -> dict[str, Any]:
     tokenizer = self.tokenizer.description

@@ -1,5 +1,7 @@
 """Image classification: fine-tuning a pre-trained encoder, or training the same network from scratch."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -97,9 +99,12 @@ class Classify(base.Objective):
     return {"predictions": pictures.captioned(np.asarray(augment.to_float(batch["image"])), captions)}
 
   def adapt(self, pretrained, shapes):
-    return base.adapt_encoder(
-      pretrained, shapes, self.image_size, self.module.encoder["patch_size"], log.info
-    )
+    labels, ours = list(pretrained.description.get("labels", ())), list(self.source.class_names)
+    if pretrained.kind == "classifier" and labels and ours and labels != ours:
+      log.info("head: starts fresh, the checkpoint's classes have other names (%s, ...)", labels[0])
+      params = {name: value for name, value in pretrained.params.items() if name != "head"}
+      pretrained = dataclasses.replace(pretrained, params=params)
+    return base.adapt_encoder(self, pretrained, shapes, log.info)
 
   def describe(self):
     fields = ("encoder", "num_classes", "pool", "head_init_scale")
