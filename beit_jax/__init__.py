@@ -8,3 +8,10 @@ def load(path, *, num_heads=None, image_size=None, step=None, ema=False):
   from beit_jax import convert  # here: `import beit_jax` alone costs nothing
 
   return convert.load(path, num_heads=num_heads, image_size=image_size, step=step, ema=ema)
+
+
+def save(pretrained, path, *, format):
+  """Writes a model as "orbax", "unilm", "timm" or "hf"; see `beit_jax.convert.save`."""
+  from beit_jax import convert
+
+  convert.save(pretrained, path, format=format)

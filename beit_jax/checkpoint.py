@@ -108,6 +108,14 @@ def load_params(folder: Path, item: str = "params") -> dict[str, Any]:
   return handler.restore(folder / item, args=ocp.args.PyTreeRestore(restore_args=args))
 
 
+def write_model(folder: Path, params: Any, description: dict[str, Any]) -> None:
+  """A checkpoint without optimizer: `find`, `load_params` and `init_from` take it, `resume` does not."""
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(folder.absolute() / "params", jax.tree.map(np.asarray, params))
+  _write_json(folder / DESCRIPTION, description)
+  _write_json(folder / DIGEST, _digests(folder))
+
+
 class Checkpointer:
   """Saves and restores the state of one run.
 

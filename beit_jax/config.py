@@ -33,7 +33,8 @@ DEFAULTS: dict[str, Any] = dict(
   microbatches=1,  # gradient accumulation: the batch is run in that many parts
   total_steps=Maybe(int),  # either this or total_epochs
   total_epochs=Maybe(float),
-  init_from="",  # parameters: a run folder, or "stage:NAME"
+  eval_only=False,  # no training: the workdir's newest checkpoint, else init_from, over eval.split -> eval.json
+  init_from="",  # parameters: whatever `beit_jax.load` reads (docs/weights.md), or "stage:NAME"
   resume="",  # full state (step, optimizer) of another run folder
   log_every_steps=50,
   mesh=dict(data=-1, fsdp=1),

@@ -1,6 +1,7 @@
 """A model with its weights, as `beit_jax.load` returns it: what a notebook user holds in hand."""
 
 import dataclasses
+import json
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from beit_jax import __version__
 from beit_jax.data import images as images_lib
 from beit_jax.errors import UserError
 from beit_jax.models.beit import Beit, BeitForImageClassification, BeitForMaskedImageModeling
@@ -58,6 +60,10 @@ class Pretrained:
   preprocessing: dict[str, Any]
   description: dict[str, Any] = dataclasses.field(default_factory=dict)
 
+  def __post_init__(self):
+    thawed = {k: tuple(v) if isinstance(v, list) else v for k, v in self.preprocessing.items()}
+    object.__setattr__(self, "preprocessing", thawed)
+
   @property
   def encoder_fields(self) -> dict[str, Any]:
     """Fields of the BEiT encoder in this model (not of a tokenizer)."""
@@ -66,6 +72,18 @@ class Pretrained:
     return {
       f.name: getattr(encoder, f.name) for f in dataclasses.fields(Beit) if f.name not in ("parent", "name")
     }
+
+  def describe(self) -> dict[str, Any]:
+    """The description that is saved with the weights, as JSON values."""
+    names = [f.name for f in dataclasses.fields(self.module) if f.name not in ("parent", "name")]
+    text = {
+      "version": __version__,
+      **self.description,
+      "kind": self.kind,
+      "module": {name: getattr(self.module, name) for name in names},
+      "preprocessing": self.preprocessing,
+    }
+    return json.loads(json.dumps(text, default=str))
 
   @cached_property
   def _forward(self):
@@ -105,13 +123,13 @@ class Pretrained:
   def _fit(self, image: np.ndarray) -> np.ndarray:
     """One image to float32 [h, w, 3] in [0, 1]; floats are resized as floats."""
     p, size = self.preprocessing, tuple(self.preprocessing["image_size"])
-    crop_pct = p["crop_pct"] if p["resize"] == "short_side" else 1.0
+    crop_pct = p["crop_pct"]
     if image.dtype == np.uint8 and p["resize"] == "short_side":
       view = images_lib.eval_views(image, {"image": (size, p["interpolation"])}, crop_pct=crop_pct)["image"]
       return view.astype(np.float32) / 255.0
     image = image.astype(np.float32) / (255.0 if image.dtype == np.uint8 else 1.0)
     height, width = image.shape[:2]
-    target = size
+    target = tuple(round(side / crop_pct) for side in size)
     if p["resize"] == "short_side":
       scale = max(size[0] / crop_pct / height, size[1] / crop_pct / width)
       target = (max(round(height * scale), size[0]), max(round(width * scale), size[1]))

@@ -25,9 +25,9 @@ from PIL import Image
 import beit_jax
 from beit_jax import checkpoint, convert, optim, sharding, train_state, trees
 from beit_jax import config as config_lib
+from beit_jax import evaluate as evaluation
 from beit_jax.data import pipeline, sources
 from beit_jax.errors import UserError
-from beit_jax.evaluate import evaluate
 from beit_jax.logs import Logger, log
 from beit_jax.objectives import OBJECTIVES, Objective
 from beit_jax.train_state import TrainState
@@ -56,11 +56,13 @@ def run(config: ConfigDict, workdir: Path, name: str = "") -> dict[str, Any]:
     UserError: anything a user can mend, with what to do.
   """
   finished = _finished(config, workdir)
-  if finished is not None:
+  if finished is not None and not config.eval_only:
     log.info("%s: finished earlier, step %d (%s)", name or workdir, finished["step"], workdir / RESULT)
     return finished
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
   with jax.set_mesh(mesh):
+    if config.eval_only:
+      return evaluation.evaluate_only(config, workdir, name or workdir.name, mesh)
     return _run(config, workdir, name or workdir.name, mesh)
 
 
@@ -70,7 +72,7 @@ def _run(config: ConfigDict, workdir: Path, name: str, mesh: jax.sharding.Mesh) 
   # Data and objective.
   _check_batch(config, mesh)
   source = sources.make_source(config.data.to_dict())
-  eval_source = _eval_source(config)
+  eval_source = evaluation.eval_source(config)
   objective = OBJECTIVES[config.objective](config, source)
   steps_per_epoch = len(source) // config.batch_size
   total_steps = config_lib.duration(config, "total", steps_per_epoch)
@@ -112,8 +114,8 @@ def _run(config: ConfigDict, workdir: Path, name: str, mesh: jax.sharding.Mesh) 
 
     def eval_now(step):
       variables = {"params": state.params, **state.collections}
-      batches = _eval_batches(config, objective, eval_source, mesh, config.eval.batch_size)
-      metrics = evaluate(eval_step, objective.summarize, variables, frozen, batches)
+      batches = evaluation.eval_batches(config, objective, eval_source, mesh, config.eval.batch_size)
+      metrics = evaluation.evaluate(eval_step, objective.summarize, variables, frozen, batches)
       logger.write(step, {f"eval_{key}": value for key, value in metrics.items()})
       log.info("%s step %d  eval  %s", name, step, "  ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
       objective.check_eval(step, metrics)
@@ -251,13 +253,6 @@ def _check_batch(config, mesh) -> None:
     )
 
 
-def _eval_source(config):
-  if not config.eval.split:
-    return None
-  data = {**config.data.to_dict(), "split": config.eval.split, "fraction": config.eval.fraction}
-  return sources.make_source({**data, "num_examples": config.eval.num_examples})
-
-
 def _train_batches(
   config, objective, source, mesh, start_step, total_steps
 ) -> Iterator[dict[str, jax.Array]]:
@@ -272,15 +267,6 @@ def _train_batches(
     seed=config.seed,
   )
   return (sharding.put_batch(mesh, batch, config.batch_size) for batch in host)
-
-
-def _eval_batches(config, objective, source, mesh, batch_size) -> Iterator[dict[str, jax.Array]]:
-  batch_size = -(-batch_size // mesh.size) * mesh.size
-  rows = sharding.local_rows(mesh, batch_size)
-  host = pipeline.eval_batches(
-    source, objective.views(), config.data.to_dict(), rows=rows, batch_size=batch_size
-  )
-  return (sharding.put_batch(mesh, batch, batch_size) for batch in host)
 
 
 def _describe(config, objective, source) -> dict[str, Any]:
@@ -397,7 +383,7 @@ def _finished(config, workdir) -> dict[str, Any] | None:
 
 
 def _write_figures(config, objective, state, frozen, eval_source, source, mesh, workdir, step) -> None:
-  batch = next(iter(_eval_batches(config, objective, eval_source or source, mesh, 16)))
+  batch = next(iter(evaluation.eval_batches(config, objective, eval_source or source, mesh, 16)))
   pictures = objective.figures({"params": state.params, **state.collections}, frozen, batch)
   folder = workdir / "figures"
   folder.mkdir(exist_ok=True)

@@ -1,11 +1,28 @@
-"""Weights in: the format is detected from what is on disk."""
+"""Weights in and out, exact and without executing anything: `load` detects the format, `save` writes one."""
 
+import hashlib
+import json
 import os
+import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from beit_jax.convert import orbax
+import numpy as np
+
+from beit_jax import trees
+from beit_jax.convert import dalle, hf, lazy, orbax, safetensors, timm, torchfile, unilm
 from beit_jax.errors import UserError
+from beit_jax.logs import log
 from beit_jax.pretrained import Pretrained
+
+HF_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+WRAPPERS = ("model", "module", "state_dict", "teacher", "student")
+EMA_WRAPPERS = ("model_ema", "state_dict_ema", "ema")
+FILES = (".safetensors", ".pth", ".pt", ".bin", ".tar")
+PREFIXES = ("module.", "_orig_mod.", "backbone.")
+OWN_TEXT = "beit_jax"  # under this name our description travels inside other formats
 
 
 def load(
@@ -16,23 +33,279 @@ def load(
   step: int | None = None,
   ema: bool = False,
 ) -> Pretrained:
-  """Loads a model from a run folder of `beit_jax.main` (newest good checkpoint, or `step`).
+  """Loads a model, whatever wrote it.
 
   Args:
-    num_heads, image_size: for formats that do not say; an Orbax run does, so giving them is an error.
-    ema: the averaged weights, of a run that keeps them.
+    path: a run of `beit_jax.main` or a folder written by `save`; a unilm or timm `.pth`, `.bin` or `.safetensors`; a
+      folder of timm's or Hugging Face's; OpenAI's `encoder.pkl`, or a folder with that and `decoder.pkl`.
+    num_heads, image_size: what a file of others may leave open. image_size: pixels, int or (height, width).
+    step: of a run, instead of its newest checkpoint.
+    ema: the averaged weights, where both are kept.
 
   Raises:
-    UserError: nothing usable is at `path`.
+    UserError: nothing usable is at `path`, it says otherwise than the arguments, or tensors are missing,
+      unexpected or mis-shaped (all are listed).
   """
   path = Path(os.path.expanduser(path))
   if not path.exists():
     raise UserError(f"{path}: no such file or folder")
-  if not path.is_dir():
-    raise UserError(f"{path}: not a format this version reads; expected the folder of a beit_jax run")
-  for name, value in (("num_heads", num_heads), ("image_size", image_size)):
-    if value is not None:
-      raise UserError(f"{name}={value!r}: a beit_jax checkpoint says this itself; leave it out")
-  if ema:
-    raise UserError(f"{path}: this run kept no averaged weights; call load without ema=True")
-  return orbax.load(path, step=step)
+  weights = [path / name for name in HF_FILES if (path / name).is_file()]
+  if path.is_dir() and not weights and not list(path.glob("*.pkl")):
+    for name, value in (("num_heads", num_heads), ("image_size", image_size)):
+      if value is not None:
+        raise UserError(f"{name}={value!r}: a beit_jax checkpoint says this itself; leave it out")
+    if ema:
+      raise UserError(f"{path}: this run kept no averaged weights; call load without ema=True")
+    return orbax.load(path, step=step)
+  if step is not None:
+    raise UserError(f"step={step}: only a run of beit_jax has steps, {path} has not")
+  size = (image_size, image_size) if isinstance(image_size, int) else image_size
+  if path.is_dir():
+    source = weights[0] if weights else path
+  else:
+    source = path
+  pretrained = _load_foreign(source, num_heads, size, ema)
+  pretrained.description["sha256"] = fingerprint(pretrained.params)
+  return pretrained
+
+
+def fingerprint(params: Any) -> str:
+  """sha256 of names, shapes and values: the same for the same weights, in whatever file they come."""
+  digest = hashlib.sha256()
+  for name, leaf in sorted(trees.flatten(params).items()):
+    array = np.ascontiguousarray(leaf)
+    digest.update(f"{name} {array.dtype} {array.shape}".encode())
+    digest.update(array.reshape(-1).view(np.uint8).data)
+  return digest.hexdigest()
+
+
+def _load_foreign(path: Path, num_heads, image_size, ema: bool) -> Pretrained:
+  if path.is_dir() or path.suffix == ".pkl":
+    state, _ = dalle.openai_state(path)
+    return dalle.import_tokenizer(state, dalle.openai_name, lazy.Source(state, path, "dalle"))
+  state, facts = _read(path, ema)
+  if dalle.is_flava(state):
+    return _load_flava(path, state)
+  if dalle.is_openai(state):
+    state, _ = dalle.openai_state(path)
+    return dalle.import_tokenizer(state, dalle.openai_name, lazy.Source(state, path, "dalle"))
+  if hf.is_beit(state):
+    state, left_out = hf.to_unilm(state, path)
+    source = lazy.Source(state, path, "hf", **hf.read_config(path.parent), left_out=left_out)
+  elif timm.is_vit(state):
+    state, left_out = timm.vit_to_unilm(state)
+    facts["left_out"] = facts.get("left_out", []) + left_out
+    source = lazy.Source(state, path, "timm", **{**timm.read_config(path.parent), **facts})
+  else:
+    if any(re.fullmatch(r"(module\.)?linear\.\d+\.weight", name) for name in state):
+      raise UserError(
+        f"{path}: the heads of a linear probe (run_linear_eval.py) without their encoder; load the pre-trained model"
+      )
+    pretraining = any(n == "mask_token" or n.startswith(("lm_head.", "rel_pos_bias.")) for n in state)
+    buffers = any(n.endswith("relative_position_index") for n in state)
+    kind = "unilm" if pretraining or buffers else "timm"
+    source = lazy.Source(state, path, kind, **{**timm.read_config(path.parent), **facts})
+  return unilm.import_beit(source, num_heads, image_size)
+
+
+def _read(path: Path, ema: bool) -> tuple[lazy.State, dict[str, Any]]:
+  """Tensors of a file by name, and what else it says (arguments of `lazy.Source`)."""
+  if path.name.endswith(".index.json"):
+    return _read_shards(path), {}
+  if safetensors.is_safetensors(path):
+    state, metadata = safetensors.read(path)
+    texts: dict[str, Any] = dict(metadata)
+  elif torchfile.is_torch(path):
+    state, texts = _unwrap(torchfile.load(path), path, ema)
+  else:
+    raise UserError(
+      f"{path}: not a format this version reads; expected a run of beit_jax.main, a .pth or .safetensors file, a "
+      "folder of Hugging Face's or timm's, or OpenAI's encoder.pkl"
+    )
+  left_out: list[str] = []
+  for prefix in PREFIXES:
+    inside = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    if inside and (len(inside) == len(state) or prefix == "backbone."):
+      left_out += [name for name in state if not name.startswith(prefix)]
+      state = inside
+  return state, {**_facts(texts, path), "left_out": left_out}
+
+
+def _facts(texts: dict[str, Any], path: Path) -> dict[str, Any]:
+  """Our own description inside the file, or the arguments that unilm saves with its weights."""
+  facts: dict[str, Any] = {}
+  if isinstance(texts.get(OWN_TEXT), str):
+    try:
+      described = json.loads(texts[OWN_TEXT])
+      module = described["module"]
+      encoder = module.get("encoder", module)
+      facts = dict(described=described, labels=described.get("labels", []))
+      if "preprocessing" not in described.get("assumed", []):
+        facts["preprocessing"] = described["preprocessing"]
+      facts["fields"] = {name: encoder[name] for name in ("num_heads", "norm_eps") if name in encoder}
+      if "image_size" in encoder:
+        facts["fields"]["image_size"] = tuple(encoder["image_size"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+      raise UserError(f"{path}: the description in it is damaged ({error!r})") from None
+    return facts
+  args = texts.get("args")
+  if isinstance(args, torchfile.Inert) and isinstance(args.state.get("imagenet_default_mean_and_std"), bool):
+    size = args.state.get("input_size")
+    if isinstance(size, int):
+      statistics = unilm.IMAGENET if args.state["imagenet_default_mean_and_std"] else unilm.HALF
+      crop_pct = 0.875 if size < 384 else 1.0
+      shape = dict(image_size=(size, size), crop_pct=crop_pct, interpolation="bicubic", resize="short_side")
+      facts["preprocessing"] = {**statistics, **shape}
+  return facts
+
+
+def _unwrap(content: Any, path: Path, ema: bool) -> tuple[lazy.State, dict[str, Any]]:
+  """The state dict inside {"model": ...} and the like."""
+  if isinstance(content, torchfile.Inert):
+    return torchfile.module_tensors(content), {}
+  texts = content if type(content) is dict else {}
+  for _ in range(4):
+    if type(content) is not dict:
+      break
+    tensors = {k: v for k, v in content.items() if type(k) is str and isinstance(v, torchfile.Tensor)}
+    inner = next(
+      (content[k] for k in (EMA_WRAPPERS if ema else WRAPPERS) if type(content.get(k)) is dict), None
+    )
+    if ema and inner is None:
+      raise UserError(
+        f"{path}: no averaged weights in it (looked for {', '.join(EMA_WRAPPERS)}); leave ema out"
+      )
+    if inner is None:
+      if tensors:
+        return tensors, texts
+      break
+    content, ema = inner, False
+  found = list(content)[:6] if type(content) is dict else type(content).__name__
+  raise UserError(f"{path}: no state dict in it; found {found}")
+
+
+def _read_shards(path: Path) -> lazy.State:
+  """The tensors of all files that a `model.safetensors.index.json` names."""
+  try:
+    names = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+  except (ValueError, KeyError, AttributeError, TypeError):
+    raise UserError(f"{path}: not an index of safetensors files") from None
+  state: lazy.State = {}
+  for name in names:
+    if Path(name).name != name or not (path.parent / name).is_file():
+      raise UserError(f"{path}: it names {name!r}, which is no file in this folder")
+    state |= safetensors.read(path.parent / name)[0]
+  return state
+
+
+def _load_flava(path: Path, state: lazy.State) -> Pretrained:
+  prefix = next(name for name in state if name.endswith("blocks.input.weight")).removesuffix(
+    "blocks.input.weight"
+  )
+  left_out = [name for name in state if not name.startswith(prefix)]
+  state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+  decoder = path.parent / "decoder.safetensors"
+  if decoder.is_file():
+    state |= {f"decoder/{name}": value for name, value in safetensors.read(decoder)[0].items()}
+  config = path.parent / "config.json"
+  try:
+    text = json.loads(config.read_text()).get(OWN_TEXT) if config.is_file() else None
+    described = json.loads(text) if text else {}
+  except ValueError:
+    raise UserError(f"{config}: not JSON") from None
+  facts = dict(
+    described=described, preprocessing=described.get("preprocessing"), fields=described.get("module", {})
+  )
+  return dalle.import_tokenizer(
+    state, dalle.flava_name, lazy.Source(state, path, "hf", **facts, left_out=left_out)
+  )
+
+
+def save(pretrained: Pretrained, path: str | Path, *, format: str) -> None:
+  """Writes a model; nothing is there before it is whole.
+
+  Args:
+    path: a folder for "orbax" and "hf"; for "unilm" and "timm" a file, `.safetensors` or anything else for PyTorch's
+      form (written without PyTorch); for "timm" a name without a suffix is a folder for `timm`'s "local-dir:".
+
+  Raises:
+    UserError: the format has no such model, or something is at `path` already.
+  """
+  path = Path(os.path.expanduser(path)).absolute()
+  writers: dict[str, Callable[[Pretrained, Path, Path], None]] = {
+    "orbax": lambda pretrained, path, target: orbax.save(pretrained, path),
+    "unilm": _save_unilm,
+    "timm": _save_timm,
+    "hf": _save_hf,
+  }
+  if format not in writers:
+    raise UserError(f"format {format!r} is unknown; there are {', '.join(writers)}")
+  if path.is_file() or (path.is_dir() and any(path.iterdir())):
+    raise UserError(f"{path} exists; nothing is overwritten, give another name")
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+  try:
+    writers[format](pretrained, temporary, path)
+    if path.is_dir():
+      path.rmdir()
+    os.replace(temporary, path)
+  finally:
+    if temporary.is_dir():
+      shutil.rmtree(temporary)
+    temporary.unlink(missing_ok=True)
+  log.info("saved %s as %s: %s", pretrained.kind, format, path)
+
+
+def _text(pretrained: Pretrained) -> dict[str, str]:
+  return {OWN_TEXT: json.dumps(pretrained.describe(), sort_keys=True)}
+
+
+def _write_tensors(
+  path: Path, state: lazy.State, pretrained: Pretrained, left_out: list[str], suffix: str
+) -> None:
+  lazy.report("written", [(name, "", value.shape) for name, value in state.items()], left_out)
+  if left_out:
+    log.info("left out, since the format has no place for it: %s", ", ".join(left_out))
+  if suffix == ".safetensors":
+    safetensors.write(path, state, {"format": "pt", **_text(pretrained)})
+  else:
+    torchfile.save(path, state, _text(pretrained))
+
+
+def _save_unilm(pretrained: Pretrained, path: Path, target: Path) -> None:
+  if pretrained.kind == "tokenizer":
+    raise UserError(
+      "a tokenizer cannot be saved as unilm, which takes OpenAI's pickles. Formats for it: orbax, hf"
+    )
+  _write_tensors(path, unilm.export_beit(pretrained), pretrained, [], target.suffix)
+
+
+def _save_timm(pretrained: Pretrained, path: Path, target: Path) -> None:
+  state, architecture, args, left_out = timm.export(pretrained)
+  call = "".join(f", {key}={value!r}" for key, value in args.items())
+  if target.suffix in FILES:
+    _write_tensors(path, state, pretrained, left_out, target.suffix)
+    log.info('in PyTorch: timm.create_model("%s"%s, checkpoint_path="%s")', architecture, call, target)
+    return
+  path.mkdir()
+  _write_tensors(path / "model.safetensors", state, pretrained, left_out, ".safetensors")
+  _write_json(path / "config.json", timm.hub_config(pretrained, architecture, args))
+  log.info('in PyTorch: timm.create_model("local-dir:%s", pretrained=True)', target)
+
+
+def _save_hf(pretrained: Pretrained, path: Path, target: Path) -> None:
+  path.mkdir()
+  if pretrained.kind == "tokenizer":
+    state, decoder, config = dalle.export_flava(pretrained)
+    if decoder:  # which transformers has no class for; beit_jax.load finds it here
+      safetensors.write(path / "decoder.safetensors", decoder, {"format": "pt"})
+  else:
+    state, config, processor = hf.export(pretrained)
+    _write_json(path / "preprocessor_config.json", processor)
+  _write_tensors(path / "model.safetensors", state, pretrained, [], ".safetensors")
+  _write_json(path / "config.json", {**config, **_text(pretrained)})
+  log.info('in PyTorch: transformers.%s.from_pretrained("%s")', config["architectures"][0], target)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+  path.write_text(json.dumps(value, indent=2) + "\n")

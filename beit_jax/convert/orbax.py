@@ -1,4 +1,4 @@
-"""Our own format: the checkpoints of a run."""
+"""Our own format: the checkpoints of a run, and folders with one model."""
 
 from pathlib import Path
 
@@ -34,3 +34,8 @@ def _shapes(module, description):
   height, width = description["preprocessing"]["image_size"]
   image = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
   return jax.eval_shape(module.init, jax.random.key(0), image)["params"]
+
+
+def save(pretrained: Pretrained, path: Path) -> None:
+  """A folder that `load` and `init_from` read: parameters, description.json, digest.json."""
+  checkpoint.write_model(path, pretrained.params, pretrained.describe())

@@ -188,7 +188,11 @@ def adapt_encoder(objective: Any, pretrained: Pretrained, shapes: Any, say: Call
   assumed = pretrained.description.get("assumed", ())
   for key in ("mean", "std"):
     ours, theirs = (tuple(map(float, p[key])) for p in (objective.config.data, pretrained.preprocessing))
-    if ours != theirs and "preprocessing" not in assumed:
+    if ours != theirs and "preprocessing" in assumed:
+      say(
+        f"warning: data.{key} is {ours} here; the file does not say, models of its kind usually have {theirs}"
+      )
+    elif ours != theirs:
       problems.append(f"data.{key}: the checkpoint was trained with {theirs}, this run has {ours}")
   if problems:
     raise UserError(

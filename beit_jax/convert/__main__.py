@@ -1,0 +1,44 @@
+"""`python -m beit_jax.convert SRC DST --format={orbax,unilm,timm,hf}`: weights from any format into another."""
+
+import argparse
+import logging
+import sys
+
+from beit_jax import convert, logs
+from beit_jax.errors import UserError
+
+
+def _size(text: str) -> tuple[int, int]:
+  height, _, width = text.partition("x")
+  return int(height), int(width or height)
+
+
+def main(argv: list[str]) -> int:
+  parser = argparse.ArgumentParser(prog="python -m beit_jax.convert", description=__doc__)
+  parser.add_argument(
+    "src", help="run folder, .pth, .safetensors, .pkl, or a folder of Hugging Face's or timm's"
+  )
+  parser.add_argument("dst", help="folder (orbax, hf) or file (unilm, timm); must not exist")
+  parser.add_argument("--format", required=True, choices=("orbax", "unilm", "timm", "hf"))
+  parser.add_argument("--num_heads", type=int, help="where the source does not say")
+  parser.add_argument(
+    "--image_size", type=_size, metavar="N or HxW", help="pixels, where the source does not say"
+  )
+  parser.add_argument("--step", type=int, help="of a run, instead of its newest checkpoint")
+  parser.add_argument("--ema", action="store_true", help="the averaged weights")
+  parser.add_argument("-v", "--verbose", action="store_true", help="a table of every tensor")
+  args = parser.parse_args(argv)
+  logs.setup()
+  if args.verbose:
+    logs.log.setLevel(logging.DEBUG)
+  try:
+    options = dict(num_heads=args.num_heads, image_size=args.image_size, step=args.step, ema=args.ema)
+    convert.save(convert.load(args.src, **options), args.dst, format=args.format)
+  except UserError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,320 @@
+"""Files made to harm, damaged files, and random damage: each ends in a UserError, executes and leaves nothing.
+
+BEIT_FUZZ=20000 python -m pytest tests/test_convert_hostile.py -k random   # the full harness; the default is 300
+"""
+
+import json
+import os
+import pickletools
+import struct
+import zipfile
+
+import numpy as np
+import pytest
+
+from beit_jax import convert
+from beit_jax.convert import safetensors, torchfile
+from beit_jax.errors import UserError
+from tests import reference
+
+GOLDEN = reference.HERE
+FUZZ = int(os.environ.get("BEIT_FUZZ", "300"))
+
+
+@pytest.fixture(autouse=True)
+def _leaves_nothing(tmp_path, monkeypatch):
+  """Runs in an empty folder; afterwards there are only the files that the test wrote under `given/`."""
+  (tmp_path / "given").mkdir()
+  monkeypatch.chdir(tmp_path)
+  yield
+  assert [p.name for p in tmp_path.iterdir()] == ["given"]
+
+
+def _archive(path, pickle, entries=(), **options):
+  with zipfile.ZipFile(path, "w", **options) as archive:
+    archive.writestr("x/data.pkl", pickle)
+    for name, data in entries:
+      archive.writestr(name, data)
+  return path
+
+
+def _text(value):
+  return b"X" + struct.pack("<I", len(value)) + value.encode()
+
+
+def _global(name):
+  module, _, name = name.rpartition(".")
+  return f"c{module}\n{name}\n".encode()
+
+
+STORAGE = b"((" + _text("storage") + _global("torch.FloatStorage") + _text("0") + _text("cpu") + b"K\x04tQ"
+TENSOR = _global("torch._utils._rebuild_tensor_v2") + STORAGE
+SYSTEM = _global("os.system") + b"(" + _text("touch PWNED") + b"tR"
+NESTED = b"\x80\x02" + SYSTEM + b"."
+
+HOSTILE = {
+  "a call": (SYSTEM, "os.system"),
+  "a call by stack": (_text("builtins") + _text("eval") + b"\x93(" + _text("1") + b"tR", "builtins.eval"),
+  "a class of another kind": (b"(ios\nsystem\n", "INST"),
+  "an object on the stack": (b"(" + _global("argparse.Namespace") + b"o", "OBJ"),
+  "a new object with keywords": (_global("argparse.Namespace") + b")}\x92", "NEWOBJ_EX"),
+  "an extension code": (b"\x82\x01", "EXT1"),
+  "a large extension code": (b"\x84\x01\x00\x00\x00", "EXT4"),
+  "a changed function": (
+    _global("torch._utils._rebuild_tensor_v2") + b"}" + _text("__code__") + b"Ksb",
+    "changes",
+  ),
+  "a changed list": (b"]}" + _text("append") + b"K\x01sb", "changes something other"),
+  "a text that is called": (
+    _text("os.system") + b"(" + _text("x") + b"tR",
+    "calls something that is no name",
+  ),
+  "a storage that is called": (_global("torch.FloatStorage") + b"(K\x01tR", "calls torch.FloatStorage"),
+  "a nested pickle": (
+    _global("torch.storage._load_from_bytes") + b"(C" + bytes([len(NESTED)]) + NESTED + b"tR",
+    "torch.storage._load_from_bytes",
+  ),
+  "a partial": (_global("functools.partial") + b"(" + SYSTEM + b"tR", "os.system"),
+  "a getattr": (
+    _global("builtins.getattr") + b"(" + _global("argparse.Namespace") + _text("x") + b"tR",
+    "getattr",
+  ),
+  "a numpy constructor": (_global("numpy.core.multiarray._reconstruct") + b")R", "_reconstruct"),
+  "a huge tensor": (TENSOR + b"K\x00(\x8a\x06\x00\x00\x00\x00\x00\x10t(K\x01t\x89)tR", "in a storage of 4"),
+  "a tensor beyond its storage": (TENSOR + b"K\x03(K\x02t(K\x01t\x89)tR", "in a storage of 4"),
+  "a tensor of repeated numbers": (
+    TENSOR + b"K\x00(M\xff\xffM\xff\xfft(K\x00K\x00t\x89)tR",
+    "in a storage of 4",
+  ),
+  "a tensor with negative steps": (
+    TENSOR + b"K\x03(K\x02t(J\xff\xff\xff\xfft\x89)tR",
+    "sizes are no numbers",
+  ),
+  "a storage of many bytes": (TENSOR.replace(b"K\x04", b"\x8a\x06" + b"\xff" * 5 + b"\x0f"), "should have"),
+  "a text of 2^60 bytes": (b"\x8d" + struct.pack("<Q", 2**60) + b"x", "damaged"),
+  "a number of 2^31 bytes": (b"\x8b\xff\xff\xff\x7f", "damaged"),
+  "a deep key": (b"}" + b")" + b"\x85" * 200_000 + b"K\x01s", "key of type tuple"),
+  "a memo that is empty": (b"h\x07", "damaged"),
+  "an empty stack": (b"0", "damaged"),
+  "an unknown reference": (b"(" + _text("file") + _text("/etc/passwd") + b"tQ", "unknown reference"),
+  "a text reference": (b"P/etc/passwd\n", "PERSID"),
+  "an out-of-band buffer": (b"\x97", "NEXT_BUFFER"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_pickles(name, tmp_path):
+  """In both containers, whatever stands first in the file."""
+  body, message = HOSTILE[name]
+  path = tmp_path / "given" / "x.pth"
+  _archive(path, b"\x80\x02" + body + b".", [("x/data/0", b"\0" * 16)])
+  with pytest.raises(UserError) as error:
+    convert.load(path)
+  assert message in str(error.value) and str(path) in str(error.value)
+  head = b"".join(b"\x80\x02" + x + b"." for x in _stream_head())
+  path.write_bytes(head + b"\x80\x02" + body + b".")
+  with pytest.raises(UserError):
+    convert.load(path)
+
+
+def _stream_head():
+  magic = torchfile.MAGIC.to_bytes(10, "little")
+  return (b"\x8a" + bytes([len(magic)]) + magic, b"M\xe9\x03", b"}" + _text("little_endian") + b"\x88s")
+
+
+def test_the_golden_malicious_file():
+  with pytest.raises(UserError, match="posix.system.*nothing was executed"):
+    convert.load(GOLDEN / "malicious_encoder.pkl")
+
+
+def test_the_interpreter_has_no_name_that_acts():
+  """Everything the pickle can mention is a container or one of five constructors of ours."""
+  assert set(torchfile.CALLS) == {
+    "collections.OrderedDict",
+    "torch._utils._rebuild_tensor",
+    "torch._utils._rebuild_tensor_v2",
+    "torch._utils._rebuild_parameter",
+    "torch.Size",
+  }
+  for code in pickletools.opcodes:  # and no opcode was forgotten: each is known, or refused by its name
+    assert code.name.isidentifier()
+
+
+def test_a_module_that_contains_itself(tmp_path):
+  """The walk over modules ends."""
+  encoder = (
+    _global("dall_e.encoder.Encoder")
+    + b")\x81q\x00}"
+    + _text("_modules")
+    + b"}"
+    + _text("again")
+    + b"h\x00ssb"
+  )
+  path = _archive(tmp_path / "given" / "x.pkl", b"\x80\x02" + encoder + b".")
+  with pytest.raises(UserError, match="not a tokenizer of OpenAI's"):
+    convert.load(path)
+
+
+def _good(path):
+  torchfile.save(path, {"a": np.arange(1000, dtype=np.float32), "b": np.ones((3, 4), np.float32)}, {})
+  return path
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.999])
+def test_truncated_files(share, tmp_path):
+  for name in ("mim_plus.pth", "dalle_encoder_small_legacy.pkl"):
+    data = (GOLDEN / name).read_bytes()
+    path = tmp_path / "given" / name
+    path.write_bytes(data[: int(len(data) * share)])
+    with pytest.raises(UserError):
+      convert.load(path)
+
+
+def _patched(path, find, replace, count=1):
+  data = path.read_bytes()
+  assert find in data
+  path.write_bytes(data.replace(find, replace, count))
+  return path
+
+
+def test_archives_with_absurd_sizes(tmp_path):
+  path = _good(tmp_path / "given" / "x.pth")
+  with zipfile.ZipFile(path) as archive:
+    info = archive.getinfo("archive/data/0")
+  sizes = struct.pack("<LL", info.file_size, info.file_size)
+  data = path.read_bytes()
+  central = data.index(b"PK\x01\x02")
+  for claim in (0xFFFFFFF0, 4001):
+    lie = data[central:].replace(sizes, struct.pack("<LL", claim, claim))
+    path.write_bytes(data[:central] + lie)
+    with pytest.raises(UserError, match="claims|should have|overlap"):
+      torchfile.load(path)["model"]["a"].read()
+
+
+def test_compressed_double_and_foreign_archives(tmp_path):
+  path = tmp_path / "given" / "x.pth"
+  _archive(
+    path,
+    b"\x80\x02" + b"]" * 10 + b"0" * 9 + b".",
+    [("x/data/0", b"\0" * 10**6)],
+    compression=zipfile.ZIP_DEFLATED,
+  )
+  with pytest.raises(UserError, match="is compressed"):
+    convert.load(path)
+  with pytest.warns(UserWarning, match="Duplicate"):
+    _archive(path, b"\x80\x02}.", [("x/data/0", b"1"), ("x/data/0", b"2")])
+  with pytest.raises(UserError, match="occurs twice"):
+    convert.load(path)
+  with zipfile.ZipFile(path, "w") as archive:
+    archive.writestr("hello.txt", "hello")
+  with pytest.raises(UserError, match="has one data.pkl, this one 0"):
+    convert.load(path)
+  _archive(path, b"\x80\x02}.", [("x/byteorder", b"big")])
+  with pytest.raises(UserError, match="big-endian"):
+    convert.load(path)
+
+
+def test_entries_that_overlap(tmp_path):
+  """Two names for the same bytes: how a small file pretends to be a large one."""
+  path = _good(tmp_path / "given" / "x.pth")
+  with zipfile.ZipFile(path) as archive:
+    first, second = (archive.getinfo(f"archive/data/{i}").header_offset for i in (0, 1))
+  data = path.read_bytes()
+  central = data.index(b"PK\x01\x02")
+  path.write_bytes(
+    data[:central] + data[central:].replace(struct.pack("<L", second), struct.pack("<L", first), 1)
+  )
+  with pytest.raises(UserError, match="overlap|not where|damaged"):
+    torchfile.load(path)
+
+
+def test_a_flipped_bit_is_found(tmp_path):
+  path = _good(tmp_path / "given" / "x.pth")
+  _patched(path, np.float32(500).tobytes() + np.float32(501).tobytes(), b"\0" * 8)
+  with pytest.raises(UserError, match="checksum"):
+    torchfile.load(path)["model"]["a"].read()
+
+
+HEADERS = {
+  "a length beyond the file": (2**40, b"{}"),
+  "no JSON": (None, b"{" + b"x" * 20),
+  "nested too deep": (None, b'{"a":' + b"[" * 100_000),
+  "a list": (None, b'{"a": 1'),
+  "an unknown type": (None, {"a": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}}),
+  "a wrong size": (None, {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}),
+  "a shape below zero": (None, {"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}),
+  "a shape of truths": (None, {"a": {"dtype": "F32", "shape": [True], "data_offsets": [0, 4]}}),
+  "offsets backwards": (None, {"a": {"dtype": "F32", "shape": [], "data_offsets": [8, 4]}}),
+  "beyond the end": (None, {"a": {"dtype": "F32", "shape": [100], "data_offsets": [0, 400]}}),
+  "a huge shape": (None, {"a": {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 8]}}),
+  "an overlap": (
+    None,
+    {
+      "a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
+      "b": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]},
+    },
+  ),
+  "a gap": (None, {"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}),
+  "bytes of nobody": (None, {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}),
+  "a name twice": (
+    None,
+    b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"a":{"dtype":"F32","shape":[2],'
+    b'"data_offsets":[0,8]}}',
+  ),
+  "metadata that are no texts": (None, {"__metadata__": {"a": 1}}),
+}
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_safetensors_that_lie(name, tmp_path):
+  length, header = HEADERS[name]
+  raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+  path = tmp_path / "given" / "x.safetensors"
+  path.write_bytes(struct.pack("<Q", length or len(raw)) + raw + b"\0" * 8)
+  with pytest.raises(UserError, match="damaged or not a safetensors file"):
+    convert.load(path)
+
+
+@pytest.mark.parametrize("name", ["mim_plus.pth", "dalle_encoder_small_legacy.pkl", "safetensors"])
+def test_random_damage(name, tmp_path):
+  """Bytes changed, removed or doubled at random: the result is a value or a UserError, nothing else."""
+  path = tmp_path / "given" / "x"
+  if name == "safetensors":
+    safetensors.write(path, {"a": np.ones((3, 4), np.float32), "b": np.arange(5)}, {"k": "v"})
+    data, read = path.read_bytes(), lambda p: [t.read() for t in safetensors.read(p)[0].values()]
+  else:
+    data, read = (GOLDEN / name).read_bytes(), _read_all
+  rng = np.random.default_rng(0)
+  failures = 0
+  for _ in range(FUZZ):
+    damaged = bytearray(data)
+    for _ in range(rng.integers(1, 4)):
+      # Half of the damage goes where the structure is: the first and the last part of the file.
+      edge = min(len(damaged), 4000)
+      at = int(rng.integers(edge)) if rng.random() < 0.25 else len(damaged) - 1 - int(rng.integers(edge))
+      at = int(rng.integers(len(damaged))) if rng.random() < 0.5 else at
+      kind = rng.integers(3)
+      if kind == 0:
+        damaged[at] = int(rng.integers(256))
+      elif kind == 1:
+        del damaged[at : at + int(rng.integers(1, 9))]
+      else:
+        damaged[at:at] = damaged[at : at + int(rng.integers(1, 9))]
+    path.write_bytes(damaged)
+    try:
+      read(path)
+    except UserError:
+      failures += 1
+  assert failures > FUZZ // 20  # the harness does hit something
+
+
+def _read_all(path):
+  value = torchfile.load(path)
+  if isinstance(value, torchfile.Inert):
+    return [t.read() for t in torchfile.module_tensors(value).values()]
+  tensors = value.get("model") if isinstance(value, dict) else None
+  return (
+    [t.read() for t in tensors.values() if isinstance(t, torchfile.Tensor)]
+    if isinstance(tensors, dict)
+    else []
+  )

@@ -1,0 +1,373 @@
+"""The same outputs as timm's and transformers' models, both ways, with every parameter drawn anew.
+
+Freshly initialised models have zero tables and biases and could not fail. Without PyTorch these tests are skipped;
+`.ci/run` installs it. The limit is max|a - b| <= 1e-5 max|b| in float32.
+"""
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import logging
+import warnings
+
+import numpy as np
+import pytest
+
+import beit_jax
+from beit_jax import trees
+from beit_jax.convert import safetensors, torchfile, unilm
+from beit_jax.errors import UserError
+
+torch = pytest.importorskip("torch", reason="PyTorch is not installed (extra 'torch')")
+if importlib.util.find_spec("torchvision") is None:
+  pytest.skip("torchvision is not installed (extra 'torch')", allow_module_level=True)
+with warnings.catch_warnings():
+  warnings.simplefilter("ignore")
+  # timm needs torchvision; the wheels on PyPI bring operators for CUDA only, so beside a CPU build of PyTorch two
+  # names are missing, which timm never calls.
+  if torch.version.cuda is None and "+cpu" not in importlib.metadata.version("torchvision"):
+    _library = torch.library.Library("torchvision", "DEF")
+    _library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+  timm = pytest.importorskip("timm", reason="timm is not installed (extra 'torch')")
+  transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra 'torch')")
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of other people's libraries
+SMALL = dict(embed_dim=48, depth=3, num_heads=4, img_size=64, num_classes=7)
+
+
+def redraw(model, seed=0):
+  """Every parameter anew, none of them zero: tables N(0, .5), biases .1, LayerScale .1 exp(.5 N), norms 1 +- .1."""
+  generator = torch.Generator().manual_seed(seed)
+  for name, value in model.named_parameters():
+    noise = torch.randn(value.shape, generator=generator)
+    if name.endswith("relative_position_bias_table"):
+      new = 0.5 * noise
+    elif name.endswith(("gamma_1", "gamma_2", "lambda_1", "lambda_2", "gamma")):
+      new = 0.1 * torch.exp(0.5 * noise)
+    elif name.endswith("bias"):
+      new = 0.1 * noise
+    elif "norm" in name and value.ndim == 1:
+      new = 1 + 0.1 * noise
+    elif name.endswith(("token", "embed", "embeddings")):
+      new = 0.5 * noise
+    else:
+      new = noise / np.sqrt(np.prod(value.shape[1:]))
+    value.data.copy_(new)
+  return model.eval()
+
+
+def _image(size, batch=2):
+  height, width = (size, size) if isinstance(size, int) else size
+  return np.random.default_rng(1).standard_normal((batch, height, width, 3), np.float32)
+
+
+def _nchw(image):
+  return torch.from_numpy(np.ascontiguousarray(image.transpose(0, 3, 1, 2)))
+
+
+def _error(found, wanted):
+  found, wanted = np.asarray(found), wanted.detach().numpy()
+  assert found.shape == wanted.shape
+  return np.abs(found - wanted).max() / np.abs(wanted).max()
+
+
+def _mask(image_size, patch=16):
+  grid = (image_size // patch,) * 2
+  return np.random.default_rng(2).random((2, *grid)) < 0.4
+
+
+def _timm(name, **args):
+  return redraw(timm.create_model(name, pretrained=False, **args))
+
+
+def _save(model, path):
+  torch.save(model.state_dict(), path)
+  return path
+
+
+@pytest.mark.parametrize(
+  ("name", "args"),
+  [
+    ("beit_base_patch16_224", SMALL),
+    ("beit_base_patch16_224", {**SMALL, "global_pool": "token", "init_values": None}),
+    ("beit_base_patch16_224", {**SMALL, "use_abs_pos_emb": True, "use_rel_pos_bias": False}),
+    ("vit_base_patch16_224", SMALL),
+    ("vit_base_patch16_224", {**SMALL, "global_pool": "avg"}),
+    ("deit3_small_patch16_224", SMALL),
+    *(
+      pytest.param(name, {}, marks=pytest.mark.slow)
+      for name in (
+        "beit_base_patch16_224",
+        "beitv2_base_patch16_224",
+        "beit_large_patch16_384",
+        "vit_base_patch16_224",
+        "deit3_small_patch16_224",
+      )
+    ),
+  ],
+)
+def test_timm_classifiers_there_and_back(name, args, tmp_path, caplog):
+  model = _timm(name, **args)
+  heads = None if args == {} or "beit" in name and args.get("use_rel_pos_bias", True) else 4
+  loaded = beit_jax.load(_save(model, tmp_path / f"{name}.pth"), num_heads=heads)
+  assert loaded.kind == "classifier"
+  image = _image(loaded.preprocessing["image_size"])
+  wanted = model(_nchw(image))
+  assert _error(loaded.forward(image), wanted) <= 1e-5
+
+  # Back, as a checkpoint for timm, with the call that the log gives.
+  with caplog.at_level(logging.INFO, "beit_jax"):
+    beit_jax.save(loaded, tmp_path / "out.safetensors", format="timm")
+  call = next(line for line in caplog.text.splitlines() if "timm.create_model" in line)
+  again = eval(call[call.index("timm.create_model") :], {"timm": timm}).eval()
+  np.testing.assert_allclose(
+    again(_nchw(image)).detach(), wanted.detach(), atol=1e-5 * float(wanted.abs().max())
+  )
+  assert _error(loaded.forward(image), again(_nchw(image))) <= 1e-5
+
+
+def test_timm_folder(tmp_path):
+  """`local-dir:` of timm reads what `save` writes under a name without suffix, with its preprocessing."""
+  model = _timm("beit_base_patch16_224", **SMALL)
+  loaded = beit_jax.load(_save(model, tmp_path / "model.pth"))
+  beit_jax.save(loaded, tmp_path / "hub", format="timm")
+  again = timm.create_model(f"local-dir:{tmp_path / 'hub'}", pretrained=True).eval()
+  image = _image(64)
+  assert _error(loaded.forward(image), again(_nchw(image))) <= 1e-5
+  assert tuple(again.pretrained_cfg["mean"]) == loaded.preprocessing["mean"]
+  assert beit_jax.load(tmp_path / "hub").preprocessing == loaded.preprocessing
+
+
+@pytest.mark.parametrize("name", ["beit_base_patch16_224", "vit_base_patch16_224"])
+def test_timm_backbones(name, tmp_path):
+  model = _timm(name, **{**SMALL, "num_classes": 0}, global_pool="token")
+  loaded = beit_jax.load(_save(model, tmp_path / "model.pth"), num_heads=4)
+  image = _image(64)
+  assert loaded.kind == "backbone"
+  assert _error(loaded.forward(image), model.forward_features(_nchw(image))) <= 1e-5
+
+
+def test_mistakes_in_the_mapping_would_be_seen(tmp_path):
+  """Swapping q and v bias, or reversing a table, is far outside the tolerance."""
+  model = _timm("beit_base_patch16_224", **SMALL)
+  loaded = beit_jax.load(_save(model, tmp_path / "model.pth"))
+  image = _image(64)
+  wanted = model(_nchw(image))
+  attn = loaded.params["encoder"]["block_01"]["attn"]
+  right = dict(attn)
+  for wrong in (
+    dict(q_bias=right["v_bias"], v_bias=right["q_bias"]),
+    dict(relative_position_bias_table=right["relative_position_bias_table"][::-1]),
+  ):
+    attn.update(right)
+    assert _error(loaded.module.apply({"params": loaded.params}, image), wanted) <= 1e-5
+    attn.update(wrong)
+    assert _error(loaded.module.apply({"params": loaded.params}, image), wanted) > 1e-3
+
+
+HF = dict(hidden_size=48, num_hidden_layers=3, num_attention_heads=4, intermediate_size=192, image_size=64)
+FULL = dict(image_size=224)
+RELATIVE = dict(use_relative_position_bias=True)
+SHARED = dict(use_shared_relative_position_bias=True)
+ABSOLUTE = dict(use_absolute_position_embeddings=True)
+
+
+def _sizes(cases):
+  small = [pytest.param(HF, case, id=f"small-{i}") for i, case in enumerate(cases)]
+  return small + [
+    pytest.param(FULL, case, id=f"full-{i}", marks=pytest.mark.slow) for i, case in enumerate(cases)
+  ]
+
+
+def _hf(cls, sizes, **config):
+  return redraw(cls(transformers.BeitConfig(**sizes, **config)))
+
+
+def _there_and_back_hf(model, tmp_path, run):
+  """Loads what transformers saved, compares, saves, lets transformers load, compares again."""
+  model.save_pretrained(tmp_path / "theirs")
+  loaded = beit_jax.load(tmp_path / "theirs")
+  error = run(loaded, model)
+  assert error <= 1e-5
+  beit_jax.save(loaded, tmp_path / "ours", format="hf")
+  again, info = type(model).from_pretrained(tmp_path / "ours", output_loading_info=True)
+  assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+  assert run(loaded, again.eval()) <= 1e-5
+  assert again.config.layer_norm_eps == model.config.layer_norm_eps
+  return loaded, again
+
+
+@pytest.mark.parametrize(
+  ("sizes", "config"),
+  _sizes([SHARED, ABSOLUTE, {**RELATIVE, "layer_norm_eps": 1e-6}, {**SHARED, **ABSOLUTE}]),
+)
+def test_hf_masked_image_modelling(sizes, config, tmp_path):
+  model = _hf(transformers.BeitForMaskedImageModeling, sizes, **config, vocab_size=64, use_mask_token=True)
+  image, mask = _image(sizes["image_size"]), _mask(sizes["image_size"])
+
+  def run(loaded, peer):
+    wanted = peer(_nchw(image), bool_masked_pos=torch.from_numpy(mask.reshape(2, -1))).logits
+    return _error(loaded.forward(image, mask), wanted)
+
+  loaded, _ = _there_and_back_hf(model, tmp_path, run)
+  assert loaded.kind == "mim"
+
+
+@pytest.mark.parametrize(
+  ("sizes", "config"),
+  _sizes(
+    [RELATIVE, {**RELATIVE, "use_mean_pooling": False}, ABSOLUTE, {**ABSOLUTE, "layer_scale_init_value": 0.0}]
+  ),
+)
+def test_hf_classification(sizes, config, tmp_path):
+  labels = {0: "cat", 1: "dog", 2: "axolotl"}
+  model = _hf(transformers.BeitForImageClassification, sizes, **config, num_labels=3, id2label=labels)
+  image = _image(sizes["image_size"])
+  run = lambda loaded, peer: _error(loaded.forward(image), peer(_nchw(image)).logits)
+  loaded, again = _there_and_back_hf(model, tmp_path, run)
+  assert loaded.module.pool == ("mean" if config.get("use_mean_pooling", True) else "cls")
+  assert loaded.description["labels"] == list(labels.values()) and again.config.id2label == labels
+
+
+@pytest.mark.parametrize("mean_pooling", [False, True])
+def test_hf_backbone(mean_pooling, tmp_path):
+  model = _hf(transformers.BeitModel, HF, **RELATIVE, use_mean_pooling=mean_pooling, use_mask_token=True)
+  image, mask = _image(64), _mask(64)
+
+  def run(loaded, peer):
+    flat = torch.from_numpy(mask.reshape(2, -1))
+    return _error(loaded.forward(image, mask), peer(_nchw(image), bool_masked_pos=flat).last_hidden_state)
+
+  loaded, _ = _there_and_back_hf(model, tmp_path, run)
+  assert loaded.kind == "backbone"
+  assert any("fc_norm" in name for name in loaded.description["left_out"]) == mean_pooling
+
+
+def test_hf_two_norms_are_refused(tmp_path):
+  _hf(transformers.BeitForMaskedImageModeling, HF, use_mean_pooling=False, **SHARED).save_pretrained(tmp_path)
+  with pytest.raises(UserError, match="two layer norms"):
+    beit_jax.load(tmp_path)
+
+
+def test_hf_preprocessing_there_and_back(tmp_path, caplog):
+  """Their processor prepares an image as ours does, from the file that we write."""
+  model = _hf(transformers.BeitForImageClassification, HF, **RELATIVE, num_labels=3)
+  model.save_pretrained(tmp_path / "theirs")
+  loaded = beit_jax.load(tmp_path / "theirs")
+  beit_jax.save(loaded, tmp_path / "ours", format="hf")
+  processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "ours", backend="pil")
+  picture = np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8)
+  theirs = processor(picture, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
+  ours = np.asarray(loaded.preprocess([picture]))[0]
+  assert theirs.shape == ours.shape
+  # Same resampling; where the crop box falls between two pixels the two may differ by one.
+  assert np.abs(theirs - ours).mean() < 0.25
+  squash = dict(image_size=(64, 64), crop_pct=1.0, resize="squash", interpolation="bilinear")
+  transformers.BeitImageProcessor(
+    size={"height": 64, "width": 64}, resample=2, image_mean=[0.4] * 3, image_std=[0.2] * 3
+  ).save_pretrained(tmp_path / "theirs")
+  found = beit_jax.load(tmp_path / "theirs").preprocessing
+  assert found == {"mean": (0.4,) * 3, "std": (0.2,) * 3, **squash}
+
+
+def test_a_rectangular_grid_is_announced(tmp_path, caplog):
+  model = _hf(transformers.BeitForImageClassification, HF, **RELATIVE, num_labels=3)
+  model.save_pretrained(tmp_path / "theirs")
+  loaded = beit_jax.load(tmp_path / "theirs")
+  module = loaded.module.clone(encoder={**loaded.module.encoder, "image_size": (32, 128)})  # 2 x 8 patches
+  shapes = unilm.param_shapes(module, (32, 128))
+  params = trees.unflatten({name: np.zeros(shape, np.float32) for name, shape in shapes.items()})
+  with caplog.at_level(logging.INFO, "beit_jax"):
+    wide = dataclasses.replace(loaded, module=module, params=params)
+    beit_jax.save(wide, tmp_path / "wide", format="hf")
+  assert "(width, height)" in caplog.text
+  assert beit_jax.load(tmp_path / "wide").module.encoder["image_size"] == (32, 128)
+
+
+@pytest.mark.parametrize(
+  "sizes", [dict(hidden_size=8, vocab_size=64), pytest.param({}, marks=pytest.mark.slow, id="full")]
+)
+def test_flava_codebook(sizes, tmp_path):
+  model = redraw(transformers.FlavaImageCodebook(transformers.FlavaImageCodebookConfig(**sizes)))
+  model.save_pretrained(tmp_path / "theirs")
+  tokenizer = beit_jax.load(tmp_path / "theirs")
+  assert tokenizer.kind == "tokenizer" and "decoder" not in tokenizer.params
+  image = np.random.default_rng(0).random((2, 64, 64, 3), np.float32) * 0.8 + 0.1
+
+  def run(peer):
+    return _error(tokenizer.forward(image), peer.blocks(_nchw(image)).permute(0, 2, 3, 1))
+
+  assert run(model) <= 1e-5
+  beit_jax.save(tokenizer, tmp_path / "ours", format="hf")
+  again, info = transformers.FlavaImageCodebook.from_pretrained(tmp_path / "ours", output_loading_info=True)
+  assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+  assert run(again.eval()) <= 1e-5
+  with pytest.raises(UserError, match="without its decoder"):
+    tokenizer.decode(np.zeros((1, 64), np.int32))
+
+
+def test_written_pth_loads_with_weights_only(tmp_path):
+  model = _timm("beit_base_patch16_224", **SMALL)
+  loaded = beit_jax.load(_save(model, tmp_path / "model.pth"))
+  beit_jax.save(loaded, tmp_path / "out.pth", format="unilm")
+  state = torch.load(tmp_path / "out.pth", weights_only=True)["model"]
+  ours = {name: value for name, value in state.items() if "relative_position_index" not in name}
+  theirs = model.state_dict()
+  assert ours.keys() == theirs.keys()
+  assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+  mapped = torch.load(tmp_path / "out.pth", weights_only=True, mmap=True)["model"]
+  assert all(torch.equal(mapped[name], state[name]) for name in state)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_everything_that_torch_saves(zipped, tmp_path):
+  """Both containers, every number type, views, and half precision turned into float32."""
+  tensors = {
+    "transposed": torch.arange(6.0).reshape(2, 3).T,
+    "offset": torch.arange(10.0)[3:],
+    "empty": torch.zeros(0, 3),
+    "scalar": torch.tensor(2.5),
+    **{
+      str(t): torch.ones(3, dtype=t)
+      for t in (torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.bool)
+    },
+  }
+  tensors["again"] = tensors["offset"]
+  torch.save({"model": tensors, "epoch": 3}, tmp_path / "x.pth", _use_new_zipfile_serialization=zipped)
+  found = torchfile.load(tmp_path / "x.pth")
+  assert found["epoch"] == 3
+  for name, value in tensors.items():
+    np.testing.assert_array_equal(np.asarray(found["model"][name].read(), np.float64), value.double().numpy())
+
+
+def test_safetensors_agree_with_the_library(tmp_path):
+  from safetensors.torch import load_file, save_file
+
+  tensors = {
+    "a": torch.randn(3, 4),
+    "b": torch.ones(5, dtype=torch.bfloat16),
+    "c": torch.arange(3),
+    "e": torch.zeros(0),
+  }
+  save_file(tensors, tmp_path / "theirs.safetensors", metadata={"x": "y"})
+  found, metadata = safetensors.read(tmp_path / "theirs.safetensors")
+  assert metadata == {"x": "y"}
+  for name, value in tensors.items():
+    np.testing.assert_array_equal(found[name].read().astype(np.float64), value.double().numpy())
+  arrays = {name: value.read() for name, value in found.items()}
+  safetensors.write(tmp_path / "ours.safetensors", arrays, {"x": "y"})
+  again = load_file(tmp_path / "ours.safetensors")
+  assert again.keys() == tensors.keys() and all(torch.equal(again[n], tensors[n]) for n in tensors)
+
+
+def test_k_bias_is_dropped_exactly(tmp_path):
+  """The biggest k bias changes nothing."""
+  model = _timm("vit_base_patch16_224", **SMALL)
+  for block in model.blocks:
+    block.attn.qkv.bias.data[48:96] = 5.0
+  loaded = beit_jax.load(_save(model, tmp_path / "model.pth"), num_heads=4)
+  image = _image(64)
+  assert _error(loaded.forward(image), model(_nchw(image))) <= 1e-5
+  assert "blocks.0.attn.qkv.bias[k]" in loaded.description["left_out"]
+  assert not any("k_bias" in name for name in trees.flatten(loaded.params))
