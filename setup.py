@@ -32,7 +32,7 @@ setup(
   extras_require={
     "test": TEST,
     "dev": [*TEST, "pre-commit>=4"],
-    "torch": ["torch>=2.4", "safetensors>=0.4"],
+    "torch": ["torch>=2.4", "transformers>=5.2,<6", "timm>=1.0.20,<2", "safetensors>=0.5"],  # peers in tests
     "tpu": ["jax[tpu]>=0.10,<0.12"],
     "cuda": ["jax[cuda12]>=0.10,<0.12"],
   },

@@ -110,7 +110,10 @@ def load_params(folder: Path, item: str = "params") -> dict[str, Any]:
 
 def write_model(folder: Path, params: Any, description: dict[str, Any]) -> None:
   """A checkpoint without optimizer: `find`, `load_params` and `init_from` take it, `resume` does not."""
-  with ocp.StandardCheckpointer() as checkpointer:
+  # Not asynchronous and not compressed: a large model would be copied once more on its way out.
+  with ocp.Checkpointer(
+    ocp.PyTreeCheckpointHandler(save_concurrent_gb=1, use_compression=False)
+  ) as checkpointer:
     checkpointer.save(folder.absolute() / "params", jax.tree.map(np.asarray, params))
   _write_json(folder / DESCRIPTION, description)
   _write_json(folder / DIGEST, _digests(folder))

@@ -342,6 +342,7 @@ def test_the_command(tmp_path, capsys):
   assert "posix.system" in capsys.readouterr().err and not (tmp_path / "y").exists()
 
 
+@pytest.mark.slow
 def test_a_run_goes_out_and_comes_back_as_the_start_of_another(tmp_path, tokenizer_run, caplog):
   """Run -> hf -> fine-tuning; and the tokenizer as hf in pre-training: bit-identical starts."""
   config = tiny.config("beit", total_steps=1, **NO_WARMUP, **{"tokenizer.init_from": str(tokenizer_run)})
