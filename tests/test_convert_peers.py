@@ -30,8 +30,10 @@ with warnings.catch_warnings():
     _library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     _library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
   timm = pytest.importorskip("timm", reason="timm is not installed (extra 'torch')")
+  safetensors_torch = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
   transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra 'torch')")
 
+load_file, save_file = safetensors_torch.load_file, safetensors_torch.save_file
 pytestmark = pytest.mark.filterwarnings("ignore")  # of other people's libraries
 SMALL = dict(embed_dim=48, depth=3, num_heads=4, img_size=64, num_classes=7)
 
@@ -244,6 +246,26 @@ def test_hf_backbone(mean_pooling, tmp_path):
   assert any("fc_norm" in name for name in loaded.description["left_out"]) == mean_pooling
 
 
+def test_hf_folders_of_every_make(tmp_path):
+  """Sharded, as pytorch_model.bin, and under the names that transformers 5 has in memory: the same parameters."""
+  model = _hf(transformers.BeitForImageClassification, HF, **RELATIVE, num_labels=3)
+  model.save_pretrained(tmp_path / "plain")
+  wanted = trees.flatten(beit_jax.load(tmp_path / "plain").params)
+  model.save_pretrained(tmp_path / "shards", max_shard_size="100KB")
+  assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+  for name, write in (
+    ("bin", lambda folder: torch.save(model.state_dict(), folder / "pytorch_model.bin")),
+    ("memory", lambda folder: save_file(model.state_dict(), folder / "model.safetensors")),
+  ):
+    (tmp_path / name).mkdir()
+    model.config.save_pretrained(tmp_path / name)
+    write(tmp_path / name)
+  for name in ("shards", "bin", "memory"):
+    found = trees.flatten(beit_jax.load(tmp_path / name).params)
+    assert found.keys() == wanted.keys()
+    assert all(np.array_equal(found[n], wanted[n]) for n in wanted)
+
+
 def test_hf_two_norms_are_refused(tmp_path):
   _hf(transformers.BeitForMaskedImageModeling, HF, use_mean_pooling=False, **SHARED).save_pretrained(tmp_path)
   with pytest.raises(UserError, match="two layer norms"):
@@ -342,7 +364,6 @@ def test_everything_that_torch_saves(zipped, tmp_path):
 
 
 def test_safetensors_agree_with_the_library(tmp_path):
-  from safetensors.torch import load_file, save_file
 
   tensors = {
     "a": torch.randn(3, 4),

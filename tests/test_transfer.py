@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy.interpolate import RectBivariateSpline
 
 from beit_jax import transfer, trees
 from beit_jax.errors import UserError
@@ -32,6 +33,28 @@ def test_table_resize_golden_not_square():
   table = ARRAYS["ext/in_table_9x13"]
   found = transfer.resize_rel_pos_table(table.astype(np.float64), (5, 7), (9, 14))
   np.testing.assert_allclose(found, ARRAYS["ext/out_table_17x27"], atol=1e-12)
+
+
+@pytest.mark.parametrize(
+  ("source", "target"), [((5, 7), (9, 14)), ((14, 14), (24, 30)), ((3, 8), (3, 12)), ((9, 6), (5, 11))]
+)
+def test_table_resize_against_scipy(source, target):
+  """FITPACK's bivariate spline on coordinates made by the formula of the geometric series, each axis its own ratio."""
+  rows, cols = (2 * side - 1 for side in source)
+  table = np.random.default_rng(0).standard_normal((rows * cols + 3, 2))
+
+  def coordinates(src, dst):
+    q = transfer.geometric_ratio(src, dst) if src != dst else 1.0
+    steps = np.array([sum(q**i for i in range(n)) for n in range(1, src // 2 + 1)])
+    known = np.concatenate([-steps[::-1], [0.0], steps])
+    return known, np.clip(np.arange(-(dst // 2), dst // 2 + 1), known[0], known[-1])
+
+  (y, new_y), (x, new_x) = (coordinates(2 * s - 1, 2 * t - 1) for s, t in zip(source, target, strict=True))
+  found = transfer.resize_rel_pos_table(table, source, target)
+  for head in range(2):
+    spline = RectBivariateSpline(y, x, table[:-3, head].reshape(rows, cols), kx=3, ky=3, s=0)
+    np.testing.assert_allclose(found[:-3, head], spline(new_y, new_x).ravel(), atol=1e-9)
+  np.testing.assert_array_equal(found[-3:], table[-3:])
 
 
 def test_table_of_another_grid_is_refused():

@@ -10,6 +10,7 @@ import collections
 import math
 import pickletools
 import struct
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -158,7 +159,7 @@ _MARK = object()
 _LITERALS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _ARGUMENTS = {
   *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
-  *("STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
+  *("BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
   *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
 }
 _EMPTY = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_TUPLE": tuple}
@@ -280,9 +281,9 @@ def load(path: Path) -> Any:
     UserError: the file is damaged, or holds something that weights have no need of; says what.
   """
   try:
-    if zipfile.is_zipfile(path):
-      return _load_zip(path)
-    return _load_stream(path)
+    with warnings.catch_warnings():
+      warnings.simplefilter("ignore")  # of pickletools, about escapes in broken texts
+      return _load_zip(path) if zipfile.is_zipfile(path) else _load_stream(path)
   except Refused as error:
     raise UserError(f"{path}: refused: {error}") from None
   except (
@@ -305,8 +306,10 @@ def _load_zip(path: Path) -> Any:
   size, entries, spans = path.stat().st_size, {}, []
   with path.open("rb") as file, zipfile.ZipFile(file) as archive:
     for info in archive.infolist():
-      file.seek(min(max(info.header_offset, 0), size))
-      header = file.read(30)
+      header = b""
+      if 0 <= info.header_offset < size:
+        file.seek(info.header_offset)
+        header = file.read(30)
       if header[:4] != b"PK\x03\x04" or len(header) < 30:
         raise Refused(f"the entry {info.filename!r} is not where the archive says")
       start = info.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
