@@ -55,18 +55,16 @@ def fault(folder: Path) -> str | None:
   return None
 
 
-def digest_of(folder: Path) -> str:
-  """One sha256 for a whole checkpoint: that of its digest.json's content about the parameters."""
-  digests = json.loads((folder / DIGEST).read_text())
-  content = {name: entry["sha256"] for name, entry in digests.items() if name.startswith("params/")}
-  return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
 def steps(root: Path) -> list[int]:
   """Steps of the committed checkpoints in `checkpoints/`, oldest first, good or not."""
   if not root.is_dir():
     return []
   return sorted(int(p.name) for p in root.iterdir() if p.is_dir() and p.name.isdigit())
+
+
+def is_run(path: Path) -> bool:
+  """Whether a folder is a run, its `checkpoints`, or one checkpoint, good or not."""
+  return (path / "checkpoints").is_dir() or (path / DESCRIPTION).is_file() or bool(steps(path))
 
 
 def find(path: str | Path, step: int | None = None) -> Path:
@@ -77,18 +75,18 @@ def find(path: str | Path, step: int | None = None) -> Path:
   """
   path = Path(os.path.expanduser(path)).absolute()  # Orbax takes no relative paths
   if (path / DESCRIPTION).is_file():
-    root, wanted = path.parent, [int(path.name)] if path.name.isdigit() else [path.name]
+    root, wanted = path.parent, [path.name]
   else:
     root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    wanted = steps(root)[::-1]
+    wanted = [str(s) for s in steps(root)[::-1]]
   if step is not None:
-    wanted = [s for s in wanted if s == step]
+    wanted = [s for s in wanted if s == str(step)]
   faults = []
   for candidate in wanted:
-    problem = fault(root / str(candidate))
+    problem = fault(root / candidate)
     if problem is None:
-      return root / str(candidate)
-    faults.append(f"{root / str(candidate)}: {problem}")
+      return root / candidate
+    faults.append(f"{root / candidate}: {problem}")
   reason = "; ".join(faults) or f"found the steps {steps(root) or 'none'}"
   wish = "" if step is None else f" of step {step}"
   raise UserError(

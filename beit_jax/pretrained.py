@@ -1,6 +1,7 @@
 """A model with its weights, as `beit_jax.load` returns it: what a notebook user holds in hand."""
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable
 from functools import cached_property
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from beit_jax import __version__
+from beit_jax import __version__, trees
 from beit_jax.data import images as images_lib
 from beit_jax.errors import UserError
 from beit_jax.models.beit import Beit, BeitForImageClassification, BeitForMaskedImageModeling
@@ -24,6 +25,16 @@ MODULES: dict[str, Callable[..., nn.Module]] = {
   "classifier": BeitForImageClassification,
   "tokenizer": Dvae,
 }
+
+
+def fingerprint(params: Any) -> str:
+  """sha256 of names, shapes and values: the same for the same weights, in whatever file they come."""
+  digest = hashlib.sha256()
+  for name, leaf in sorted(trees.flatten(params).items()):
+    array = np.ascontiguousarray(leaf)
+    digest.update(f"{name} {array.dtype} {array.shape}".encode())
+    digest.update(array.reshape(-1).view(np.uint8).data)
+  return digest.hexdigest()
 
 
 def make_module(kind: str, fields: dict[str, Any]) -> nn.Module:

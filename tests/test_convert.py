@@ -139,6 +139,7 @@ PAIRS = [
   (dict(kind="classifier", rel_pos="per_block"), ("orbax", "unilm", "timm", "hf")),
   (dict(kind="classifier", rel_pos="per_block", pool="cls", size=(24, 32)), ("orbax", "unilm", "timm", "hf")),
   (dict(kind="classifier", rel_pos="none", abs_pos=True), ("orbax", "unilm", "timm", "hf")),
+  (dict(kind="classifier", rel_pos="none", abs_pos=True, size=(32, 48)), ("orbax", "unilm", "timm", "hf")),
   (dict(kind="classifier", rel_pos="shared", layer_scale_init=0.0), ("orbax", "unilm", "timm", "hf")),
   (dict(kind="backbone", norm_eps=1e-12), ("orbax", "unilm", "timm", "hf")),
   (dict(kind="backbone", use_mask_token=False, final_norm=False), ("orbax", "unilm", "timm", "hf")),
@@ -188,7 +189,7 @@ def test_what_timm_has_no_place_for_is_said(tmp_path, caplog):
 @pytest.mark.parametrize(
   ("kind", "format", "message"),
   [
-    ("mim", "timm", "a mim cannot be saved as timm.*orbax, unilm, hf"),
+    ("mim", "timm", "a mim cannot be saved as timm.*Formats for it: orbax, unilm, hf"),
     ("tokenizer", "timm", "a tokenizer cannot be saved as timm.*orbax, hf"),
     ("tokenizer", "unilm", "a tokenizer cannot be saved as unilm.*orbax, hf"),
     ("mim", "onnx", "format 'onnx' is unknown; there are orbax, unilm, timm, hf"),
@@ -315,6 +316,155 @@ def test_half_precision_files_become_float32(tmp_path):
   safetensors.write(tmp_path / "x.safetensors", state, {})
   loaded = convert.load(tmp_path / "x.safetensors")
   assert all(leaf.dtype == np.float32 for leaf in trees.flatten(loaded.params).values())
+
+
+def test_an_export_inside_a_run_does_not_hide_its_checkpoints(tmp_path):
+  run, other = _random("classifier", rel_pos="per_block"), _random("mim")
+  convert.save(run, tmp_path / "run" / "checkpoints" / "7", format="orbax")
+  safetensors.write(tmp_path / "run" / "model.safetensors", unilm.export_beit(other), {})
+  (tmp_path / "run" / "notes.pkl").write_bytes(b"")
+  assert convert.load(tmp_path / "run").kind == "classifier"
+  assert convert.load(tmp_path / "run", step=7).kind == "classifier"
+  convert.save(run, tmp_path / "007", format="orbax")
+  assert convert.load(tmp_path / "007").kind == "classifier"
+
+
+def test_what_was_assumed_stays_as_it_was(tmp_path):
+  """The name of the second file does not matter, and a guess does not become a fact."""
+  first = convert.load(_pth(tmp_path / "beitv2_x.pth", _state()))
+  assert first.preprocessing["mean"][0] == 0.485 and first.description["assumed"] == ["preprocessing"]
+  for name, format in (("mine.pth", "unilm"), ("mine.safetensors", "timm"), ("hub", "timm"), ("hf", "hf")):
+    convert.save(first, tmp_path / name, format=format)
+    again = convert.load(tmp_path / name)
+    assert again.preprocessing == first.preprocessing
+    assert again.description["assumed"] == ["preprocessing"]
+    assert again.description["sha256"] == first.description["sha256"]
+
+
+def _edit(path, **changes):
+  path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_files_edited_by_others_win(tmp_path):
+  convert.save(_random("classifier", rel_pos="per_block"), tmp_path / "x", format="hf")
+  _edit(tmp_path / "x" / "config.json", layer_norm_eps=1e-12)
+  _edit(tmp_path / "x" / "preprocessor_config.json", image_mean=[0.9, 0.9, 0.9])
+  again = convert.load(tmp_path / "x")
+  assert again.encoder_fields["norm_eps"] == 1e-12 and again.preprocessing["mean"] == (0.9,) * 3
+
+
+@pytest.mark.parametrize(
+  ("file", "changes", "message"),
+  [
+    ("config.json", dict(image_size="224"), "image_size is '224'"),
+    ("config.json", dict(image_size=None), "image_size is None"),
+    ("config.json", dict(image_size=[32, 32, 3]), "image_size is"),
+    ("config.json", dict(layer_norm_eps="1e-6"), "layer_norm_eps is '1e-6'"),
+    ("config.json", dict(num_attention_heads=0), "num_attention_heads is 0"),
+    ("config.json", dict(hidden_act="quick_gelu"), "hidden_act is 'quick_gelu'"),
+    ("config.json", dict(beit_jax="{"), "damaged, or of a form"),
+    ("preprocessor_config.json", dict(size={}), "of a form this version does not know"),
+    ("preprocessor_config.json", dict(size=0), "of a form this version does not know"),
+    ("preprocessor_config.json", dict(image_mean=0.5), "of a form this version does not know"),
+    ("preprocessor_config.json", dict(image_std=[1, 0, 1]), "std=.*, expected three numbers other than 0"),
+  ],
+)
+def test_configurations_of_another_form(file, changes, message, tmp_path):
+  convert.save(_random("classifier", rel_pos="per_block"), tmp_path / "x", format="hf")
+  _edit(tmp_path / "x" / file, **changes)
+  with pytest.raises(UserError, match=message):
+    convert.load(tmp_path / "x")
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "{", "3"])
+def test_configurations_that_are_no_tables(text, tmp_path):
+  convert.save(_random("classifier", rel_pos="per_block"), tmp_path / "x", format="hf")
+  (tmp_path / "x" / "config.json").write_text(text)
+  with pytest.raises(UserError, match="must be tables|not JSON"):
+    convert.load(tmp_path / "x")
+
+
+def test_preparations_that_ours_cannot_be_are_not_used(tmp_path, caplog):
+  convert.save(_random("classifier", rel_pos="per_block"), tmp_path / "x", format="hf")
+  for changes in (dict(do_rescale=False), dict(rescale_factor=1 / 127.5), dict(resample=77)):
+    _edit(tmp_path / "x" / "preprocessor_config.json", **changes)
+    assert convert.load(tmp_path / "x").description["assumed"] == ["preprocessing"]
+    assert "nothing that beit_jax does" in caplog.text
+    _edit(tmp_path / "x" / "preprocessor_config.json", do_rescale=True, rescale_factor=1 / 255, resample=3)
+  _edit(tmp_path / "x" / "preprocessor_config.json", do_normalize=False)
+  assert convert.load(tmp_path / "x").preprocessing["std"] == (1.0, 1.0, 1.0)
+
+
+def test_labels_with_holes(tmp_path, caplog):
+  convert.save(_random("classifier", rel_pos="per_block"), tmp_path / "x", format="hf")
+  _edit(tmp_path / "x" / "config.json", id2label={"0": "a", "1": "b", "4": "c"}, beit_jax=None)
+  assert convert.load(tmp_path / "x").description["labels"] == []
+  assert "one by one" in caplog.text
+
+
+def test_timm_configurations_that_ours_cannot_be(tmp_path):
+  convert.save(_random("classifier", rel_pos="none", abs_pos=True, pool="cls"), tmp_path / "x", format="timm")
+  config = json.loads((tmp_path / "x" / "config.json").read_text())
+  _edit(tmp_path / "x" / "config.json", model_args={**config["model_args"], "act_layer": "quick_gelu"})
+  with pytest.raises(UserError, match="act_layer='quick_gelu'"):
+    convert.load(tmp_path / "x")
+  _edit(tmp_path / "x" / "config.json", model_args=config["model_args"], global_pool="avg")
+  with pytest.raises(UserError, match="global_pool='avg' without fc_norm"):
+    convert.load(tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+  "arguments",
+  [
+    dict(image_size="32"),
+    dict(image_size=(32,)),
+    dict(image_size=(32, 32, 3)),
+    dict(image_size=0),
+    dict(num_heads=0),
+    dict(num_heads=-3),
+    dict(num_heads=True),
+  ],
+)
+def test_arguments_of_the_wrong_form(arguments, tmp_path):
+  path = _pth(tmp_path / "abs.pth", _state(rel_pos="none", abs_pos=True))
+  with pytest.raises(UserError, match=f"{next(iter(arguments))}=.*expected"):
+    convert.load(path, **arguments)
+
+
+def test_targets_that_cannot_be_written(tmp_path):
+  model = _random("classifier", rel_pos="per_block")
+  (tmp_path / "file").write_text("x")
+  (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+  for path, message in (
+    (tmp_path / "file" / "x.pth", "cannot be written"),
+    (tmp_path / ("x" * 300), "cannot be written"),
+    (tmp_path / "link", "nothing is overwritten"),
+    ("/dev/null", "nothing is overwritten"),
+    (tmp_path / "x.npz", "end the name in"),
+  ):
+    with pytest.raises(UserError, match=message):
+      convert.save(model, path, format="timm" if str(path).endswith("npz") else "unilm")
+  with pytest.raises(UserError, match="cannot be saved"):
+    convert.save(_random("mim"), tmp_path / "a" / "b" / "x.pth", format="timm")
+  assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "link"]
+
+
+def test_integers_are_no_weights(tmp_path):
+  state = {name: value.astype(np.int8) for name, value in _state().items()}
+  safetensors.write(tmp_path / "x.safetensors", state, {})
+  with pytest.raises(UserError, match="the file holds int8 there"):
+    convert.load(tmp_path / "x.safetensors")
+  with pytest.raises(UserError, match="one set of weights"):
+    convert.load(tmp_path / "x.safetensors", ema=True)
+
+
+def test_openai_names_in_other_containers(tmp_path):
+  arrays, _ = reference.load("dalle_pkl")
+  state = reference.section(arrays, "param/encoder/")
+  wanted = convert.load(GOLDEN / "dalle_encoder_small.pkl")
+  safetensors.write(tmp_path / "x.safetensors", state, {})
+  _same(convert.load(tmp_path / "x.safetensors").params, wanted.params)
+  _same(convert.load(_pth(tmp_path / "x.pth", state)).params, wanted.params)
 
 
 # --- the command, and fine-tuning from files ------------------------------------------------------

@@ -94,6 +94,21 @@ HOSTILE = {
   "a text of 2^60 bytes": (b"\x8d" + struct.pack("<Q", 2**60) + b"x", "damaged"),
   "a number of 2^31 bytes": (b"\x8b\xff\xff\xff\x7f", "damaged"),
   "a deep key": (b"}" + b")" + b"\x85" * 200_000 + b"K\x01s", "key of type tuple"),
+  "a deep reference": (b")" + b"\x85q\x00h\x00\x86" * 60 + b"Q", "unknown reference"),
+  "a tensor of ten thousand axes": (
+    TENSOR + b"K\x00(" + (b"\x8a\xff" + b"\x7f" * 255) * 10_000 + b"t(K\x01t\x89)tR",
+    "sizes are no numbers",
+  ),
+  "a list used again and again": (
+    b"]q\x00(" + b"N" * 100_000 + b"e0(" + (_global("torch.Size") + b"h\x00\x85R") * 5000 + b"l",
+    "far more of its lists",
+  ),
+  "numbers that collide": (
+    b"}("
+    + b"".join(b"\x8a\x0b" + (i * (2**61 - 1)).to_bytes(11, "little") + b"N" for i in range(1, 30_000))
+    + b"u",
+    "key of type int",
+  ),
   "a memo that is empty": (b"h\x07", "damaged"),
   "an empty stack": (b"0", "damaged"),
   "an unknown reference": (b"(" + _text("file") + _text("/etc/passwd") + b"tQ", "unknown reference"),
@@ -153,6 +168,46 @@ def test_a_module_that_contains_itself(tmp_path):
   path = _archive(tmp_path / "given" / "x.pkl", b"\x80\x02" + encoder + b".")
   with pytest.raises(UserError, match="not a tokenizer of OpenAI's"):
     convert.load(path)
+
+
+def test_names_of_modules_that_grow(tmp_path):
+  """A long name, remembered once and used at every level."""
+  name = _text("x" * 500) + b"q\x01"
+  body = _global("dall_e.encoder.Encoder") + b"q\x00)\x81}" + _text("_modules") + b"}" + name
+  for _ in range(50):
+    body += b"h\x00)\x81}" + _text("_modules") + b"}h\x01"
+  body += b"N" + b"ssb" * 51
+  path = _archive(tmp_path / "given" / "x.pkl", b"\x80\x02" + body + b".")
+  with pytest.raises(UserError, match="longer than"):
+    convert.load(path)
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"blocks.3000.mlp.fc1.weight": (8, 4)}, "not numbered from 0 without a gap"),
+    ({"blocks." + "9" * 5000 + ".mlp.fc1.weight": (8, 4)}, "not numbered from 0 without a gap"),
+    ({"blocks.0.attn.relative_position_bias_table": (299 * 299 + 3, 1)}, "more than 64 x 64 patches"),
+    ({"blocks.0.attn.relative_position_bias_table": (299 * 299 + 3, 0)}, "no BeiT|no BEiT"),
+    ({"patch_embed.proj.weight": (4, 3, 0, 0)}, "no BEiT"),
+    ({"cls_token": (1, 1, 0)}, "no BEiT"),
+    ({"pos_embed": (5,), "blocks.0.attn.qkv.bias": (12,)}, "no BEiT|pos_embed"),
+    ({"blocks.0.attn.qkv.bias": ()}, "expected .3 x width"),
+  ],
+)
+def test_shapes_that_make_no_model(changes, message, tmp_path):
+  """Small files that describe something absurd: refused before anything of that size is made."""
+  shapes = {
+    "cls_token": (1, 1, 4),
+    "patch_embed.proj.weight": (4, 3, 2, 2),
+    "blocks.0.mlp.fc1.weight": (8, 4),
+    "pos_embed": (1, 5, 4),
+    **changes,
+  }
+  path = tmp_path / "given" / "x.safetensors"
+  safetensors.write(path, {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}, {})
+  with pytest.raises(UserError, match=message):
+    convert.load(path, num_heads=1)
 
 
 def _good(path):
@@ -243,6 +298,7 @@ HEADERS = {
   "an unknown type": (None, {"a": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}}),
   "a wrong size": (None, {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}),
   "a shape below zero": (None, {"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}),
+  "a shape of many axes": (None, {"a": {"dtype": "F32", "shape": [10**4000] * 1000, "data_offsets": [0, 8]}}),
   "a shape of truths": (None, {"a": {"dtype": "F32", "shape": [True], "data_offsets": [0, 4]}}),
   "offsets backwards": (None, {"a": {"dtype": "F32", "shape": [], "data_offsets": [8, 4]}}),
   "beyond the end": (None, {"a": {"dtype": "F32", "shape": [100], "data_offsets": [0, 400]}}),

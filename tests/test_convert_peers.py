@@ -293,6 +293,43 @@ def test_hf_preprocessing_there_and_back(tmp_path, caplog):
   assert found == {"mean": (0.4,) * 3, "std": (0.2,) * 3, **squash}
 
 
+@pytest.mark.parametrize("size", [[32, 64], [64, 32]])
+@pytest.mark.parametrize("config", [RELATIVE, {**SHARED, "use_mean_pooling": True}])
+def test_rectangular_models_of_theirs(size, config, tmp_path):
+  """Their tables are read as they read them, so that the outputs agree; ours come back as they were."""
+  sizes = {**HF, "image_size": size}
+  model = _hf(transformers.BeitForImageClassification, sizes, **config, num_labels=3)
+  model.save_pretrained(tmp_path / "theirs")
+  loaded = beit_jax.load(tmp_path / "theirs")
+  image = _image(size)
+  assert _error(loaded.forward(image), model(_nchw(image)).logits) <= 1e-5
+  beit_jax.save(loaded, tmp_path / "ours", format="hf")
+  again = beit_jax.load(tmp_path / "ours")
+  np.testing.assert_array_equal(again.forward(image), loaded.forward(image))
+
+
+def test_backbones_without_a_norm_leave_for_timm(tmp_path, caplog):
+  model = _hf(transformers.BeitModel, HF, **RELATIVE)
+  model.save_pretrained(tmp_path / "theirs")
+  loaded = beit_jax.load(tmp_path / "theirs")
+  with caplog.at_level(logging.INFO, "beit_jax"):
+    beit_jax.save(loaded, tmp_path / "out.pth", format="timm")
+  call = next(line for line in caplog.text.splitlines() if "timm.create_model" in line)
+  peer = eval(call[call.index("timm.create_model") :], {"timm": timm}).eval()
+  image = _image(64)
+  assert _error(loaded.forward(image), peer.forward_features(_nchw(image))) <= 1e-5
+
+
+def test_fewer_labels_than_classes(tmp_path):
+  model = _hf(transformers.BeitForImageClassification, HF, **RELATIVE, num_labels=5)
+  model.save_pretrained(tmp_path / "theirs")
+  loaded = beit_jax.load(tmp_path / "theirs")
+  loaded.description["labels"] = ["a", "b"]
+  beit_jax.save(loaded, tmp_path / "ours", format="hf")
+  again = transformers.BeitForImageClassification.from_pretrained(tmp_path / "ours")
+  assert list(again.config.id2label.values()) == ["a", "b", "LABEL_2", "LABEL_3", "LABEL_4"]
+
+
 def test_a_rectangular_grid_is_announced(tmp_path, caplog):
   model = _hf(transformers.BeitForImageClassification, HF, **RELATIVE, num_labels=3)
   model.save_pretrained(tmp_path / "theirs")

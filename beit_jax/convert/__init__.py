@@ -1,6 +1,5 @@
 """Weights in and out, exact and without executing anything: `load` detects the format, `save` writes one."""
 
-import hashlib
 import json
 import os
 import re
@@ -9,9 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from beit_jax import trees
+from beit_jax import checkpoint
 from beit_jax.convert import dalle, hf, lazy, orbax, safetensors, timm, torchfile, unilm
 from beit_jax.errors import UserError
 from beit_jax.logs import log
@@ -20,6 +17,12 @@ from beit_jax.pretrained import Pretrained
 HF_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 WRAPPERS = ("model", "module", "state_dict", "teacher", "student")
 EMA_WRAPPERS = ("model_ema", "state_dict_ema", "ema")
+FORMATS = {
+  "backbone": ("orbax", "unilm", "timm", "hf"),
+  "mim": ("orbax", "unilm", "hf"),
+  "classifier": ("orbax", "unilm", "timm", "hf"),
+  "tokenizer": ("orbax", "hf"),
+}
 FILES = (".safetensors", ".pth", ".pt", ".bin", ".tar")
 PREFIXES = ("module.", "_orig_mod.", "backbone.")
 OWN_TEXT = "beit_jax"  # under this name our description travels inside other formats
@@ -49,8 +52,14 @@ def load(
   path = Path(os.path.expanduser(path))
   if not path.exists():
     raise UserError(f"{path}: no such file or folder")
+  size = (image_size, image_size) if isinstance(image_size, int) else image_size
+  whole = lambda n: isinstance(n, int) and not isinstance(n, bool) and n > 0  # noqa: E731
+  if size is not None and not (isinstance(size, tuple | list) and len(size) == 2 and all(map(whole, size))):
+    raise UserError(f"image_size={image_size!r}: expected a number of pixels, or (height, width)")
+  if num_heads is not None and not whole(num_heads):
+    raise UserError(f"num_heads={num_heads!r}: expected a positive whole number")
   weights = [path / name for name in HF_FILES if (path / name).is_file()]
-  if path.is_dir() and not weights and not list(path.glob("*.pkl")):
+  if path.is_dir() and (checkpoint.is_run(path) or not (weights or list(path.glob("*.pkl")))):
     for name, value in (("num_heads", num_heads), ("image_size", image_size)):
       if value is not None:
         raise UserError(f"{name}={value!r}: a beit_jax checkpoint says this itself; leave it out")
@@ -59,60 +68,73 @@ def load(
     return orbax.load(path, step=step)
   if step is not None:
     raise UserError(f"step={step}: only a run of beit_jax has steps, {path} has not")
-  size = (image_size, image_size) if isinstance(image_size, int) else image_size
-  if path.is_dir():
-    source = weights[0] if weights else path
-  else:
-    source = path
-  pretrained = _load_foreign(source, num_heads, size, ema)
-  pretrained.description["sha256"] = fingerprint(pretrained.params)
-  return pretrained
-
-
-def fingerprint(params: Any) -> str:
-  """sha256 of names, shapes and values: the same for the same weights, in whatever file they come."""
-  digest = hashlib.sha256()
-  for name, leaf in sorted(trees.flatten(params).items()):
-    array = np.ascontiguousarray(leaf)
-    digest.update(f"{name} {array.dtype} {array.shape}".encode())
-    digest.update(array.reshape(-1).view(np.uint8).data)
-  return digest.hexdigest()
+  try:
+    return _load_foreign(weights[0] if weights else path, num_heads, size and tuple(size), ema)
+  except OSError as error:
+    raise UserError(f"{error.filename or path}: cannot be read ({error.strerror or error})") from None
+  except (
+    KeyError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    IndexError,
+    OverflowError,
+    RecursionError,
+  ) as error:
+    raise UserError(f"{path}: damaged, or of a form this version does not know ({error!r})") from error
 
 
 def _load_foreign(path: Path, num_heads, image_size, ema: bool) -> Pretrained:
   if path.is_dir() or path.suffix == ".pkl":
-    state, _ = dalle.openai_state(path)
-    return dalle.import_tokenizer(state, dalle.openai_name, lazy.Source(state, path, "dalle"))
+    return _load_openai(path)
   state, facts = _read(path, ema)
   if dalle.is_flava(state):
     return _load_flava(path, state)
   if dalle.is_openai(state):
-    state, _ = dalle.openai_state(path)
-    return dalle.import_tokenizer(state, dalle.openai_name, lazy.Source(state, path, "dalle"))
+    return _load_openai(path, state)
+  left_out = facts.pop("left_out")
   if hf.is_beit(state):
-    state, left_out = hf.to_unilm(state, path)
-    source = lazy.Source(state, path, "hf", **hf.read_config(path.parent), left_out=left_out)
-  elif timm.is_vit(state):
-    state, left_out = timm.vit_to_unilm(state)
-    facts["left_out"] = facts.get("left_out", []) + left_out
-    source = lazy.Source(state, path, "timm", **{**timm.read_config(path.parent), **facts})
+    state, dropped = hf.to_unilm(state, path)
+    facts, format = hf.read_config(path.parent), "hf"
+    size, patch = facts["fields"]["image_size"], state.get("patch_embed.proj.weight")
+    if size[0] != size[1] and not facts["described"] and patch is not None:
+      log.warning(
+        "%s: rectangular; its bias tables are read as transformers 5.23 does, (width, height)", path
+      )
+      state = hf.undo_rectangles(state, size, patch.shape[-1])
   else:
-    if any(re.fullmatch(r"(module\.)?linear\.\d+\.weight", name) for name in state):
+    facts = {**timm.read_config(path.parent, state), **facts}
+    dropped, format = [], "timm"
+    if timm.is_vit(state):
+      size = image_size or facts.get("fields", {}).get("image_size")
+      state, dropped = timm.vit_to_unilm(state, path, size)
+    elif any(re.fullmatch(r"(module\.)?linear\.\d+\.weight", name) for name in state):
       raise UserError(
         f"{path}: the heads of a linear probe (run_linear_eval.py) without their encoder; load the pre-trained model"
       )
-    pretraining = any(n == "mask_token" or n.startswith(("lm_head.", "rel_pos_bias.")) for n in state)
-    buffers = any(n.endswith("relative_position_index") for n in state)
-    kind = "unilm" if pretraining or buffers else "timm"
-    source = lazy.Source(state, path, kind, **{**timm.read_config(path.parent), **facts})
+    elif any(
+      name == "mask_token"
+      or name.startswith(("lm_head.", "rel_pos_bias."))
+      or "relative_position_index" in name
+      for name in state
+    ):
+      format = "unilm"
+  source = lazy.Source(state, path, format, **facts, left_out=left_out + dropped)
   return unilm.import_beit(source, num_heads, image_size)
+
+
+def _load_openai(path: Path, opened: lazy.State | None = None) -> Pretrained:
+  state, _ = dalle.openai_state(path, opened)
+  return dalle.import_tokenizer(state, dalle.openai_name, lazy.Source(state, path, "dalle"))
 
 
 def _read(path: Path, ema: bool) -> tuple[lazy.State, dict[str, Any]]:
   """Tensors of a file by name, and what else it says (arguments of `lazy.Source`)."""
   if path.name.endswith(".index.json"):
-    return _read_shards(path), {}
+    return _read_shards(path), {"left_out": []}
   if safetensors.is_safetensors(path):
+    if ema:
+      raise UserError(f"{path}: a safetensors file has one set of weights; leave ema out")
     state, metadata = safetensors.read(path)
     texts: dict[str, Any] = dict(metadata)
   elif torchfile.is_torch(path):
@@ -139,9 +161,8 @@ def _facts(texts: dict[str, Any], path: Path) -> dict[str, Any]:
       described = json.loads(texts[OWN_TEXT])
       module = described["module"]
       encoder = module.get("encoder", module)
-      facts = dict(described=described, labels=described.get("labels", []))
-      if "preprocessing" not in described.get("assumed", []):
-        facts["preprocessing"] = described["preprocessing"]
+      facts = dict(described=described, labels=list(described.get("labels") or []))
+      facts |= dict(preprocessing=described["preprocessing"], assumed=list(described.get("assumed") or []))
       facts["fields"] = {name: encoder[name] for name in ("num_heads", "norm_eps") if name in encoder}
       if "image_size" in encoder:
         facts["fields"]["image_size"] = tuple(encoder["image_size"])
@@ -187,7 +208,7 @@ def _unwrap(content: Any, path: Path, ema: bool) -> tuple[lazy.State, dict[str, 
 def _read_shards(path: Path) -> lazy.State:
   """The tensors of all files that a `model.safetensors.index.json` names."""
   try:
-    names = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+    names = sorted(set(map(str, json.loads(path.read_text())["weight_map"].values())))
   except (ValueError, KeyError, AttributeError, TypeError):
     raise UserError(f"{path}: not an index of safetensors files") from None
   state: lazy.State = {}
@@ -240,19 +261,30 @@ def save(pretrained: Pretrained, path: str | Path, *, format: str) -> None:
   }
   if format not in writers:
     raise UserError(f"format {format!r} is unknown; there are {', '.join(writers)}")
-  if path.is_file() or (path.is_dir() and any(path.iterdir())):
+  if format not in FORMATS[pretrained.kind]:
+    raise UserError(
+      f"a {pretrained.kind} cannot be saved as {format}, which has no such model. Formats for it: "
+      + ", ".join(FORMATS[pretrained.kind])
+    )
+  free = not os.path.lexists(path) or (path.is_dir() and not path.is_symlink() and not any(path.iterdir()))
+  if not free:
     raise UserError(f"{path} exists; nothing is overwritten, give another name")
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+  if format == "timm" and path.suffix and path.suffix.lower() not in FILES:
+    raise UserError(f"{path}: end the name in {' or '.join(FILES)}, or in nothing for a folder")
+  temporary = path.with_name(f".{path.name[:100]}.{os.getpid()}.partial")
   try:
+    path.parent.mkdir(parents=True, exist_ok=True)
     writers[format](pretrained, temporary, path)
     if path.is_dir():
       path.rmdir()
     os.replace(temporary, path)
+  except OSError as error:
+    raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
   finally:
     if temporary.is_dir():
       shutil.rmtree(temporary)
-    temporary.unlink(missing_ok=True)
+    elif temporary.is_file():
+      temporary.unlink()
   log.info("saved %s as %s: %s", pretrained.kind, format, path)
 
 
@@ -266,24 +298,20 @@ def _write_tensors(
   lazy.report("written", [(name, "", value.shape) for name, value in state.items()], left_out)
   if left_out:
     log.info("left out, since the format has no place for it: %s", ", ".join(left_out))
-  if suffix == ".safetensors":
+  if suffix.lower() == ".safetensors":
     safetensors.write(path, state, {"format": "pt", **_text(pretrained)})
   else:
     torchfile.save(path, state, _text(pretrained))
 
 
 def _save_unilm(pretrained: Pretrained, path: Path, target: Path) -> None:
-  if pretrained.kind == "tokenizer":
-    raise UserError(
-      "a tokenizer cannot be saved as unilm, which takes OpenAI's pickles. Formats for it: orbax, hf"
-    )
   _write_tensors(path, unilm.export_beit(pretrained), pretrained, [], target.suffix)
 
 
 def _save_timm(pretrained: Pretrained, path: Path, target: Path) -> None:
   state, architecture, args, left_out = timm.export(pretrained)
   call = "".join(f", {key}={value!r}" for key, value in args.items())
-  if target.suffix in FILES:
+  if target.suffix:
     _write_tensors(path, state, pretrained, left_out, target.suffix)
     log.info('in PyTorch: timm.create_model("%s"%s, checkpoint_path="%s")', architecture, call, target)
     return

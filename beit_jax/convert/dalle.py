@@ -13,7 +13,7 @@ from beit_jax.convert import lazy, torchfile
 from beit_jax.convert.unilm import read_params
 from beit_jax.errors import UserError
 from beit_jax.models.dvae import Dvae
-from beit_jax.pretrained import Pretrained
+from beit_jax.pretrained import Pretrained, fingerprint
 
 # map_pixels is (x + 0.125) / 1.25; the rest is what BEiT does (unilm beit/datasets.py).
 PREPROCESSING = dict(
@@ -49,19 +49,22 @@ def is_openai(state: lazy.State) -> bool:
   return "blocks.input.w" in state
 
 
-def openai_state(path: Path) -> tuple[lazy.State, list[Path]]:
-  """Tensors of one pickle, or of the encoder and decoder in a folder, under `encoder/` and `decoder/`; the files."""
+def openai_state(path: Path, opened: lazy.State | None = None) -> tuple[lazy.State, list[Path]]:
+  """Tensors of one pickle, or of the encoder and decoder in a folder, under `encoder/` and `decoder/`; the files.
+
+  `opened`: the tensors of `path`, where they have been read already (a plain state dict).
+  """
   paths = sorted(path.glob("*.pkl")) if path.is_dir() else [path]
   state: lazy.State = {}
   seen: dict[str, Path] = {}
   for file in paths:
-    content = torchfile.load(file)
+    content = torchfile.load(file) if opened is None else opened
     if isinstance(content, torchfile.Inert):
       tensors = torchfile.module_tensors(content)
     else:
       tensors = content if isinstance(content, dict) else {}
     first = tensors.get("blocks.input.w")
-    if first is None:
+    if len(getattr(first, "shape", ())) != 4:
       raise UserError(
         f"{file}: not a tokenizer of OpenAI's: no 'blocks.input.w' among its {len(tensors)} tensors"
       )
@@ -89,6 +92,8 @@ def import_tokenizer(state: lazy.State, naming: Any, source: lazy.Source) -> Pre
     there = naming(name)
     if there not in state:
       raise UserError(f"{path}: not a tokenizer of DALL-E's form: {there!r} is missing")
+    if len(state[there].shape) != 4 or 0 in state[there].shape:
+      raise UserError(f"{path}: {there!r} has shape {state[there].shape}, expected four axes")
     return state[there].shape
 
   stem = naming("encoder/group_1/block_1/res_path/conv_1/kernel")
@@ -104,6 +109,10 @@ def import_tokenizer(state: lazy.State, naming: Any, source: lazy.Source) -> Pre
   with_decoder = naming("decoder/input/kernel") in state
   if with_decoder:
     fields["n_init"] = shape("decoder/input/kernel")[0]
+  if not 1 <= fields["group_count"] <= 8 or not 1 <= fields["n_blk_per_group"] <= 64:
+    raise UserError(
+      f"{path}: a tokenizer of {fields['group_count']} groups x {fields['n_blk_per_group']} blocks"
+    )
   module = Dvae(**fields)
   image = jax.ShapeDtypeStruct((1, 8 * module.stride, 8 * module.stride, 3), jnp.float32)
   shapes = {
@@ -112,7 +121,7 @@ def import_tokenizer(state: lazy.State, naming: Any, source: lazy.Source) -> Pre
   }
   shapes = {n: tuple(v) for n, v in shapes.items() if with_decoder or n.startswith("encoder/")}
   params = read_params(state, shapes, naming, path, source.left_out)
-  preprocessing = source.preprocessing or PREPROCESSING
+  preprocessing = lazy.check_preprocessing(source.preprocessing or PREPROCESSING, path)
   description = {
     **source.described,
     **dict(
@@ -120,6 +129,7 @@ def import_tokenizer(state: lazy.State, naming: Any, source: lazy.Source) -> Pre
     ),
     "left_out": source.left_out,
   }
+  description["sha256"] = fingerprint(params)
   return Pretrained("tokenizer", params, module, preprocessing, description)
 
 

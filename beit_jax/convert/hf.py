@@ -75,15 +75,14 @@ def to_unilm(state: lazy.State, path: Path) -> tuple[lazy.State, list[str]]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-  """config.json and preprocessor_config.json as arguments of `lazy.Source`.
+  """config.json and preprocessor_config.json as arguments of `lazy.Source`; these files win over our description.
 
   Raises:
-    UserError: they say something that our module cannot be.
+    UserError: a file is damaged, or says something that our module cannot be.
   """
-  path = folder / "config.json"
+  path, prepared = folder / "config.json", folder / "preprocessor_config.json"
   try:
     config = json.loads(path.read_text())
-    prepared = folder / "preprocessor_config.json"
     processor = json.loads(prepared.read_text()) if prepared.is_file() else {}
   except OSError:
     raise UserError(
@@ -91,43 +90,116 @@ def read_config(folder: Path) -> dict[str, Any]:
     ) from None
   except ValueError as error:
     raise UserError(f"{folder}: a configuration file is not JSON ({error})") from None
+  if not isinstance(config, dict) or not isinstance(processor, dict):
+    raise UserError(f"{folder}: config.json and preprocessor_config.json must be tables")
   if config.get("hidden_act", "gelu") != "gelu":
     raise UserError(f"{path}: hidden_act is {config['hidden_act']!r}; BEiT has the exact 'gelu'")
-  fields = dict(norm_eps=config.get("layer_norm_eps", 1e-12), num_heads=config.get("num_attention_heads", 12))
-  size = config.get("image_size", 224)
-  fields["image_size"] = (size, size) if isinstance(size, int) else tuple(size)
-  labels = {int(k): v for k, v in config.get("id2label", {}).items()}
-  described = json.loads(config["beit_jax"]) if isinstance(config.get("beit_jax"), str) else {}
+
+  def value(key, default, good, expected):
+    found = config.get(key, default)
+    if not good(found):
+      raise UserError(f"{path}: {key} is {found!r}, expected {expected}")
+    return found
+
+  whole = lambda v: type(v) is int and v > 0  # noqa: E731
+  sides = lambda v: whole(v) or (isinstance(v, list) and len(v) == 2 and all(map(whole, v)))  # noqa: E731
+  size = value("image_size", 224, sides, "a number of pixels or [height, width]")
+  fields = dict(
+    norm_eps=value("layer_norm_eps", 1e-12, lambda v: isinstance(v, float) and 0 < v < 1, "a small number"),
+    num_heads=value("num_attention_heads", 12, whole, "a positive number"),
+    image_size=(size, size) if whole(size) else tuple(size),
+  )
+  described = json.loads(config.get("beit_jax") or "{}")
+  own = described.get("preprocessing")
+  # Ours is exact where the file still is the one that we wrote.
+  kept = own and processor == json.loads(
+    json.dumps(processor_config(own, processor.get("image_processor_type")))
+  )
+  preprocessing = own if kept else _preprocessing(processor, fields["image_size"], prepared)
   return dict(
     fields=fields,
-    labels=[]
-    if all(re.fullmatch(r"LABEL_\d+", v) for v in labels.values())
-    else [labels[i] for i in sorted(labels)],
-    preprocessing=described.get("preprocessing") or _preprocessing(processor, fields["image_size"]),
+    labels=_labels(config.get("id2label")),
+    preprocessing=preprocessing,
+    assumed=described.get("assumed", []) if kept else [],
     described=described,
   )
 
 
-def _pair(size: Any) -> tuple[int, int]:
-  if isinstance(size, dict):
-    size = size.get("shortest_edge") or (size["height"], size["width"])
-  return (size, size) if isinstance(size, int) else tuple(size)
+def _labels(id2label: Any) -> list[str]:
+  """Names of the classes, [] where there are none but placeholders, or not one for each number."""
+  names = {str(k): v for k, v in id2label.items()} if isinstance(id2label, dict) else {}
+  labels = [names.get(str(i)) for i in range(len(names))]
+  if any(not isinstance(label, str) for label in labels):
+    log.warning("id2label does not name the classes 0 to %d one by one; it is not used", len(labels) - 1)
+    return []
+  return [] if all(re.fullmatch(r"LABEL_\d+", str(label)) for label in labels) else [str(x) for x in labels]
 
 
-def _preprocessing(processor: dict[str, Any], image_size: tuple[int, int]) -> dict[str, Any] | None:
-  if "image_mean" not in processor:
+def _preprocessing(p: dict[str, Any], image_size: tuple[int, int], path: Path) -> dict[str, Any] | None:
+  """Our preprocessing for theirs; None, with the reason in the log, where there is none or ours cannot be like it."""
+  if not p:
     return None
-  size = processor.get("size", image_size)
-  crop = _pair(processor.get("crop_size", size)) if processor.get("do_center_crop") else _pair(size)
-  short = isinstance(size, dict) and "shortest_edge" in size
-  return dict(
-    mean=tuple(processor["image_mean"]),
-    std=tuple(processor["image_std"]),
-    image_size=image_size,
-    crop_pct=crop[0] / _pair(size)[0],
-    interpolation=RESAMPLING.get(processor.get("resample", 3), "bicubic"),
-    resize="short_side" if short else "squash",
-  )
+  off = [key for key in ("do_resize", "do_rescale") if p.get(key, True) is not True]
+  if off or abs(p.get("rescale_factor", 1 / 255) - 1 / 255) > 1e-6 or p.get("resample", 3) not in RESAMPLING:
+    log.warning(
+      "%s: %s", path, f"{off or 'rescale_factor or resample'} is nothing that beit_jax does; not used"
+    )
+    return None
+  try:
+    size = p.get("size", image_size)
+    short = isinstance(size, dict) and "shortest_edge" in size
+    if isinstance(size, dict):
+      height = size["shortest_edge"] if short else size["height"]
+    else:
+      height = size if isinstance(size, int) else size[0]
+    crop = p.get("crop_size", image_size) if p.get("do_center_crop") else None
+    crop = crop["height"] if isinstance(crop, dict) else crop[0] if isinstance(crop, tuple | list) else crop
+    target = min(image_size) if short else image_size[0]
+    if crop is None and height != target or crop is not None and crop != image_size[0]:
+      log.warning("%s: it prepares images of another size than the model's %s", path, image_size)
+    normalize = p.get("do_normalize", True)
+    return dict(
+      mean=tuple(p["image_mean"]) if normalize else (0.0, 0.0, 0.0),
+      std=tuple(p["image_std"]) if normalize else (1.0, 1.0, 1.0),
+      image_size=image_size,
+      crop_pct=1.0 if crop is None else target / height,
+      interpolation=RESAMPLING[p.get("resample", 3)],
+      resize="short_side" if short else "squash",
+    )
+  except (KeyError, TypeError, IndexError, ZeroDivisionError) as error:
+    raise UserError(f"{path}: of a form this version does not know ({error!r})") from None
+
+
+def undo_rectangles(state: lazy.State, image_size: tuple[int, int], patch: int) -> lazy.State:
+  """The bias tables that transformers 5.23 really uses with a rectangular grid.
+
+  It reads a table as (width, height) and resizes that bilinearly to (height, width) (modeling_beit.py,
+  BeitRelativePositionBias); here the result is computed once, so that our model gives the same numbers.
+  """
+  height, width = (2 * (side // patch) - 1 for side in image_size)
+
+  def effective(tensor):
+    def read():
+      table = tensor.read()
+      body = table[:-3].astype(np.float64).reshape(width, height, -1)
+      body = np.einsum(
+        "yi,xj,ijk->yxk", _bilinear(width, height), _bilinear(height, width), body, optimize=True
+      )
+      return np.concatenate([body.reshape(height * width, -1).astype(table.dtype), table[-3:]])
+
+    return lazy.Lazy(tensor.shape, read)
+
+  return {name: effective(value) if name.endswith(TABLE) else value for name, value in state.items()}
+
+
+def _bilinear(source: int, target: int) -> np.ndarray:
+  """[target, source] weights of PyTorch's bilinear resize, align_corners=False."""
+  position = np.clip((np.arange(target) + 0.5) * source / target - 0.5, 0, source - 1)
+  low = np.floor(position).astype(int)
+  weights = np.zeros((target, source))
+  np.add.at(weights, (np.arange(target), low), 1 - (position - low))
+  np.add.at(weights, (np.arange(target), np.minimum(low + 1, source - 1)), position - low)
+  return weights
 
 
 def export(pretrained: Pretrained) -> tuple[lazy.State, dict[str, Any], dict[str, Any]]:
@@ -182,7 +254,8 @@ def export(pretrained: Pretrained) -> tuple[lazy.State, dict[str, Any], dict[str
     config["vocab_size"] = pretrained.module.vocab_size
   if kind == "classifier":
     count = pretrained.module.num_classes
-    labels = list(pretrained.description.get("labels") or ()) or [f"LABEL_{i}" for i in range(count)]
+    labels = list(pretrained.description.get("labels") or ())[:count]
+    labels += [f"LABEL_{i}" for i in range(len(labels), count)]
     config["id2label"] = {str(i): label for i, label in enumerate(labels)}
     config["label2id"] = {label: i for i, label in enumerate(labels)}
   return state, config, processor_config(pretrained.preprocessing, "BeitImageProcessor")

@@ -1,12 +1,16 @@
 """Tensors of other people's files: known by name and shape, read one at a time, joined and cut on the way."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
+from beit_jax.data.images import RESAMPLE
+from beit_jax.errors import UserError
 from beit_jax.logs import log
 
 
@@ -18,6 +22,7 @@ class Lazy:
   read: Callable[[], np.ndarray]
 
 
+FLOATS = [np.dtype(t) for t in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)]
 State = dict[str, Any]  # name -> a thing with `shape` and `read()`, in PyTorch's layout
 
 
@@ -31,6 +36,7 @@ class Source:
     fields: what is known of the encoder's fields apart from the shapes, e.g. num_heads, norm_eps, image_size.
     preprocessing: as `Pretrained.preprocessing`, or None when the file does not say.
     labels: names of the classes, possibly empty.
+    assumed: which of these are guesses all the same.
     described: our own description, when the file carries one.
     left_out: names of tensors that were dropped before.
   """
@@ -41,6 +47,7 @@ class Source:
   fields: dict[str, Any] = dataclasses.field(default_factory=dict)
   preprocessing: dict[str, Any] | None = None
   labels: list[str] = dataclasses.field(default_factory=list)
+  assumed: list[str] = dataclasses.field(default_factory=list)
   described: dict[str, Any] = dataclasses.field(default_factory=dict)
   left_out: list[str] = dataclasses.field(default_factory=list)
 
@@ -58,6 +65,8 @@ def rows(part: Any, start: int, stop: int) -> Lazy:
 
 def to_params(array: np.ndarray, name: str) -> np.ndarray:
   """PyTorch's layout -> ours, by our name: [out, in] -> [in, out], [out, in, kh, kw] -> [kh, kw, in, out]; float32."""
+  if array.dtype not in FLOATS:
+    raise UserError(f"{name}: the file holds {array.dtype} there; expected floating-point numbers")
   if name.endswith("/kernel"):
     array = array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
   return np.array(array, np.float32, order="C")
@@ -82,3 +91,20 @@ def report(title: str, rows_: list[tuple[str, str, tuple[int, ...]]], left_out: 
   lines = [f"  {a:<{first}}  {b:<{second}}  {tuple(shape)}" for a, b, shape in rows_]
   lines += [f"  {name:<{first}}  left out" for name in left_out]
   log.debug("%s: %d tensors, %d left out\n%s", title, len(rows_), len(left_out), "\n".join(lines))
+
+
+def check_preprocessing(p: dict[str, Any], path: Path) -> dict[str, Any]:
+  """The same, or a UserError that says what of it is not as it should be."""
+  number = lambda v: isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v)  # noqa: E731
+  three = lambda v: isinstance(v, list | tuple) and len(v) == 3 and all(map(number, v))  # noqa: E731
+  rules = dict(
+    mean=(three, "three numbers"),
+    std=(lambda v: three(v) and 0 not in v, "three numbers other than 0"),
+    crop_pct=(lambda v: number(v) and 0.1 <= v <= 2, "a number between 0.1 and 2"),
+    interpolation=(lambda v: v in list(RESAMPLE), f"one of {', '.join(RESAMPLE)}"),
+    resize=(lambda v: v in ("short_side", "squash"), "'short_side' or 'squash'"),
+  )
+  for key, (good, expected) in rules.items():
+    if not good(p.get(key)):
+      raise UserError(f"{path}: its preprocessing has {key}={p.get(key)!r}, expected {expected}")
+  return p

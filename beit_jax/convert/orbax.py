@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from beit_jax import checkpoint, trees
 from beit_jax.errors import UserError
-from beit_jax.pretrained import Pretrained, make_module
+from beit_jax.pretrained import Pretrained, fingerprint, make_module
 
 
 def load(path: Path, *, step: int | None = None) -> Pretrained:
@@ -26,7 +26,7 @@ def load(path: Path, *, step: int | None = None) -> Pretrained:
     **description["preprocessing"],
     "image_size": tuple(description["preprocessing"]["image_size"]),
   }
-  description = {**description, "path": str(folder), "sha256": checkpoint.digest_of(folder)}
+  description = {**description, "path": str(folder), "sha256": fingerprint(params)}
   return Pretrained(description["kind"], params, module, preprocessing, description)
 
 

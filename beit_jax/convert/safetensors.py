@@ -45,7 +45,7 @@ class FileTensor:
 def is_safetensors(path: Path) -> bool:
   with path.open("rb") as file:
     start = file.read(9)
-  return len(start) == 9 and start[8:] == b"{" and start[:2] != b"PK"
+  return len(start) == 9 and start[8:] == b"{" and start[:4] != b"PK\x03\x04"
 
 
 def read(path: Path) -> tuple[dict[str, FileTensor], dict[str, str]]:
@@ -81,7 +81,9 @@ def read(path: Path) -> tuple[dict[str, FileTensor], dict[str, str]]:
   if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
     raise refuse("the metadata are not texts")
   start, total, spans, tensors = 8 + length, size - 8 - length, [], {}
-  whole = lambda values: isinstance(values, list) and all(type(v) is int and v >= 0 for v in values)  # noqa: E731
+  whole = lambda values: (
+    isinstance(values, list) and len(values) <= 8 and all(type(v) is int and 0 <= v < 2**48 for v in values)
+  )  # noqa: E731
   for name, entry in header.items():
     entry = entry if isinstance(entry, dict) else {}
     dtype, shape, span = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")

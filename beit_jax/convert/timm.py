@@ -20,7 +20,9 @@ def is_vit(state: lazy.State) -> bool:
   return "blocks.0.attn.qkv.bias" in state
 
 
-def vit_to_unilm(state: lazy.State) -> tuple[lazy.State, list[str]]:
+def vit_to_unilm(
+  state: lazy.State, path: Path, image_size: tuple[int, int] | None
+) -> tuple[lazy.State, list[str]]:
   """timm's VisionTransformer names -> unilm's, and what is left out: the k part of every qkv bias.
 
   That part adds the same number to all logits of a query, which the softmax cancels: dropping it is exact. A
@@ -29,22 +31,28 @@ def vit_to_unilm(state: lazy.State) -> tuple[lazy.State, list[str]]:
   result, left_out = {}, []
   for name, value in state.items():
     if name.endswith("attn.qkv.bias"):
+      if len(value.shape) != 1 or value.shape[0] % 3:
+        raise UserError(f"{path}: {name} has shape {value.shape}, expected (3 x width,)")
       stem, width = name.removesuffix("qkv.bias"), value.shape[0] // 3
       result[f"{stem}q_bias"] = lazy.rows(value, 0, width)
       result[f"{stem}v_bias"] = lazy.rows(value, 2 * width, 3 * width)
       left_out.append(f"{stem}qkv.bias[k]")
-    elif name == "pos_embed" and _lacks_cls(value, state):
+    elif name == "pos_embed" and _lacks_cls(value, state, image_size):
       result[name] = _with_cls(value)
     else:
       result[re.sub(r"\.ls([12])\.gamma$", r".gamma_\1", name)] = value
   return result, left_out
 
 
-def _lacks_cls(pos_embed: Any, state: lazy.State) -> bool:
+def _lacks_cls(pos_embed: Any, state: lazy.State, image_size: tuple[int, int] | None) -> bool:
+  """By the image size where it is known, else a number of rows that is a square."""
+  kernel = state.get("patch_embed.proj.weight")
+  if len(pos_embed.shape) != 3 or kernel is None or len(kernel.shape) != 4 or 0 in kernel.shape:
+    return False
   count = pos_embed.shape[1]
-  return (
-    math.isqrt(count) ** 2 == count and math.isqrt(count - 1) ** 2 != count - 1 and "dist_token" not in state
-  )
+  if image_size is not None:
+    return (image_size[0] // kernel.shape[-1]) * (image_size[1] // kernel.shape[-1]) == count
+  return math.isqrt(count) ** 2 == count and "dist_token" not in state
 
 
 def _with_cls(pos_embed: Any) -> lazy.Lazy:
@@ -57,47 +65,58 @@ def _with_cls(pos_embed: Any) -> lazy.Lazy:
   return lazy.Lazy((1, count + 1, width), read)
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-  """What a model folder's config.json says, as arguments of `lazy.Source`; {} without one."""
+def read_config(folder: Path, state: lazy.State) -> dict[str, Any]:
+  """What a model folder's config.json says, as arguments of `lazy.Source`; {} without one of timm's.
+
+  Raises:
+    UserError: it is damaged, or describes a model that ours cannot be.
+  """
   path = folder / "config.json"
   try:
     config = json.loads(path.read_text()) if path.is_file() else {}
   except ValueError:
     raise UserError(f"{path}: not JSON") from None
-  if "pretrained_cfg" not in config:
+  if not isinstance(config, dict) or not isinstance(config.get("pretrained_cfg"), dict):
     return {}
   cfg, args = config["pretrained_cfg"], config.get("model_args") or {}
-  fields = {"num_heads": args["num_heads"]} if "num_heads" in args else {}
+  pool = config.get("global_pool", args.get("global_pool"))
+  if pool == "avg" and "head.weight" in state and "fc_norm.weight" not in state:
+    raise UserError(
+      f"{path}: global_pool='avg' without fc_norm: a norm before the mean, which this version has not"
+    )
+  if args.get("act_layer") not in (None, "gelu"):
+    raise UserError(f"{path}: act_layer={args['act_layer']!r}; this version has the exact 'gelu' only")
+  fields = {"num_heads": args["num_heads"]} if isinstance(args.get("num_heads"), int) else {}
   size = cfg.get("input_size")
-  if not size or "mean" not in cfg or "std" not in cfg:
+  if not (isinstance(size, list) and len(size) == 3 and all(type(n) is int and n > 0 for n in size)):
     return dict(fields=fields)
+  fields["image_size"] = tuple(size[-2:])
+  if "mean" not in cfg or "std" not in cfg:
+    return dict(fields=fields)
+  interpolation = cfg.get("interpolation", "bicubic")
   preprocessing = dict(
-    mean=tuple(cfg["mean"]),
-    std=tuple(cfg["std"]),
-    image_size=tuple(size[-2:]),
-    crop_pct=cfg.get("crop_pct", 0.9),
-    interpolation=cfg.get("interpolation", "bicubic"),
+    mean=cfg["mean"],
+    std=cfg["std"],
+    image_size=fields["image_size"],
+    crop_pct=cfg.get("crop_pct", 0.875),
+    interpolation="bicubic" if interpolation == "random" else interpolation,  # random is for training
     resize="squash" if cfg.get("crop_mode") == "squash" else "short_side",
   )
-  return dict(fields={**fields, "image_size": tuple(size[-2:])}, preprocessing=preprocessing)
+  return dict(fields=fields, preprocessing=preprocessing)
 
 
 def export(pretrained: Pretrained) -> tuple[lazy.State, str, dict[str, Any], list[str]]:
   """(state dict, architecture, arguments for `timm.create_model`, what is left out).
 
   A model with absolute positions and no bias tables is a plain ViT and leaves as one, anything else as a `beit_*`.
-
-  Raises:
-    UserError: timm has no such model (masked image modelling, tokenizers).
   """
-  if pretrained.kind not in ("backbone", "classifier"):
-    raise UserError(
-      f"a {pretrained.kind} cannot be saved as timm: timm has no such model. Formats for it: "
-      + ("orbax, unilm, hf" if pretrained.kind == "mim" else "orbax, hf")
-    )
   fields = pretrained.encoder_fields
   state = export_beit(pretrained, buffers=False)
   left_out = [name for name in ("mask_token",) if state.pop(name, None) is not None]
+  if pretrained.kind == "backbone" and not fields["final_norm"]:
+    # timm has no model without a norm; one of its classifiers' does nothing to the tokens, and nothing yet itself.
+    state["fc_norm.weight"] = np.ones(fields["width"], np.float32)
+    state["fc_norm.bias"] = np.zeros(fields["width"], np.float32)
   plain = fields["abs_pos"] and fields["rel_pos"] == "none"
   if plain:
     state = _unilm_to_vit(state)

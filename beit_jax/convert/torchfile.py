@@ -41,6 +41,10 @@ INERT = {
   "functools.partial",
   "__builtin__.set",
   "builtins.set",
+  "pathlib.PosixPath",
+  "pathlib.PurePosixPath",
+  "pathlib.WindowsPath",
+  "pathlib._local.PosixPath",
   "numpy.dtype",
   "numpy.core.multiarray.scalar",
   "numpy._core.multiarray.scalar",
@@ -57,6 +61,10 @@ INERT = {
   "torch.nn.modules.upsampling.Upsample",
 }
 VALUES = {f"torch.{name}" for name in ("float32", "float16", "bfloat16", "float64", "int64", "uint8")}
+MAX_AXES, MAX_NUMBER, MAX_NAME = 8, 2**48, 512
+MAX_COPIED = (
+  2_000_000  # elements of containers that calls may copy, in all: each is small in the file, many are not
+)
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of the stream form
 
 
@@ -82,17 +90,13 @@ class Tensor:
   """A view into a storage; nothing is read before `read()`."""
 
   def __init__(self, storage: Any, offset: Any, shape: Any, stride: Any):
-    numbers = [offset, *shape, *stride] if type(shape) is tuple and type(stride) is tuple else [None]
-    if not isinstance(storage, Storage) or not all(type(n) is int and n >= 0 for n in numbers):
+    sized = type(shape) is tuple and type(stride) is tuple and len(shape) == len(stride) <= MAX_AXES
+    numbers = [offset, *shape, *stride] if sized else [None]
+    if not isinstance(storage, Storage) or not all(type(n) is int and 0 <= n < MAX_NUMBER for n in numbers):
       raise Refused("a tensor whose sizes are no numbers")
     count = math.prod(shape)
-    last = offset + sum((n - 1) * s for n, s in zip(shape, stride, strict=False)) if count else 0
-    if (
-      len(shape) != len(stride)
-      or len(shape) > 8
-      or count > storage.count
-      or (count and last >= storage.count)
-    ):
+    last = offset + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) if count else 0
+    if count > storage.count or (count and last >= storage.count):
       raise Refused(f"a tensor of shape {shape} in a storage of {storage.count} numbers")
     self.storage, self.offset, self.shape, self.stride = storage, offset, shape, stride
     self.dtype = storage.dtype
@@ -127,7 +131,7 @@ def _pair(pair):
 
 
 def _key(key):
-  if type(key) not in (str, int, bool, float, bytes, type(None)):
+  if type(key) is not str and not (type(key) in (int, bool) and abs(key) < MAX_NUMBER):
     raise Refused(f"a table with a key of type {type(key).__name__}")
   return key
 
@@ -141,7 +145,7 @@ CALLS: dict[str, Callable[..., Any]] = {
   "torch._utils._rebuild_tensor": _rebuild,
   "torch._utils._rebuild_tensor_v2": _rebuild,
   "torch._utils._rebuild_parameter": lambda data, *rest: data,
-  "torch.Size": lambda sizes: tuple(sizes),
+  "torch.Size": lambda sizes: tuple(sizes[:MAX_AXES]),
 }
 
 
@@ -177,6 +181,7 @@ def unpickle(stream: Any, storage: Callable[[Any], Any]) -> Any:
   """
   stack: list[Any] = []
   memo: dict[int, Any] = {}
+  copied = 0
 
   def marked():
     items: list[Any] = []
@@ -241,6 +246,10 @@ def unpickle(stream: Any, storage: Callable[[Any], Any]) -> Any:
       stack.append(_Name(f"{module}.{name}"))
     elif op in ("REDUCE", "NEWOBJ"):
       args, function = stack.pop(), stack.pop()
+      if type(args) is tuple:
+        copied += sum(len(a) for a in args if type(a) in (list, tuple, dict, str, bytes))
+      if copied > MAX_COPIED:
+        raise Refused("it makes far more of its lists than it holds")
       stack.append(_call(function, args))
     elif op == "BUILD":
       state, target = stack.pop(), stack[-1]
@@ -265,7 +274,7 @@ def _storage_id(pid: Any) -> tuple[np.dtype, str, int]:
     _, name, key, _, count = pid[:5]
     if name.dtype is not None and type(key) is str and type(count) is int and count >= 0:
       return np.dtype(name.dtype), key, count
-  raise Refused(f"an unknown reference {str(pid)[:60]}")
+  raise Refused("an unknown reference")
 
 
 def is_torch(path: Path) -> bool:
@@ -393,7 +402,8 @@ def _load_stream(path: Path) -> Any:
       raise Refused("its numbers are big-endian")
     value = unpickle(stream, storage)
     keys = unpickle(stream, nothing)
-    if type(keys) is not list or sorted(map(str, keys)) != sorted(storages):
+    named = type(keys) is list and all(type(key) is str for key in keys)
+    if not named or sorted(keys) != sorted(storages):
       raise Refused("the list of storages does not match the pickle")
     for key in keys:
       (count,) = struct.unpack("<q", file.read(8))
@@ -420,11 +430,17 @@ def module_tensors(module: Inert) -> dict[str, Tensor]:
       values = node.state.get(part)
       for name, value in (values if type(values) is dict else {}).items():
         if isinstance(value, Tensor):
-          found[f"{prefix}{name}"] = value
+          found[_joined(prefix, name)] = value
     children = node.state.get("_modules")
     for name, child in (children if type(children) is dict else {}).items():
-      waiting.append((f"{prefix}{name}.", child))
+      waiting.append((_joined(prefix, name) + ".", child))
   return found
+
+
+def _joined(prefix: str, name: Any) -> str:
+  if len(prefix) + len(str(name)) > MAX_NAME:
+    raise UserError(f"damaged: the name of a module is longer than {MAX_NAME} letters")
+  return f"{prefix}{name}"
 
 
 def save(path: Path, tensors: dict[str, np.ndarray], texts: dict[str, str]) -> None:

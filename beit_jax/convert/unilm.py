@@ -18,10 +18,11 @@ from beit_jax.errors import UserError
 from beit_jax.logs import log
 from beit_jax.models.beit import LAYER_SCALE_INIT, VARIANTS
 from beit_jax.models.layers import relative_position_index
-from beit_jax.pretrained import Pretrained, make_module
+from beit_jax.pretrained import Pretrained, fingerprint, make_module
 
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 HALF = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+MAX_SIDE = 64  # patches; at 16 pixels 1024: what a file of a few kilobytes can make us allocate has a limit
 TABLE = "relative_position_bias_table"
 # Index buffers are recomputed, a bias on k cancels in the softmax, the patch-aggregation head of v2 is thrown away
 # after pre-training (beit2/modeling_pretrain.py).
@@ -36,7 +37,7 @@ def torch_name(name: str) -> str:
 
 
 def _need(state: lazy.State, name: str, ndim: int, path: Any) -> tuple[int, ...]:
-  if name not in state or len(state[name].shape) != ndim:
+  if name not in state or len(state[name].shape) != ndim or 0 in state[name].shape:
     found = state[name].shape if name in state else "nothing"
     raise UserError(
       f"{path}: no BEiT or ViT as far as this version knows: expected {name!r} with {ndim} axes, found {found} "
@@ -61,6 +62,10 @@ def _grid(source: lazy.Source, patch: int, tables: list[str], image_size: tuple[
   else:
     raise UserError(
       f"{path}: neither a relative-position table nor pos_embed: its positions are of an unknown kind"
+    )
+  if rows > (2 * MAX_SIDE - 1) ** 2:
+    raise UserError(
+      f"{path}: {name} with shape {state[name].shape} is for more than {MAX_SIDE} x {MAX_SIDE} patches"
     )
   size = image_size or source.fields.get("image_size")
   if size is None:
@@ -117,7 +122,12 @@ def infer(source: lazy.Source, num_heads: int | None, image_size: tuple[int, int
     raise UserError(
       f"{path}: patch_embed.proj.weight has shape {(out, channels, patch, patch_w)}, expected ({width}, 3, P, P)"
     )
-  depth = 1 + max((int(m[1]) for m in (re.match(r"blocks\.(\d+)\.", n) for n in state) if m), default=-1)
+  numbers = {m[1] for m in (re.match(r"blocks\.(\d+)\.", name) for name in state) if m}
+  depth = len(numbers)
+  if numbers != {str(i) for i in range(depth)}:
+    raise UserError(
+      f"{path}: its blocks are not numbered from 0 without a gap: {', '.join(sorted(numbers)[:8])}"
+    )
   hidden = _need(state, "blocks.0.mlp.fc1.weight", 2, path)[0]
   shared, own = f"rel_pos_bias.{TABLE}", f"blocks.0.attn.{TABLE}"
   tables = [name for name in (shared, own) if name in state]
@@ -195,17 +205,18 @@ def import_beit(source: lazy.Source, num_heads: int | None, image_size: tuple[in
   elif kind == "backbone":
     pattern += r"|^fc_norm\."
   left_out = source.left_out + [name for name in source.state if re.search(pattern, name)]
-  state = {name: value for name, value in source.state.items() if name not in left_out}
+  state = {name: value for name, value in source.state.items() if not re.search(pattern, name)}
   fields = _described(source, kind, fields)
   module = make_module(kind, fields)
   size = fields["image_size"] if kind == "backbone" else fields["encoder"]["image_size"]
   params = read_params(state, param_shapes(module, size), torch_name, source.path, left_out)
   if left_out:
     log.info("%s: left out %s", source.path, ", ".join(_short(left_out)))
-  preprocessing, assumed = source.preprocessing, []
+  preprocessing, assumed = source.preprocessing, source.assumed
   if preprocessing is None:
     preprocessing, assumed = _assumed_preprocessing(source, size), ["preprocessing"]
     log.warning("%s does not say how its images are prepared; assumed: %s", source.path, preprocessing)
+  preprocessing = lazy.check_preprocessing({**preprocessing, "image_size": size}, source.path)
   description = {
     **source.described,
     **dict(
@@ -216,6 +227,7 @@ def import_beit(source: lazy.Source, num_heads: int | None, image_size: tuple[in
     ),
     **dict(format=source.format, path=str(source.path), assumed=assumed, left_out=left_out),
   }
+  description["sha256"] = fingerprint(params)
   return Pretrained(kind, params, module, preprocessing, description)
 
 
@@ -227,7 +239,6 @@ def _described(source: lazy.Source, kind: str, fields: dict[str, Any]) -> dict[s
   free = (
     "drop_path_rate",
     "layer_scale_init",
-    "norm_eps",
     "weight_init",
     "dtype",
     "remat",

@@ -199,6 +199,11 @@ def adapt_encoder(objective: Any, pretrained: Pretrained, shapes: Any, say: Call
       "init_from: the checkpoint and this run disagree (set the keys in the config, or with --config.KEY=VALUE):\n  "
       + "\n  ".join(problems)
     )
+  data = {**{k: objective.config.data[k] for k in ("crop_pct", "interpolation")}, "resize": "short_side"}
+  for key, ours in data.items():
+    theirs = pretrained.preprocessing[key]
+    if ours != theirs and "preprocessing" not in assumed:
+      say(f"warning: at evaluation the checkpoint has {key}={theirs!r}, this run {ours!r}")
   if have["norm_eps"] != want["norm_eps"]:
     say(f"norm_eps: {have['norm_eps']} in the checkpoint, {want['norm_eps']} here (model.norm_eps)")
   src_grid, dst_grid = (

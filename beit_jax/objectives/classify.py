@@ -98,6 +98,11 @@ class Classify(base.Objective):
 
   def adapt(self, pretrained, shapes):
     labels, ours = list(pretrained.description.get("labels") or ()), list(self.source.class_names)
+    if labels != ours and sorted(labels) == sorted(ours):
+      raise UserError(
+        f"init_from: the checkpoint has the same classes as the data in another order ({labels[0]!r} is class 0 there, "
+        f"{ours[0]!r} here)"
+      )
     if len(labels) == len(ours) and labels != ours:  # as the reference, which looks at shapes only
       log.info(
         "head: kept, though its classes are called %s, ... and those of the data %s, ...", labels[0], ours[0]
