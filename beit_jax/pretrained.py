@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from beit_jax import __version__, trees
+import beit_jax
+from beit_jax import trees
 from beit_jax.data import images as images_lib
 from beit_jax.errors import UserError
 from beit_jax.models.beit import Beit, BeitForImageClassification, BeitForMaskedImageModeling
@@ -88,7 +89,7 @@ class Pretrained:
     """The description that is saved with the weights, as JSON values."""
     names = [f.name for f in dataclasses.fields(self.module) if f.name not in ("parent", "name")]
     text = {
-      "version": __version__,
+      "version": beit_jax.__version__,
       **self.description,
       "kind": self.kind,
       "module": {name: getattr(self.module, name) for name in names},

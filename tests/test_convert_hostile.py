@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from beit_jax import convert
-from beit_jax.convert import safetensors, torchfile
+from beit_jax.convert import pickles, safetensors, torchfile
 from beit_jax.errors import UserError
 from tests import reference
 
@@ -144,7 +144,7 @@ def test_the_golden_malicious_file():
 
 def test_the_interpreter_has_no_name_that_acts():
   """Everything the pickle can mention is a container or one of five constructors of ours."""
-  assert set(torchfile.CALLS) == {
+  assert set(pickles.CALLS) == {
     "collections.OrderedDict",
     "torch._utils._rebuild_tensor",
     "torch._utils._rebuild_tensor_v2",

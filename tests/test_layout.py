@@ -61,7 +61,7 @@ def test_models_know_nothing_of_config_data_and_sharding():
 def test_contract_names():
   for function in (masking.block_mask, masking.block_mask_at_most, masking.random_mask):
     assert callable(function)
-  for function in (beit_jax.load, transfer.resize_rel_pos_table, transfer.resize_pos_embed):
+  for function in (beit_jax.load, beit_jax.save, transfer.resize_rel_pos_table, transfer.resize_pos_embed):
     assert callable(function)
 
 
