@@ -192,6 +192,7 @@ def test_module_reports_mistakes_with_status_2():
   assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_tokenizer_stage_can_be_skipped(tmp_path, tokenizer_run):
   config = _stages(tmp_path)
   flags = (

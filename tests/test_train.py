@@ -190,6 +190,7 @@ def test_another_architecture_is_refused(whole_run, tokenizer_run):
     assert fact in str(error.value)
 
 
+@pytest.mark.slow
 def test_another_tokenizer_is_refused(whole_run, tokenizer_run, tmp_path):
   """The same words in another order would be learnt without a complaint."""
   other = tmp_path / "tokenizer"
