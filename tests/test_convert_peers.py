@@ -26,7 +26,9 @@ with warnings.catch_warnings():
   # timm needs torchvision; the wheels on PyPI bring operators for CUDA only, so beside a CPU build of PyTorch two
   # names are missing, which timm never calls.
   if torch.version.cuda is None and "+cpu" not in importlib.metadata.version("torchvision"):
-    _library = torch.library.Library("torchvision", "DEF")
+    from torch import library
+
+    _library = library.Library("torchvision", "DEF")
     _library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     _library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
   timm = pytest.importorskip("timm", reason="timm is not installed (extra 'torch')")
