@@ -124,7 +124,7 @@ def _load_foreign(path: Path, num_heads, image_size, ema: bool) -> Pretrained:
 
 
 def _load_openai(path: Path, opened: lazy.State | None = None) -> Pretrained:
-  state, _ = dalle.openai_state(path, opened)
+  state = dalle.openai_state(path, opened)
   return dalle.import_tokenizer(state, dalle.openai_name, lazy.Source(state, path, "dalle"))
 
 

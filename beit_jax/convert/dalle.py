@@ -49,8 +49,8 @@ def is_openai(state: lazy.State) -> bool:
   return "blocks.input.w" in state
 
 
-def openai_state(path: Path, opened: lazy.State | None = None) -> tuple[lazy.State, list[Path]]:
-  """Tensors of one pickle, or of the encoder and decoder in a folder, under `encoder/` and `decoder/`; the files.
+def openai_state(path: Path, opened: lazy.State | None = None) -> lazy.State:
+  """Tensors of one pickle, or of the encoder and decoder in a folder, under `encoder/` and `decoder/`.
 
   `opened`: the tensors of `path`, where they have been read already (a plain state dict).
   """
@@ -77,7 +77,7 @@ def openai_state(path: Path, opened: lazy.State | None = None) -> tuple[lazy.Sta
     state |= {f"{part}/{name}": value for name, value in tensors.items()}
   if "encoder" not in seen:
     raise UserError(f"{path}: a decoder alone is no tokenizer; give encoder.pkl or the folder with both")
-  return state, paths
+  return state
 
 
 def import_tokenizer(state: lazy.State, naming: Any, source: lazy.Source) -> Pretrained:

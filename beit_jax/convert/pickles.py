@@ -53,9 +53,8 @@ INERT = {
 }
 VALUES = {f"torch.{name}" for name in ("float32", "float16", "bfloat16", "float64", "int64", "uint8")}
 MAX_AXES, MAX_NUMBER, MAX_NAME = 8, 2**48, 512
-MAX_COPIED = (
-  2_000_000  # elements of containers that calls may copy, in all: each is small in the file, many are not
-)
+# Elements of containers that calls may copy, in all: one is small in the file, many thousand copies are not.
+MAX_COPIED = 2_000_000
 
 
 class Refused(Exception):
