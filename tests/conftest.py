@@ -10,6 +10,14 @@ from pathlib import Path
 import jax
 import pytest
 
+# Eight devices on two cores: their collectives block threads of XLA's pools, whose size NPROC sets, and XLA ends the
+# process when a participant is 40 s late, which a busy machine can bring about.
+os.environ["XLA_FLAGS"] = (
+  f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_collective_call_warn_stuck_timeout_seconds=120"
+  " --xla_cpu_collective_call_terminate_timeout_seconds=900"
+).strip()
+os.environ.setdefault("NPROC", "64")
+
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "float32")

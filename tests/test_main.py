@@ -163,16 +163,19 @@ def _stages(tmp_path, **data):
 
 
 def test_whole_chain_without_tensorflow_or_torch(tmp_path):
-  """The user's command; afterwards neither framework is loaded. The same command again skips what is done."""
+  """The user's command where neither can be imported (tensorboardX would load torch if it could).
+
+  The same command again skips what is done.
+  """
   config = _stages(tmp_path)
   code = (
-    "import sys; from beit_jax.main import main; status = main(sys.argv[1:]); "
-    "print('loaded', [m for m in ('tensorflow', 'torch') if m in sys.modules]); sys.exit(status)"
+    "import sys; sys.modules.update(tensorflow=None, torch=None); "
+    "from beit_jax.main import main; sys.exit(main(sys.argv[1:]))"
   )
   arguments = ("-c", code, f"--config={config}", f"--workdir={tmp_path / 'run'}")
   first = _subprocess(*arguments)
   assert first.returncode == 0, first.stderr
-  assert "loaded []" in first.stdout and "accuracy  0." in first.stdout
+  assert "accuracy  0." in first.stdout
   results = json.loads((tmp_path / "run" / "summary.json").read_text())
   assert list(results) == ["tokenizer", "pretrain", "finetune"]
   assert (tmp_path / "run" / "tokenizer" / "figures" / "reconstructions.png").exists()
