@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -99,7 +100,7 @@ def read_description(folder: Path) -> dict[str, Any]:
 
 
 def load_params(folder: Path, item: str = "params") -> dict[str, Any]:
-  """The parameters (or `rest`: step, collections, optimizer) as nested NumPy arrays, whatever devices wrote them."""
+  """The parameters (or `ema`, or `rest`: step, collections, optimizer): nested NumPy, whatever devices wrote them."""
   handler = ocp.PyTreeCheckpointHandler()
   metadata = handler.metadata(folder / item).tree
   args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata)
@@ -151,8 +152,9 @@ class Checkpointer:
   def save(self, step: int, state: TrainState, description: dict[str, Any]) -> None:
     self.wait()
     rest = {"step": state.step, "collections": state.collections, "opt_state": state.opt_state}
-    items = ocp.args.Composite(params=ocp.args.StandardSave(state.params), rest=ocp.args.StandardSave(rest))
-    self._manager.save(step, args=items)
+    items = {"params": state.params, "rest": rest} | ({} if state.ema is None else {"ema": state.ema})
+    items = {name: ocp.args.StandardSave(item) for name, item in items.items()}
+    self._manager.save(step, args=ocp.args.Composite(**items))
     self._sealing = self._sealer.submit(self._seal, step, {**description, "step": step})
 
   def _seal(self, step: int, description: dict[str, Any]) -> None:
@@ -186,7 +188,13 @@ class Checkpointer:
     with ocp.StandardCheckpointer() as checkpointer:
       params = checkpointer.restore(folder / "params", abstract.params)
       rest = checkpointer.restore(folder / "rest", rest)
-    return TrainState(rest["step"], params, rest["collections"], rest["opt_state"])
+      ema = None
+      if shapes.ema is not None and (folder / "ema").is_dir():
+        ema = checkpointer.restore(folder / "ema", abstract.ema)
+      elif shapes.ema is not None:
+        log.warning("%s has no averaged weights; the average starts at its weights", folder)
+        ema = jax.tree.map(jnp.copy, params)
+    return TrainState(rest["step"], params, rest["collections"], rest["opt_state"], ema)
 
   def close(self) -> None:
     try:

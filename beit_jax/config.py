@@ -27,7 +27,7 @@ class Maybe(NamedTuple):
 
 
 DEFAULTS: dict[str, Any] = dict(
-  objective="beit",  # "dvae" | "beit" | "classify"
+  objective="beit",  # "dvae" | "beit" | "classify" | "linear_probe" | "knn"
   seed=0,
   batch_size=256,  # global: over all devices, processes and microbatches
   microbatches=1,  # gradient accumulation: the batch is run in that many parts
@@ -49,6 +49,7 @@ DEFAULTS: dict[str, Any] = dict(
     eps=1e-8,
     clip_norm=0.0,  # global norm; 0 = off
     layer_decay=1.0,
+    ema_decay=0.0,  # of averaged weights, evaluated and saved beside the others; 0 = off
     no_decay=(),  # further regexes of parameters without weight decay
   ),
   data=dict(
@@ -62,6 +63,8 @@ DEFAULTS: dict[str, Any] = dict(
     fraction=1.0,  # keep a fixed random part of the examples
     image_key="image",
     label_key="label",  # "" = unlabelled
+    label_file="",  # folder: a CSV of `file,class[,class...]` instead of class folders: several labels an image
+    num_classes=Maybe(int),  # the data must have exactly so many classes
     image_size=224,  # int, or (height, width)
     token_image_size=112,
     crop="random_resized",  # "random_resized" | "pad" | "center"
@@ -69,11 +72,14 @@ DEFAULTS: dict[str, Any] = dict(
     crop_ratio=(3 / 4, 4 / 3),
     flip=True,
     color_jitter=0.0,
+    rand_augment="",  # "rand-m9-mstd0.5-inc1"; colour jitter is then off, as in timm
+    random_erasing=0.0,  # probability
     mean=(0.5, 0.5, 0.5),
     std=(0.5, 0.5, 0.5),
     interpolation="bicubic",
     token_interpolation="lanczos",
     crop_pct=0.875,  # of evaluation
+    resize="short_side",  # of evaluation: "short_side" | "squash"
     workers=0,  # processes; 0 = threads of this one
     threads=4,
   ),
@@ -83,10 +89,13 @@ DEFAULTS: dict[str, Any] = dict(
     fraction=1.0,
     batch_size=256,
     every_steps=Maybe(int),  # None = at the end only
+    ema=False,  # with eval_only: the averaged weights
+    predictions=False,  # with eval_only: also predictions.jsonl
   ),
   checkpoint=dict(
     every_steps=1000,  # None = at the end only
     keep=2,
+    best="",  # an eval metric ("acc1", "ema_acc1", "loss"): the best state so far is kept in workdir/best
     asynchronous=True,
   ),
   figures=True,
@@ -121,7 +130,18 @@ SECTIONS: dict[str, dict[str, Any]] = {
     ),
   ),
   "classify": dict(
-    loss=dict(label_smoothing=0.1),
+    loss=dict(
+      label_smoothing=0.1,
+      mixup_alpha=0.0,
+      cutmix_alpha=0.0,
+      mix_prob=1.0,  # that a batch is mixed
+      mix_switch_prob=0.5,  # that it is cutmix, where both are on
+    ),
+  ),
+  "linear_probe": dict(encoder=dict(init_from="")),  # "" = a random encoder, as `model` says
+  "knn": dict(
+    encoder=dict(init_from=""),
+    knn=dict(k=20, temperature=0.07, blocks=()),  # DINO's k and temperature; blocks: () = all
   ),
 }
 

@@ -7,34 +7,42 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from beit_jax import checkpoint, convert, sharding, trees
+from beit_jax import checkpoint, sharding, trees
 from beit_jax.data import pipeline, sources
 from beit_jax.errors import UserError
 from beit_jax.logs import log
 from beit_jax.objectives import OBJECTIVES, Objective
 
 
+def make_eval_step(objective: Objective, mesh: jax.sharding.Mesh) -> Callable[[Any, Any, Any], Any]:
+  """`objective.eval_step`, jitted; what it returns is there in full on every process."""
+  return jax.jit(objective.eval_step, out_shardings=sharding.replicated(mesh))
+
+
 def evaluate(
   eval_step: Callable[[Any, Any, Any], Any],
-  summarize: Callable[[dict], dict[str, float]],
+  objective: Objective,
   variables: Any,
   frozen: Any,
   batches: Iterable[Any],
-) -> dict[str, float]:
-  """Adds the (sum, count) pairs of every batch on the device, fetches them once, and lets the objective divide.
+) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+  """Adds the (sum, count) pairs of every batch in float64 and lets the objective divide.
 
   Returns:
-    The objective's metrics as floats.
+    (the objective's metrics as floats, the valid rows of the whole set in order: see `Objective.eval_step`).
   """
-  total = None
+  total, rows = None, []
   for batch in batches:
-    sums = eval_step(variables, frozen, batch)
-    total = jax.block_until_ready(sums if total is None else jax.tree.map(jnp.add, total, sums))
-  return summarize(jax.device_get(total))
+    sums = dict(jax.device_get(eval_step(variables, frozen, batch)))
+    rows.append(sums.pop("rows", {}))
+    sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
+    total = sums if total is None else jax.tree.map(np.add, total, sums)
+  valid = np.concatenate([row.pop("valid", np.zeros(0, bool)) for row in rows])
+  whole = {name: np.concatenate([row[name] for row in rows])[valid] for name in rows[0]}
+  return {**objective.summarize(total), **(objective.summarize_rows(whole) if whole else {})}, whole
 
 
 def eval_source(config: ConfigDict) -> Any:
@@ -58,7 +66,9 @@ def eval_batches(
 
 
 def evaluate_only(config: ConfigDict, workdir: Path, name: str, mesh: jax.sharding.Mesh) -> dict[str, Any]:
-  """`eval_only=True`: the newest checkpoint of `workdir`, else `init_from`, over the whole of `eval.split`.
+  """`eval_only=True`, or an objective that trains nothing, over the whole of `eval.split`.
+
+  The weights are those of the newest checkpoint of `workdir`, else of `init_from`.
 
   Returns:
     The content of workdir/eval.json: `eval` metrics, examples, seconds, images_per_second, checkpoint.
@@ -69,37 +79,33 @@ def evaluate_only(config: ConfigDict, workdir: Path, name: str, mesh: jax.shardi
   source = eval_source(config)
   if source is None:
     raise UserError("config key 'eval.split': empty, so there is nothing to evaluate on; name a split")
-  objective = OBJECTIVES[config.objective](config, source)
-  path = workdir if checkpoint.steps(workdir / "checkpoints") else config.init_from
-  if not path:
-    raise UserError(f"eval_only: no checkpoint in {workdir}; give init_from, or the workdir of a run")
-  shapes = dict(jax.eval_shape(objective.init, jax.random.key(0)))
-  pretrained = convert.load(path)
-  found = objective.adapt(pretrained, shapes["params"])
-  missing = [n for n in trees.flatten(shapes["params"]) if n not in found]
-  if missing:
-    raise UserError(
-      f"eval_only: {path} has no fitting {', '.join(missing)}; the data has {source.num_classes} classes, so "
-      "set model.num_classes to the checkpoint's, or fine-tune first"
-    )
-  params = jax.device_put(
-    trees.unflatten({n: np.asarray(found[n]) for n in trees.flatten(shapes["params"])}),
-    sharding.param_shardings(mesh, shapes["params"]),
-  )
-  frozen = jax.device_put(objective.frozen_params(), sharding.replicated(mesh))
+  kind = OBJECTIVES[config.objective]
+  objective = kind(config, source if kind.trains else sources.make_source(config.data.to_dict()))
+  shapes = dict(jax.eval_shape(objective.init, jax.random.key(0)))["params"]
+  params, path = {}, config.get("encoder", {}).get("init_from", "")
+  if objective.trains:
+    path = workdir if checkpoint.steps(workdir / "checkpoints") else config.init_from
+    if not path:
+      raise UserError(f"eval_only: no checkpoint in {workdir}; give init_from, or the workdir of a run")
+    found, path = objective.load_params(path, shapes)
+    params = trees.unflatten({name: np.asarray(found[name]) for name in trees.flatten(shapes)})
+  variables = {"params": jax.device_put(params, sharding.param_shardings(mesh, shapes))}
+  frozen = jax.device_put(objective.frozen_params(mesh), sharding.replicated(mesh))
   began = time.monotonic()
   batches = eval_batches(config, objective, source, mesh, config.eval.batch_size)
-  metrics = evaluate(jax.jit(objective.eval_step), objective.summarize, {"params": params}, frozen, batches)
+  metrics, rows = evaluate(make_eval_step(objective, mesh), objective, variables, frozen, batches)
   seconds = time.monotonic() - began
   result = dict(
     eval=metrics,
     examples=len(source),
     seconds=round(seconds, 1),
     images_per_second=round(len(source) / seconds, 1),
-    checkpoint=str(pretrained.description.get("path")),
+    checkpoint=path,
   )
   log.info("%s: %d examples  %s", name, len(source), "  ".join(f"{k} {v:.6g}" for k, v in metrics.items()))
   if jax.process_index() == 0:
     workdir.mkdir(parents=True, exist_ok=True)
     (workdir / "eval.json").write_text(json.dumps(result, indent=1) + "\n")
+    for file in objective.report(rows, metrics, workdir):
+      log.info("%s: %s", name, file)
   return result

@@ -36,6 +36,16 @@ def soft_target_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Arra
   return -(targets * jax.nn.log_softmax(logits.astype(jnp.float32))).sum(-1)
 
 
+def binary_cross_entropy(logits: jax.Array, targets: jax.Array, smoothing: float = 0.0) -> jax.Array:
+  """Several labels an image: mean over the classes of -log p(target) per example: float32 [B], both inputs [B, C].
+
+  Targets in [0, 1] are first drawn towards 1/2 by `smoothing`.
+  """
+  logits = logits.astype(jnp.float32)
+  targets = targets * (1.0 - smoothing) + 0.5 * smoothing
+  return (jax.nn.softplus(logits) - targets * logits).mean(-1)
+
+
 def logit_laplace(mean: jax.Array, log_scale: jax.Array, target: jax.Array) -> jax.Array:
   """Negative log-likelihood of the logit-Laplace distribution, elementwise (DALL-E paper, appendix A.3).
 

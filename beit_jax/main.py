@@ -12,6 +12,8 @@ from beit_jax import config as config_lib
 from beit_jax import logs, objectives, summary, train
 from beit_jax.errors import UserError
 
+PARTS = ("tokenizer", "encoder")  # frozen parts of a run, whose init_from may be another stage's
+
 
 def main(argv: list[str]) -> int:
   logs.setup()
@@ -45,7 +47,8 @@ def run_stages(config, folder: Path) -> None:
     if stage.objective == "dvae" and stage.init_from:
       where[name] = stage.init_from
       continue
-    for section, key in ((stage, "init_from"), (stage, "resume"), (stage.get("tokenizer", {}), "init_from")):
+    parts = (("init_from", stage), ("resume", stage), *(("init_from", stage[n]) for n in PARTS if n in stage))
+    for key, section in parts:
       value = section.get(key) or ""
       if value.startswith("stage:"):
         earlier = value.removeprefix("stage:")

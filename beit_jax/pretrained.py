@@ -46,6 +46,10 @@ def make_module(kind: str, fields: dict[str, Any]) -> nn.Module:
       return {k: thaw(v) for k, v in value.items()}
     return tuple(value) if isinstance(value, list) else value
 
+  if kind == "linear_probe":
+    raise UserError(
+      "this run holds the heads of a linear probe without their encoder; load the encoder's run"
+    )
   if kind not in MODULES:
     raise UserError(f"a checkpoint of kind {kind!r} is unknown to this version; it knows {sorted(MODULES)}")
   try:
@@ -135,16 +139,12 @@ class Pretrained:
   def _fit(self, image: np.ndarray) -> np.ndarray:
     """One image to float32 [h, w, 3] in [0, 1]; floats are resized as floats."""
     p, size = self.preprocessing, tuple(self.preprocessing["image_size"])
-    crop_pct = p["crop_pct"]
-    if image.dtype == np.uint8 and p["resize"] == "short_side":
-      view = images_lib.eval_views(image, {"image": (size, p["interpolation"])}, crop_pct=crop_pct)["image"]
-      return view.astype(np.float32) / 255.0
-    image = image.astype(np.float32) / (255.0 if image.dtype == np.uint8 else 1.0)
+    if image.dtype == np.uint8:
+      views, how = {"image": (size, p["interpolation"])}, {name: p[name] for name in ("crop_pct", "resize")}
+      return images_lib.eval_views(image, views, **how)["image"].astype(np.float32) / 255.0
+    image = image.astype(np.float32)
     height, width = image.shape[:2]
-    target = tuple(round(side / crop_pct) for side in size)
-    if p["resize"] == "short_side":
-      scale = max(size[0] / crop_pct / height, size[1] / crop_pct / width)
-      target = (max(round(height * scale), size[0]), max(round(width * scale), size[1]))
+    target = images_lib.eval_size((height, width), size, p["crop_pct"], p["resize"])
     if target != (height, width):
       resample = images_lib.RESAMPLE[p["interpolation"]]
       channels = [Image.fromarray(image[..., c]).resize(target[::-1], resample) for c in range(3)]

@@ -6,10 +6,6 @@
 import collections
 import contextlib
 import functools
-import importlib.metadata
-import json
-import platform
-import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,8 +18,7 @@ import optax
 from ml_collections import ConfigDict
 from PIL import Image
 
-import beit_jax
-from beit_jax import checkpoint, convert, optim, sharding, train_state, trees
+from beit_jax import checkpoint, convert, optim, record, sharding, train_state, trees
 from beit_jax import config as config_lib
 from beit_jax import evaluate as evaluation
 from beit_jax.data import pipeline, sources
@@ -31,19 +26,6 @@ from beit_jax.errors import UserError
 from beit_jax.logs import Logger, log
 from beit_jax.objectives import OBJECTIVES, Objective
 from beit_jax.train_state import TrainState
-
-PACKAGES = (
-  "jax",
-  "jaxlib",
-  "flax",
-  "optax",
-  "orbax-checkpoint",
-  "grain",
-  "tensorflow-datasets",
-  "numpy",
-  "pillow",
-)
-RESULT = "result.json"
 
 
 def run(config: ConfigDict, workdir: Path, name: str = "") -> dict[str, Any]:
@@ -55,13 +37,13 @@ def run(config: ConfigDict, workdir: Path, name: str = "") -> dict[str, Any]:
   Raises:
     UserError: anything a user can mend, with what to do.
   """
-  finished = _finished(config, workdir)
+  finished = record.finished(config, workdir)
   if finished is not None and not config.eval_only:
-    log.info("%s: finished earlier, step %d (%s)", name or workdir, finished["step"], workdir / RESULT)
+    log.info("%s: finished earlier, step %d (%s)", name or workdir, finished["step"], workdir / record.RESULT)
     return finished
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
   with jax.set_mesh(mesh):
-    if config.eval_only:
+    if config.eval_only or not OBJECTIVES[config.objective].trains:
       return evaluation.evaluate_only(config, workdir, name or workdir.name, mesh)
     return _run(config, workdir, name or workdir.name, mesh)
 
@@ -88,38 +70,59 @@ def _run(config: ConfigDict, workdir: Path, name: str, mesh: jax.sharding.Mesh) 
   param_shapes = jax.eval_shape(init)["params"]
   schedules = make_schedules(config, steps_per_epoch, total_steps)
   tx = _optimizer(config, schedules, param_shapes, objective.depth)
-  state, shapes, shardings = train_state.create(init, tx, mesh)
-  frozen = jax.device_put(objective.frozen_params(), sharding.replicated(mesh))
+  decay = config.optimizer.ema_decay
+  if not 0 <= decay < 1:
+    raise UserError(f"config key 'optimizer.ema_decay': {decay} must lie in [0, 1)")
+  state, shapes, shardings = train_state.create(init, tx, mesh, ema=decay > 0)
+  frozen = jax.device_put(objective.frozen_params(mesh), sharding.replicated(mesh))
 
   # Restore: own folder > resume > init_from > scratch.
   workdir.mkdir(parents=True, exist_ok=True)
-  description = _describe(config, objective, source)
+  description = record.describe(config, objective, source)
   options = dict(keep=config.checkpoint.keep, asynchronous=config.checkpoint.asynchronous)
   with contextlib.ExitStack() as stack:
     saver = stack.enter_context(contextlib.closing(checkpoint.Checkpointer(workdir, **options)))
     state = _restore(config, objective, saver, state, shapes, shardings, description)
+    best = stack.enter_context(contextlib.closing(Best(workdir, config.checkpoint.best)))
     start_step = int(state.step)
-    _write_config(config, workdir)
+    record.write_config(config, workdir)
     _announce(
       config, name, objective, param_shapes, len(source), steps_per_epoch, start_step, total_steps, mesh
     )
 
     # Steps.
-    train_step = make_train_step(objective, tx, config.microbatches, jax.random.fold_in(root, 1), shardings)
-    eval_step = jax.jit(objective.eval_step)
+    train_step = make_train_step(
+      objective, tx, config.microbatches, jax.random.fold_in(root, 1), shardings, decay
+    )
+    eval_step = evaluation.make_eval_step(objective, mesh)
     batches = _train_batches(config, objective, source, mesh, start_step, total_steps)
     logger = stack.enter_context(contextlib.closing(Logger(workdir, total_steps, name, start_step)))
-    (first, last), evaluated, pending = _logged(workdir), {}, None
+    (first, last), evaluated, pending = record.logged(workdir), {}, None
     clock, clock_step = time.monotonic(), start_step
 
     def eval_now(step):
-      variables = {"params": state.params, **state.collections}
-      batches = evaluation.eval_batches(config, objective, eval_source, mesh, config.eval.batch_size)
-      metrics = evaluation.evaluate(eval_step, objective.summarize, variables, frozen, batches)
+      metrics = {}
+      for prefix, params in (("", state.params), ("ema_", state.ema)):
+        if params is not None:
+          variables = {"params": params, **state.collections}
+          batches = evaluation.eval_batches(config, objective, eval_source, mesh, config.eval.batch_size)
+          values, _ = evaluation.evaluate(eval_step, objective, variables, frozen, batches)
+          metrics |= {prefix + key: value for key, value in values.items()}
       logger.write(step, {f"eval_{key}": value for key, value in metrics.items()})
       log.info("%s step %d  eval  %s", name, step, "  ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
       objective.check_eval(step, metrics)
+      best.offer(step, metrics, state, description)
       return metrics
+
+    def settle(limit):
+      """Waits for all but the newest `limit` steps; a number that is none ends the run before it is saved."""
+      while len(in_flight) > limit:
+        at, loss, norm = in_flight.popleft()
+        if not np.isfinite([float(loss), float(norm)]).all():
+          raise UserError(
+            f"{name}: loss {loss}, gradient norm {norm} at step {at}: lower optimizer.learning_rate or set "
+            f"optimizer.clip_norm; the last checkpoint in {saver.root} is from before that"
+          )
 
     def flush():
       """Logs the step before the newest, so that the host never waits for the device with nothing queued."""
@@ -141,9 +144,8 @@ def _run(config: ConfigDict, workdir: Path, name: str, mesh: jax.sharding.Mesh) 
     in_flight: collections.deque = collections.deque()
     for step in range(start_step + 1, total_steps + 1):
       state, metrics = train_step(state, frozen, next(batches))
-      in_flight.append(metrics["loss"])
-      if len(in_flight) > ahead:
-        jax.block_until_ready(in_flight.popleft())
+      in_flight.append((step, metrics["loss"], metrics["grad_norm"]))
+      settle(ahead)
       is_last = step == total_steps
       if is_last or step == start_step + 1 or step % config.log_every_steps == 0:
         flush()
@@ -152,6 +154,7 @@ def _run(config: ConfigDict, workdir: Path, name: str, mesh: jax.sharding.Mesh) 
       evaluating = not is_last and config.eval.every_steps and step % config.eval.every_steps == 0
       if is_last or saving or (eval_source and evaluating):
         flush()
+        settle(0)
         if eval_source and evaluating:
           evaluated = eval_now(step)
         if saving:
@@ -165,13 +168,46 @@ def _run(config: ConfigDict, workdir: Path, name: str, mesh: jax.sharding.Mesh) 
   result = dict(
     step=total_steps, seconds=seconds, first=first, last=last, eval=evaluated, examples=len(source)
   )
-  if jax.process_index() == 0:
-    (workdir / RESULT).write_text(json.dumps(result, indent=1) + "\n")
+  record.write_result(workdir, result)
   log.info("%s: done in %.0f s, %s", name, seconds, workdir)
   return result
 
 
-def make_train_step(objective: Objective, tx, microbatches: int, root: jax.Array, shardings: TrainState):
+class Best:
+  """Keeps the state of the best evaluation in workdir/best; `metric` "" keeps none."""
+
+  def __init__(self, workdir: Path, metric: str):
+    self._metric, self._saver = metric, None
+    if metric:
+      self._saver = checkpoint.Checkpointer(workdir / "best", keep=1)
+      latest = self._saver.latest()
+      if latest is not None:
+        self._value = checkpoint.read_description(self._saver.root / str(latest)).get("best", {}).get("value")
+      else:
+        self._value = None
+
+  def offer(self, step: int, metrics: dict[str, float], state: TrainState, description: dict) -> None:
+    if self._saver is None:
+      return
+    if self._metric not in metrics:
+      raise UserError(
+        f"config key 'checkpoint.best': {self._metric!r} is not evaluated; there are {', '.join(sorted(metrics))}"
+      )
+    value, lower = metrics[self._metric], self._metric.endswith(("loss", "mae", "mse"))
+    if self._value is None or (value < self._value if lower else value > self._value):
+      self._value = value
+      best = {"metric": self._metric, "value": value}
+      self._saver.save(step, state, {**description, "best": best})
+      log.info("best so far: %s %.6g at step %d, kept in %s", self._metric, value, step, self._saver.root)
+
+  def close(self) -> None:
+    if self._saver is not None:
+      self._saver.close()
+
+
+def make_train_step(
+  objective: Objective, tx, microbatches: int, root: jax.Array, shardings: TrainState, ema_decay: float = 0.0
+):
   """(state, frozen, batch) -> (state, metrics), jitted, state donated: the same function for every objective.
 
   The loss is sum / count over the global batch, microbatches included: gradients of sums are added and divided
@@ -208,7 +244,8 @@ def make_train_step(objective: Objective, tx, microbatches: int, root: jax.Array
     params = optax.apply_updates(state.params, updates)
     metrics = {name: total / jnp.maximum(n, 1.0) for name, (total, n) in sums.items()}
     metrics["grad_norm"] = optax.tree.norm(grads)
-    return TrainState(state.step + 1, params, extra, opt_state), metrics
+    ema = train_state.update_ema(state.ema, params, ema_decay)
+    return TrainState(state.step + 1, params, extra, opt_state, ema), metrics
 
   return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
 
@@ -269,31 +306,17 @@ def _train_batches(
   return (sharding.put_batch(mesh, batch, config.batch_size) for batch in host)
 
 
-def _describe(config, objective, source) -> dict[str, Any]:
-  """description.json: what a stranger needs to use, and to distrust, a checkpoint."""
-  text = dict(
-    version=beit_jax.__version__,
-    preset=config.model.get("preset", ""),
-    dataset=source.description,
-    config=config.to_dict(),
-    packages={name: importlib.metadata.version(name) for name in PACKAGES},
-    python=platform.python_version(),
-    **objective.describe(),
-  )
-  return json.loads(json.dumps(text, default=str))
-
-
 def _restore(config, objective, saver, state, shapes, shardings, description) -> TrainState:
   latest = saver.latest()
   if latest is not None:
-    _same_model(saver.root / str(latest), description)
+    record.same_model(saver.root / str(latest), description)
     log.info("resuming from %s", saver.root / str(latest))
     return saver.restore(latest, shapes, shardings)
   if config.resume:
     folder = checkpoint.find(config.resume)
     if not (folder / "rest").is_dir():
       raise UserError(f"config key 'resume': {folder} holds weights only, no optimizer; use init_from")
-    _same_model(folder, description)
+    record.same_model(folder, description)
     log.info("resume: step, parameters and optimizer from %s", folder)
     return saver.restore(int(folder.name), shapes, shardings, root=folder.parent)
   if config.init_from:
@@ -307,32 +330,8 @@ def _restore(config, objective, saver, state, shapes, shardings, description) ->
       state.params,
       shardings.params,
     )
-    return TrainState(state.step, params, state.collections, state.opt_state)
+    return state.replace(params=params, ema=state.ema and jax.tree.map(jnp.copy, params))
   return state
-
-
-def _same_model(folder: Path, description: dict[str, Any]) -> None:
-  """Refuses a checkpoint of another architecture, other pixel statistics or another tokenizer."""
-
-  def facts(of):
-    model = {f"model.{name}": value for name, value in trees.flatten(of["module"]).items()}
-    data = {f"data.{key}": of["preprocessing"].get(key) for key in ("mean", "std")}
-    return {"kind": of["kind"], **model, **data, "tokenizer's sha256": of.get("tokenizer", {}).get("sha256")}
-
-  have, want = facts(checkpoint.read_description(folder)), facts(description)
-  free = ("remat", "scan", "dtype", "drop_path_rate")
-  names = [n for n in sorted(want.keys() | have.keys()) if want.get(n) != have.get(n)]
-  lines = [
-    f"{n.replace('encoder/', '')}: the checkpoint has {have.get(n)!r}, the config {want.get(n)!r}"
-    for n in names
-    if re.split("[./]", n)[-1] not in free
-  ]
-  if lines:
-    raise UserError(
-      f"{folder} holds another model than this config:\n  "
-      + "\n  ".join(lines)
-      + "\nUse another --workdir, or the config that made it"
-    )
 
 
 def _announce(config, name, objective, shapes, examples, per_epoch, start_step, total_steps, mesh) -> None:
@@ -356,30 +355,6 @@ def _announce(config, name, objective, shapes, examples, per_epoch, start_step, 
   )
   if start_step == 0:
     log.info("parameter groups\n%s", report)
-
-
-def _logged(workdir: Path) -> tuple[dict[str, float], dict[str, float]]:
-  """The first and the last training metrics in metrics.jsonl."""
-  path = workdir / "metrics.jsonl"
-  rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-  rows = [row for row in rows if "loss" in row]
-  return (rows[0], rows[-1]) if rows else ({}, {})
-
-
-def _write_config(config, workdir) -> None:
-  if jax.process_index() == 0:
-    (workdir / "config.json").write_text(json.dumps(config.to_dict(), indent=1, default=str) + "\n")
-
-
-def _finished(config, workdir) -> dict[str, Any] | None:
-  """The result of an earlier, complete run of the very same config in this folder."""
-  try:
-    before = json.loads((workdir / "config.json").read_text())
-    result = json.loads((workdir / RESULT).read_text())
-  except (OSError, ValueError):
-    return None
-  now = json.loads(json.dumps(config.to_dict(), default=str))
-  return result if before == now else None
 
 
 def _write_figures(config, objective, state, frozen, eval_source, source, mesh, workdir, step) -> None:

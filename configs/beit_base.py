@@ -41,8 +41,11 @@ def pretrain(variant: str, preset: str, clip_norm: float) -> dict:
   )
 
 
+VARIANTS = ("plus", "paper")
+
+
 def get_config(preset="plus"):
-  if preset not in ("plus", "paper"):
-    raise ValueError(f"variant {preset!r} is unknown; there are 'plus' and 'paper'")
+  if preset not in VARIANTS:
+    raise ValueError(f"variant {preset!r} is unknown; there are {VARIANTS}")
   stages = dict(tokenizer=dvae.get_config().to_dict(), pretrain=pretrain("base", preset, 3.0))
   return ConfigDict(dict(stages=tuple(stages), **stages))

@@ -12,10 +12,12 @@ import beit_base
 import dvae
 from ml_collections import ConfigDict
 
+VARIANTS = beit_base.VARIANTS
+
 
 def get_config(preset="plus"):
-  if preset not in ("plus", "paper"):
-    raise ValueError(f"variant {preset!r} is unknown; there are 'plus' and 'paper'")
+  if preset not in VARIANTS:
+    raise ValueError(f"variant {preset!r} is unknown; there are {VARIANTS}")
   pretrain = beit_base.pretrain("large", preset, 1.0)
   pretrain["model"].update(scan=True, remat=True)
   stages = dict(tokenizer=dvae.get_config().to_dict(), pretrain=pretrain)

@@ -1,11 +1,12 @@
-"""Colour jitter on the device, keys by example."""
+"""Colour jitter, erasing, mixup and cutmix on the device; keys by example."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from beit_jax import augment
+from beit_jax import augment, losses
+from tests import reference
 
 
 def _keys(n=4, purpose="jitter", epoch=0):
@@ -48,3 +49,89 @@ def test_normalize():
     augment.to_float(jnp.array([[[[0, 255, 51]]]], jnp.uint8)), (0.5,) * 3, (0.5, 0.5, 0.25)
   )
   np.testing.assert_allclose(found[0, 0, 0], [-1, 1, -1.2], rtol=1e-6)
+
+
+MIX, _ = reference.load("mixup")
+
+
+def _nhwc(x):
+  return jnp.asarray(x.transpose(0, 2, 3, 1))
+
+
+def _smoothed():
+  return losses.smooth_labels(jnp.asarray(MIX["in/label"]), 10, 0.1)
+
+
+def test_mixup_golden():
+  image, target = augment.mix(_nhwc(MIX["in/x"]), _smoothed(), jnp.float32(MIX["mixup/lam"]), None)
+  np.testing.assert_allclose(image, _nhwc(MIX["mixup/out_x"]), atol=1e-6)
+  np.testing.assert_allclose(target, MIX["mixup/out_target"], atol=1e-6)
+  np.testing.assert_allclose(_smoothed(), MIX["none/out_target"], atol=1e-7)
+
+
+@pytest.mark.parametrize("case", ["cutmix_inside", "cutmix_clipped", "cutmix_odd"])
+def test_cutmix_golden(case):
+  found = {key: MIX[f"{case}/{key}"] for key in ("lam_drawn", "centre_y_x", "box_yl_yh_xl_xh")}
+  box = augment.cutmix_box(tuple(found["centre_y_x"]), jnp.float32(found["lam_drawn"]), 16, 16)
+  np.testing.assert_array_equal(np.array(box), found["box_yl_yh_xl_xh"])
+  image, target = augment.mix(_nhwc(MIX["in/x"]), _smoothed(), jnp.float32(found["lam_drawn"]), box)
+  np.testing.assert_allclose(image, _nhwc(MIX[f"{case}/out_x"]), atol=1e-6)
+  np.testing.assert_allclose(target, MIX[f"{case}/out_target"], atol=1e-6)
+
+
+def test_random_mix_law():
+  """Batches of two one-pixel-high images: how often cutmix, the law of lam, targets that follow the pixels."""
+  image = jnp.stack([jnp.zeros((8, 8, 3)), jnp.ones((8, 8, 3))])
+  target = jnp.eye(2)
+  run = lambda **options: jax.jit(  # noqa: E731
+    jax.vmap(lambda key: augment.random_mix(key, image, target, **{**ON, **options}))
+  )(jax.random.split(jax.random.key(0), 4000))
+  pixels, targets = run()
+  share = np.asarray(pixels[:, 0].mean((1, 2, 3)))  # of the other image in the first
+  np.testing.assert_allclose(share, targets[:, 0, 1], atol=1e-5)
+  np.testing.assert_allclose(targets.sum(-1), 1, atol=1e-6)
+  pure = np.asarray(
+    [len(np.unique(p)) <= 2 and set(np.unique(p)) <= {0, 1} for p in np.asarray(pixels[:, 0])]
+  )
+  assert abs(pure.mean() - 0.5) < 5 * 0.5 / np.sqrt(4000) + 0.01
+  _, none = run(prob=0.0)
+  np.testing.assert_array_equal(none, np.broadcast_to(target, none.shape))
+  _, blended = run(cutmix_alpha=0.0)
+  lam = np.asarray(blended[:, 0, 0])
+  assert lam.mean() == pytest.approx(0.5, abs=0.03)
+  assert lam.var() == pytest.approx(1 / (4 * (2 * 0.8 + 1)), rel=0.06)  # Beta(0.8, 0.8)
+  pixels, _ = run(mixup_alpha=0.0)
+  assert set(np.unique(pixels)) == {0.0, 1.0}
+
+
+ON = dict(mixup_alpha=0.8, cutmix_alpha=1.0, prob=1.0, switch_prob=0.5)
+
+
+def test_erasing_law():
+  """20,000 boxes on 224x224: area uniform in [0.02, 1/3], aspect log-uniform in [0.3, 1/0.3], all inside."""
+  n, size = 20_000, 224
+  boxes = jax.jit(jax.vmap(lambda key: augment.erase_box(key, size, size)))
+  top, left, h, w = (np.asarray(x) for x in boxes(jax.random.split(jax.random.key(1), n)))
+  assert h.min() > 0 and (top >= 0).all() and (left >= 0).all()
+  assert (h < size).all() and (w < size).all() and (top + h <= size).all() and (left + w <= size).all()
+  area, log_aspect = h * w / size**2, np.log(h / w)
+  # The largest boxes of extreme aspect do not fit: sqrt(area * aspect) < 1, worth 0.3 % of all draws.
+  rng = np.random.default_rng(0)
+  a, b = rng.uniform(0.02, 1 / 3, 2 * n), rng.uniform(np.log(0.3), -np.log(0.3), 2 * n)
+  fits = (np.round(size * np.sqrt(a * np.exp(b))) < size) & (np.round(size * np.sqrt(a / np.exp(b))) < size)
+  for found, law in ((area, a[fits]), (log_aspect, b[fits])):
+    points = np.quantile(law, np.linspace(0.02, 0.98, 49))
+    gap = np.abs(np.searchsorted(np.sort(found), points) / n - np.linspace(0.02, 0.98, 49)).max()
+    assert gap < 1.95 * np.sqrt(1 / n + 1 / fits.sum()) + 0.004  # Kolmogorov-Smirnov at 0.1 %, rounding
+  for start, side in ((top, h), (left, w)):  # position uniform over what is left
+    assert (start / np.maximum(size - side, 1)).mean() == pytest.approx(0.5, abs=0.012)
+
+
+def test_erasing_is_noise_in_a_quarter_of_the_images():
+  image = jnp.full((2000, 16, 16, 3), 7.0)
+  erased = np.asarray(jax.jit(augment.random_erasing, static_argnums=2)(_keys(2000, "erase"), image, 0.25))
+  touched = (erased != 7).any((1, 2, 3))
+  assert abs(touched.mean() - 0.25) < 5 * np.sqrt(0.25 * 0.75 / 2000)
+  noise = erased[erased != 7]
+  assert noise.mean() == pytest.approx(0, abs=0.02) and noise.std() == pytest.approx(1, abs=0.02)
+  assert (erased != 7).any(3).sum() * 3 == (erased != 7).sum()  # all channels of a pixel

@@ -38,6 +38,8 @@ RUNS = {
     model=dict(drop_path_rate=0.1, **MODEL),
     optimizer=dict(learning_rate=1e-3, layer_decay=0.65),
   ),
+  "linear_probe": dict(batch_size=16, total_steps=6, model=MODEL, optimizer=dict(learning_rate=4e-3)),
+  "knn": dict(model=MODEL, knn=dict(k=5)),
 }
 
 

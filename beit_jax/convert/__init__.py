@@ -63,9 +63,7 @@ def load(
     for name, value in (("num_heads", num_heads), ("image_size", image_size)):
       if value is not None:
         raise UserError(f"{name}={value!r}: a beit_jax checkpoint says this itself; leave it out")
-    if ema:
-      raise UserError(f"{path}: this run kept no averaged weights; call load without ema=True")
-    return orbax.load(path, step=step)
+    return orbax.load(path, step=step, ema=ema)
   if step is not None:
     raise UserError(f"step={step}: only a run of beit_jax has steps, {path} has not")
   try:

@@ -10,12 +10,16 @@ from beit_jax.errors import UserError
 from beit_jax.pretrained import Pretrained, fingerprint, make_module
 
 
-def load(path: Path, *, step: int | None = None) -> Pretrained:
+def load(path: Path, *, step: int | None = None, ema: bool = False) -> Pretrained:
   """The newest good checkpoint of a run, or that of `step`; every tensor is checked against the module."""
   folder = checkpoint.find(path, step)
   description = checkpoint.read_description(folder)
   module = make_module(description["kind"], description["module"])
-  params = checkpoint.load_params(folder)
+  if ema and not (folder / "ema").is_dir():
+    raise UserError(
+      f"{folder} has no averaged weights (optimizer.ema_decay was 0); call load without ema=True"
+    )
+  params = checkpoint.load_params(folder, "ema" if ema else "params")
   found = {name: tuple(leaf.shape) for name, leaf in trees.flatten(params).items()}
   wanted = {name: tuple(leaf.shape) for name, leaf in trees.flatten(_shapes(module, description)).items()}
   if found != wanted:

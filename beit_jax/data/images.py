@@ -9,7 +9,7 @@ import math
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from beit_jax.errors import UserError
 
@@ -34,10 +34,23 @@ def to_rgb(image: Image.Image) -> Image.Image:
   return image.convert("RGB")
 
 
+def _upright(image: Image.Image) -> Image.Image:
+  image.load()  # damaged pixels are an error, damaged EXIF is not
+  try:
+    ImageOps.exif_transpose(image, in_place=True)
+  except Exception:  # Pillow's EXIF reader raises whatever the bytes lead it into
+    pass
+  return image
+
+
 def decode(image: Any) -> Image.Image:
-  """Encoded bytes, or a uint8 array [H, W, 3 or 1] -> Pillow image in RGB."""
+  """Encoded bytes, or a uint8 array [H, W, 3 or 1] -> Pillow image in RGB.
+
+  Encoded pictures are turned upright as their EXIF orientation says; a damaged EXIF block says nothing. Transparency
+  is dropped.
+  """
   if isinstance(image, bytes):
-    return to_rgb(Image.open(io.BytesIO(image)))
+    return to_rgb(_upright(Image.open(io.BytesIO(image))))
   array = np.asarray(image)
   return to_rgb(Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array))
 
@@ -80,7 +93,7 @@ Views = dict[str, tuple[tuple[int, int], str]]  # name -> ((H, W), interpolation
 def train_views(
   image: Any, rng: np.random.Generator, views: Views, *, crop: str, scale, ratio, flip: bool
 ) -> dict:
-  """One random box and flip, resized to every view: {name: uint8 [H, W, 3]}.
+  """One random box and flip, resized to every view: {name: uint8 [H, W, 3]}. `image`: as for `decode`.
 
   crop: "random_resized"; "pad" (reflect-free: zero padding by an eighth, then a random crop, for small images);
   "center" (none: the largest central box of the first view's shape).
@@ -108,13 +121,27 @@ def _largest_box(image_size: tuple[int, int], view: tuple[int, int], crop_pct: f
   return _central(width, height, max(round(view[1] * unit), 1), max(round(view[0] * unit), 1))
 
 
-def eval_views(image: Any, views: Views, *, crop_pct: float) -> dict:
-  """Short side resized to view / crop_pct, then a centre crop of the view's size: {name: uint8 [H, W, 3]}."""
+def eval_size(
+  image_size: tuple[int, int], view: tuple[int, int], crop_pct: float, resize: str
+) -> tuple[int, int]:
+  """(height, width) that an image of (height, width) is resized to before the centre crop of the view's size.
+
+  resize: "short_side" keeps the aspect and just covers view / crop_pct; "squash" is view / crop_pct itself.
+  """
+  scales = [target / crop_pct / side for target, side in zip(view, image_size, strict=True)]
+  scales = [max(scales)] * 2 if resize == "short_side" else scales
+  height, width = (
+    max(round(side * scale), target) for side, scale, target in zip(image_size, scales, view, strict=True)
+  )
+  return height, width
+
+
+def eval_views(image: Any, views: Views, *, crop_pct: float, resize: str = "short_side") -> dict:
+  """Resized to `eval_size`, then a centre crop of the view's size: {name: uint8 [H, W, 3]}."""
   image = decode(image)
   result = {}
   for name, ((height, width), interpolation) in views.items():
-    scale = max(height / crop_pct / image.height, width / crop_pct / image.width)
-    size = (max(round(image.width * scale), width), max(round(image.height * scale), height))
+    size = eval_size((image.height, image.width), (height, width), crop_pct, resize)[::-1]
     resized = image if image.size == size else image.resize(size, RESAMPLE[interpolation])
     result[name] = _resize(resized, _central(*size, width, height), (height, width), interpolation, False)
   return result

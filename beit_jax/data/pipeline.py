@@ -15,8 +15,9 @@ from typing import Any
 
 import grain
 import numpy as np
+from PIL import Image
 
-from beit_jax.data import images
+from beit_jax.data import images, randaugment
 from beit_jax.errors import UserError
 
 HostBatch = dict[str, np.ndarray]
@@ -56,16 +57,27 @@ class _Rows:
       "valid": np.array(self._train or position < len(self._source)),
     }
     if "label" in example:
-      result["label"] = np.array(example["label"], np.int32)
+      label = np.asarray(example["label"])  # a class, or 0 and 1 for every class (multi-label, float32)
+      result["label"] = label if label.ndim else label.astype(np.int32)
     return result
 
   def _look(self, image, epoch, index):
     o = self._options
     if not self._train:
-      return images.eval_views(image, self._views, crop_pct=o["crop_pct"])
+      return images.eval_views(image, self._views, crop_pct=o["crop_pct"], resize=o["resize"])
     rng = np.random.default_rng((self._seed, epoch, index, 2))
-    return images.train_views(
+    views = images.train_views(
       image, rng, self._views, crop=o["crop"], scale=o["crop_scale"], ratio=o["crop_ratio"], flip=o["flip"]
+    )
+    if o["rand_augment"]:
+      rng = np.random.default_rng((self._seed, epoch, index, 3))
+      views = {name: self._augment(view, rng) for name, view in views.items()}
+    return views
+
+  def _augment(self, view, rng):
+    fill = randaugment.fill_colour(self._options["mean"])
+    return np.asarray(
+      randaugment.rand_augment(Image.fromarray(view), rng, self._options["rand_augment"], fill)
     )
 
 
@@ -99,13 +111,22 @@ def train_batches(
 
   Args:
     views: name -> ((H, W), interpolation), all of one random box.
-    options: the config's `data` section (crop, crop_scale, crop_ratio, flip, workers, threads).
+    options: the config's `data` section (crop, crop_scale, crop_ratio, flip, rand_augment, mean, workers, threads).
     rows: the rows of a global batch that this process reads.
 
   Yields:
     {view: uint8 [b, H, W, 3], "example_key": uint32 [b, 2] = (epoch, index), "valid": bool [b] and, with labels,
-    "label": int32 [b]}, b = len(rows).
+    "label": int32 [b], or float32 [b, C] of 0 and 1 with several labels}, b = len(rows).
+
+  Raises:
+    UserError: a rand_augment that is not understood, or one with more than one view, which would then differ.
   """
+  if options["rand_augment"]:
+    randaugment.parse(options["rand_augment"])
+    if len(views) > 1:
+      raise UserError(
+        "config key 'data.rand_augment': the views of an example would no longer show the same; it is for fine-tuning"
+      )
   reader = _Rows(
     source, views, options, rows=rows, batch_size=batch_size, steps=total_steps, seed=seed, train=True
   )

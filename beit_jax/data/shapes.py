@@ -86,6 +86,7 @@ class ShapesSource:
 
   num_classes = len(KINDS)
   class_names = KINDS
+  multi_label = False
 
   def __init__(self, split: str, num_examples: int, size: int):
     self._split, self._num_examples, self._size = split, num_examples, size

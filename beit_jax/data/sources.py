@@ -1,9 +1,11 @@
 """Where examples come from. A source has `__len__`, `__getitem__(i)`, `num_classes`, `class_names`, `description`.
 
-An example is a dict with `image` (encoded bytes or uint8 array) and, where there are labels, `label` (int).
+An example is a dict with `image` (encoded bytes or uint8 array) and, where there are labels, `label`: an int, or,
+with several labels an image (`multi_label`), float32 [num_classes] of 0 and 1.
 `SOURCES` is the register: a new data set is a class here, unless it is in TFDS or a folder of images.
 """
 
+import csv
 import difflib
 import os
 from pathlib import Path
@@ -45,6 +47,8 @@ class TfdsSource:
         f"{folder} is not in a random-access form; rebuild it with: {_build_command(root, name)}"
       ) from None
     label = features[label_key] if label_key else None
+    self.multi_label = isinstance(label, tfds.features.Sequence)
+    label = label.feature if self.multi_label else label
     self.num_classes = getattr(label, "num_classes", 0) or 0
     self.class_names = tuple(label.names) if self.num_classes else ()
     self.description = {"source": "tfds", "name": str(builder.info.full_name), "split": split}
@@ -57,8 +61,16 @@ class TfdsSource:
     example = self._source[int(index)]
     result = {"image": example[self._image_key]}
     if self._label_key:
-      result["label"] = int(example[self._label_key])
+      label = example[self._label_key]
+      result["label"] = multi_hot(label, self.num_classes) if self.multi_label else int(label)
     return result
+
+
+def multi_hot(labels: Any, num_classes: int) -> np.ndarray:
+  """Class ids -> float32 [num_classes] of 0 and 1."""
+  result = np.zeros(num_classes, np.float32)
+  result[np.asarray(labels, np.int64)] = 1.0
+  return result
 
 
 def _build_command(root: Path, name: str) -> str:
@@ -89,9 +101,11 @@ class FolderSource:
   """A folder of images of any kind: `root/[split/]<class>/*.jpg`, or no class folders at all (unlabelled).
 
   Files are taken in sorted order of their path. A file that Pillow cannot open is found on reading it.
+  With `label_file`, a CSV of `file,class[,class...]` with files relative to the split's folder, an image has
+  any number of labels, and only the files listed are taken.
   """
 
-  def __init__(self, root: str, split: str):
+  def __init__(self, root: str, split: str, label_file: str = ""):
     base = Path(os.path.expanduser(root))
     if not root or not base.is_dir():
       raise UserError(f"data.root={root!r}: no such folder; give the folder that holds the images")
@@ -104,12 +118,36 @@ class FolderSource:
       raise UserError(
         f"data.root: no images below {folder}; known endings are {', '.join(sorted(IMAGE_SUFFIXES))}"
       )
+    self.description = {"source": "folder", "root": str(folder), "num_examples": len(self._files)}
+    self.multi_label = bool(label_file)
+    if label_file:
+      self._read_labels(folder, folder / os.path.expanduser(label_file))
+      return
     parents = [path.relative_to(folder).parts[0] if path.parent != folder else "" for path in self._files]
     self.class_names = tuple(sorted(set(parents))) if "" not in parents else ()
     self.num_classes = len(self.class_names)
     ids = {name: i for i, name in enumerate(self.class_names)}
     self._labels = [ids.get(parent, -1) for parent in parents]
-    self.description = {"source": "folder", "root": str(folder), "num_examples": len(self._files)}
+
+  def _read_labels(self, folder: Path, table: Path) -> None:
+    try:
+      with table.open(newline="", encoding="utf-8") as file:
+        rows = [[cell.strip() for cell in row] for row in csv.reader(file) if row]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+      raise UserError(f"data.label_file: {table} cannot be read ({error})") from None
+    known = {str(path.relative_to(folder)): path for path in self._files}
+    missing = [row[0] for row in rows if row[0] not in known]
+    if missing or not rows:
+      raise UserError(
+        f"data.label_file: {table} names {len(missing)} files that are not below {folder}, first {missing[:3]}; "
+        "expected rows `file,class[,class...]` without a header"
+      )
+    self.class_names = tuple(sorted({name for row in rows for name in row[1:] if name}))
+    self.num_classes = len(self.class_names)
+    ids = {name: i for i, name in enumerate(self.class_names)}
+    self._files = [known[row[0]] for row in rows]
+    self._labels = [multi_hot([ids[name] for name in row[1:] if name], self.num_classes) for row in rows]
+    self.description |= {"label_file": str(table), "num_examples": len(rows)}
 
   def __len__(self) -> int:
     return len(self._files)
@@ -128,6 +166,7 @@ class Subset:
     count = max(int(round(len(source) * fraction)), 1)
     self._source, self._indices = source, np.random.default_rng(0).permutation(len(source))[:count]
     self.num_classes, self.class_names = source.num_classes, source.class_names
+    self.multi_label = source.multi_label
     self.description = {**source.description, "fraction": fraction}
 
   def __len__(self) -> int:
@@ -145,7 +184,7 @@ def _shapes(data) -> ShapesSource:
 
 SOURCES = {
   "tfds": lambda d: TfdsSource(d["name"], d["split"], d["data_dir"], d["image_key"], d["label_key"]),
-  "folder": lambda d: FolderSource(d["root"], d["split"]),
+  "folder": lambda d: FolderSource(d["root"], d["split"], d["label_file"]),
   "shapes": _shapes,
 }
 
@@ -155,6 +194,11 @@ def make_source(data: dict[str, Any]) -> Any:
   if data["source"] not in SOURCES:
     raise UserError(f"data.source={data['source']!r} is unknown; there are {sorted(SOURCES)}")
   source = SOURCES[data["source"]](data)
+  expected = data["num_classes"]
+  if expected is not None and source.num_classes != expected:
+    raise UserError(
+      f"config key 'data.num_classes': {expected} classes expected, found {source.num_classes} in {source.description}"
+    )
   if not 0 < data["fraction"] <= 1:
     raise UserError(f"data.fraction={data['fraction']} must lie in (0, 1]")
   return source if data["fraction"] == 1 else Subset(source, data["fraction"])

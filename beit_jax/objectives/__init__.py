@@ -4,8 +4,15 @@ from beit_jax.objectives.base import Objective
 from beit_jax.objectives.beit import Beit
 from beit_jax.objectives.classify import Classify
 from beit_jax.objectives.dvae import Dvae
+from beit_jax.objectives.probe import Knn, LinearProbe
 
-OBJECTIVES: dict[str, type[Objective]] = {"dvae": Dvae, "beit": Beit, "classify": Classify}
+OBJECTIVES: dict[str, type[Objective]] = {
+  "dvae": Dvae,
+  "beit": Beit,
+  "classify": Classify,
+  "linear_probe": LinearProbe,
+  "knn": Knn,
+}
 
 
 def model_fields() -> dict[str, dict]:

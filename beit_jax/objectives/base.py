@@ -7,6 +7,7 @@ divided last. The first of a training step is "loss"; its sum is what is differe
 import dataclasses
 import difflib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from beit_jax import config as config_lib
-from beit_jax import transfer, trees
+from beit_jax import convert, transfer, trees
 from beit_jax.data.images import Views
 from beit_jax.errors import UserError
 from beit_jax.models import beit
@@ -33,6 +34,7 @@ class Objective:
   """
 
   kind: str
+  trains = True  # otherwise there is nothing to optimise: the run is an evaluation
 
   def __init__(self, config: ConfigDict, source: Any):
     self.config, self.source = config, source
@@ -58,8 +60,9 @@ class Objective:
     """Fresh Linen variables. Pure."""
     raise NotImplementedError
 
-  def frozen_params(self) -> Any:
-    """Host side: parameters that take part but are not trained; {} for none."""
+  def frozen_params(self, mesh: jax.sharding.Mesh) -> Any:
+    """Host side: arrays that take part but are not trained; {} for none."""
+    del mesh
     return {}
 
   def loss(self, variables: Variables, frozen: Any, batch: Any, key: jax.Array, step: jax.Array) -> tuple:
@@ -67,12 +70,26 @@ class Objective:
     raise NotImplementedError
 
   def eval_step(self, variables: Variables, frozen: Any, batch: Any) -> Sums:
-    """Eval mode, pure; honours batch["valid"] (bool [B])."""
+    """Eval mode, pure; honours batch["valid"] (bool [B]).
+
+    Under the name "rows" there may be a dict of arrays [B, ...], with `valid`: what cannot be added up. The valid
+    rows of the whole set come back in `summarize_rows` and `report`, in the order of the data.
+    """
     raise NotImplementedError
 
   def summarize(self, sums: dict[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
     """Host side: the sums of a whole eval set -> metrics."""
     return {name: float(total / max(count, 1)) for name, (total, count) in sums.items()}
+
+  def summarize_rows(self, rows: dict[str, np.ndarray]) -> dict[str, float]:
+    """Host side: metrics that need every example at once."""
+    del rows
+    return {}
+
+  def report(self, rows: dict[str, np.ndarray], metrics: dict[str, float], folder: Path) -> list[Path]:
+    """Host side, `eval_only`: writes files about the evaluation to a folder and returns their paths."""
+    del rows, metrics, folder
+    return []
 
   def check_eval(self, step: int, metrics: dict[str, float]) -> None:
     """Host side, after each evaluation: may warn, or raise a UserError to stop the run."""
@@ -109,8 +126,24 @@ class Objective:
       image_size=self.image_size,
       crop_pct=data.crop_pct,
       interpolation=data.interpolation,
-      resize="short_side",
+      resize=data.resize,
     )
+
+  def load_params(self, path: str, shapes: Any) -> tuple[dict[str, Any], str]:
+    """For evaluation: every parameter, flat, out of a checkpoint, and the checkpoint's path.
+
+    Raises:
+      UserError: not all of them are there.
+    """
+    pretrained = convert.load(path, ema=self.config.eval.ema)
+    found = self.adapt(pretrained, shapes)
+    missing = [name for name in trees.flatten(shapes) if name not in found]
+    if missing:
+      raise UserError(
+        f"eval_only: {path} has no fitting {', '.join(missing)}; the data has {self.source.num_classes} classes, so "
+        "set model.num_classes to the checkpoint's, or fine-tune first"
+      )
+    return found, str(pretrained.description.get("path"))
 
 
 def module_fields(module: type, *, without: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -185,21 +218,14 @@ def adapt_encoder(objective: Any, pretrained: Pretrained, shapes: Any, say: Call
   for key, off in (("rel_pos", "none"), ("layer_scale_init", 0)):
     if (have[key] == off) != (want[key] == off):
       problems.append(f"model.{key}: the checkpoint has {have[key]!r}, this run {want[key]!r}")
-  assumed = pretrained.description.get("assumed", ())
-  for key in ("mean", "std"):
-    ours, theirs = (tuple(map(float, p[key])) for p in (objective.config.data, pretrained.preprocessing))
-    if ours != theirs and "preprocessing" in assumed:
-      say(
-        f"warning: data.{key} is {ours} here; the file does not say, models of its kind usually have {theirs}"
-      )
-    elif ours != theirs:
-      problems.append(f"data.{key}: the checkpoint was trained with {theirs}, this run has {ours}")
+  problems += disagreeing_pixels(objective.config.data, pretrained, say)
   if problems:
     raise UserError(
       "init_from: the checkpoint and this run disagree (set the keys in the config, or with --config.KEY=VALUE):\n  "
       + "\n  ".join(problems)
     )
-  data = {**{k: objective.config.data[k] for k in ("crop_pct", "interpolation")}, "resize": "short_side"}
+  assumed = pretrained.description.get("assumed", ())
+  data = {k: objective.config.data[k] for k in ("crop_pct", "interpolation", "resize")}
   for key, ours in data.items():
     theirs = pretrained.preprocessing[key]
     if ours != theirs and "preprocessing" not in assumed:
@@ -211,3 +237,17 @@ def adapt_encoder(objective: Any, pretrained: Pretrained, shapes: Any, say: Call
   )
   params = {"encoder": pretrained.params} if pretrained.kind == "backbone" else pretrained.params
   return transfer.encoder_params(params, shapes, src_grid, dst_grid, say)
+
+
+def disagreeing_pixels(data: ConfigDict, pretrained: Pretrained, say: Callable[[str], None]) -> list[str]:
+  """Lines on mean and std of a run and a checkpoint that differ; where the file does not say, a warning instead."""
+  problems = []
+  for key in ("mean", "std"):
+    ours, theirs = (tuple(map(float, p[key])) for p in (data, pretrained.preprocessing))
+    if ours != theirs and "preprocessing" in pretrained.description.get("assumed", ()):
+      say(
+        f"warning: data.{key} is {ours} here; the file does not say, models of its kind usually have {theirs}"
+      )
+    elif ours != theirs:
+      problems.append(f"data.{key}: the checkpoint was trained with {theirs}, this run has {ours}")
+  return problems

@@ -4,16 +4,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from beit_jax import augment, losses, pictures
+from beit_jax import augment, losses, metrics, pictures
 from beit_jax.config import Maybe
 from beit_jax.errors import UserError
 from beit_jax.logs import log
 from beit_jax.models.beit import BeitForImageClassification
 from beit_jax.objectives import base
 
+TOP = 5  # classes an image that a list of predictions names
+
+
+def _sigmoid(x):
+  return 1 / (1 + np.exp(-x.astype(np.float64)))
+
 
 class Classify(base.Objective):
-  """Softmax cross-entropy with label smoothing over mean-pooled patches (or the cls token)."""
+  """Softmax cross-entropy with label smoothing over mean-pooled patches (or the cls token).
+
+  With several labels an image: binary cross-entropy, mean average precision.
+  """
 
   kind = "classifier"
 
@@ -32,6 +41,12 @@ class Classify(base.Objective):
       )
     if model.pool not in ("mean", "cls"):
       raise UserError(f"config key 'model.pool': {model.pool!r} is unknown; there are 'mean' and 'cls'")
+    options = config.loss
+    for key in ("mixup_alpha", "cutmix_alpha"):
+      if options[key] < 0:
+        raise UserError(f"config key 'loss.{key}': {options[key]} must not be negative; 0 turns it off")
+    self.multi_label = source.multi_label
+    self.mixing = options.mixup_alpha > 0 or options.cutmix_alpha > 0
     encoder = base.encoder_fields(model, self.image_size, pretrain=False)
     encoder["weight_init"] = "finetune"
     self.module = BeitForImageClassification(
@@ -54,40 +69,103 @@ class Classify(base.Objective):
     return self.module.init(key, jnp.zeros((1, *self.image_size, 3)))
 
   def _image(self, batch, *, train):
+    """Normalised pixels; in training jittered (unless RandAugment did that on the host) and partly erased."""
     data = self.config.data
     image = augment.to_float(batch["image"])
-    if train and data.color_jitter:
-      keys = augment.example_keys(self.config.seed, batch["example_key"], "jitter")
-      (image,) = augment.color_jitter(keys, [image], data.color_jitter)
-    return augment.normalize(image, data.mean, data.std)
+    keys = lambda purpose: augment.example_keys(self.config.seed, batch["example_key"], purpose)  # noqa: E731
+    if train and data.color_jitter and not data.rand_augment:
+      (image,) = augment.color_jitter(keys("jitter"), [image], data.color_jitter)
+    image = augment.normalize(image, data.mean, data.std)
+    if train and data.random_erasing:
+      image = augment.random_erasing(keys("erase"), image, data.random_erasing)
+    return image
+
+  def _targets(self, label, smoothing):
+    """float32 [B, C]; those of several labels are smoothed in their loss."""
+    return label if self.multi_label else losses.smooth_labels(label, self.module.num_classes, smoothing)
+
+  def _nll(self, logits, targets, smoothing):
+    if self.multi_label:
+      return losses.binary_cross_entropy(logits, targets, smoothing)
+    return losses.soft_target_cross_entropy(logits, targets)
 
   def loss(self, variables, frozen, batch, key, step):
     del frozen, step
-    image = self._image(batch, train=True)
+    options, image = self.config.loss, self._image(batch, train=True)
+    targets = self._targets(batch["label"], options.label_smoothing)
+    if self.mixing:
+      image, targets = augment.random_mix(
+        jax.random.fold_in(key, 1),
+        image,
+        targets,
+        mixup_alpha=options.mixup_alpha,
+        cutmix_alpha=options.cutmix_alpha,
+        prob=options.mix_prob,
+        switch_prob=options.mix_switch_prob,
+      )
     logits = self.module.apply(variables, image, train=True, rngs={"drop_path": key})
-    targets = losses.smooth_labels(batch["label"], self.module.num_classes, self.config.loss.label_smoothing)
-    loss = losses.soft_target_cross_entropy(logits, targets).sum()
+    loss = self._nll(logits, targets, options.label_smoothing).sum()
     count = jnp.asarray(len(logits), jnp.float32)
-    correct = (logits.argmax(-1) == batch["label"]).sum().astype(jnp.float32)
-    return loss, ({"loss": (loss, count), "acc1": (correct, count)}, {})
+    sums = {"loss": (loss, count)}
+    if not self.multi_label and not self.mixing:  # of a mixed image neither class is the right one
+      sums["acc1"] = ((logits.argmax(-1) == batch["label"]).sum().astype(jnp.float32), count)
+    return loss, (sums, {})
 
   def eval_step(self, variables, frozen, batch):
     del frozen
     logits = self.module.apply(variables, self._image(batch, train=False))
     valid, label = batch["valid"].astype(jnp.float32), batch["label"]
-    nll = losses.soft_target_cross_entropy(logits, jax.nn.one_hot(label, logits.shape[-1]))
+    nll, count = self._nll(logits, self._targets(label, 0.0), 0.0), valid.sum()
+    sums = {"loss": ((nll * valid).sum(), count)}
+    if self.multi_label:
+      return {**sums, "rows": dict(score=logits, label=label, valid=batch["valid"])}
     # Rank of the true class, so that ties count against us.
     own = jnp.take_along_axis(logits, label[:, None], 1)
     rank = ((logits >= own) & (jnp.arange(logits.shape[-1]) != label[:, None])).sum(1)
-    count = valid.sum()
-    return {
-      "loss": ((nll * valid).sum(), count),
-      "acc1": (((rank < 1) * valid).sum(), count),
-      "acc5": (((rank < 5) * valid).sum(), count),
-    }
+    for name, k in (("acc1", 1), ("acc5", 5)):
+      sums[name] = (((rank < k) * valid).sum(), count)
+    if self.config.eval_only:
+      probability, top = jax.lax.top_k(jax.nn.softmax(logits), min(TOP, logits.shape[-1]))
+      sums["rows"] = dict(probability=probability, top=top, label=label, valid=batch["valid"])
+    return sums
+
+  def summarize_rows(self, rows):
+    return {"mAP": metrics.mean_average_precision(rows["score"], rows["label"])} if self.multi_label else {}
+
+  def report(self, rows, results, folder):
+    """per_class.csv, confusion.csv (one label an image) and, with eval.predictions, predictions.jsonl."""
+    count = self.module.num_classes
+    names = list(self.source.class_names) + [str(i) for i in range(len(self.source.class_names), count)]
+    if self.multi_label:
+      score, label = rows["score"], rows["label"]
+      table = [("class", "positives", "average_precision")]
+      precisions = [metrics.average_precision(score[:, c], label[:, c]) for c in range(count)]
+      table += [(names[c], int(label[:, c].sum()), precisions[c]) for c in range(count)]
+      files = [metrics.write_csv(folder / "per_class.csv", table)]
+      predictions = [
+        {"index": i, "labels": [names[c] for c in np.flatnonzero(t)], "scores": _sigmoid(s).tolist()}
+        for i, (s, t) in enumerate(zip(score, label, strict=True))
+      ]
+    else:
+      matrix = metrics.confusion_matrix(rows["label"], rows["top"][:, 0], count)
+      seen, right = matrix.sum(1), np.diag(matrix)
+      table = [("class", "examples", "correct", "acc1")]
+      table += [(names[c], seen[c], right[c], right[c] / seen[c] if seen[c] else "") for c in range(count)]
+      files = [metrics.write_csv(folder / "per_class.csv", table)]
+      grid = [["true \\ predicted", *names], *([name, *row] for name, row in zip(names, matrix, strict=True))]
+      files.append(metrics.write_csv(folder / "confusion.csv", grid))
+      predictions = [
+        {"index": i, "label": names[label], "top": [names[c] for c in top], "probability": p.tolist()}
+        for i, (label, top, p) in enumerate(zip(rows["label"], rows["top"], rows["probability"], strict=True))
+      ]
+    if self.config.eval.predictions:
+      files.append(metrics.write_jsonl(folder / "predictions.jsonl", predictions))
+    return files
 
   def figures(self, variables, frozen, batch):
     """Images with the predicted class, a tick or the true class beside it."""
+    if self.multi_label:
+      return {}
     logits = np.asarray(self.module.apply(variables, self._image(batch, train=False)))
     names = self.source.class_names or [str(i) for i in range(self.module.num_classes)]
     captions = [

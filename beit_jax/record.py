@@ -1,0 +1,95 @@
+"""What a run writes about itself, and reads again when it goes on: description, config, result."""
+
+import importlib.metadata
+import json
+import platform
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import beit_jax
+from beit_jax import checkpoint, trees
+from beit_jax.errors import UserError
+
+PACKAGES = (
+  "jax",
+  "jaxlib",
+  "flax",
+  "optax",
+  "orbax-checkpoint",
+  "grain",
+  "tensorflow-datasets",
+  "numpy",
+  "pillow",
+)
+RESULT = "result.json"
+
+
+def describe(config, objective, source) -> dict[str, Any]:
+  """description.json: what a stranger needs to use, and to distrust, a checkpoint."""
+  text = dict(
+    version=beit_jax.__version__,
+    preset=config.model.get("preset", ""),
+    dataset=source.description,
+    config=config.to_dict(),
+    packages={name: importlib.metadata.version(name) for name in PACKAGES},
+    python=platform.python_version(),
+    **objective.describe(),
+  )
+  return json.loads(json.dumps(text, default=str))
+
+
+def same_model(folder: Path, description: dict[str, Any]) -> None:
+  """Refuses a checkpoint of another architecture, other pixel statistics or another tokenizer."""
+
+  def facts(of):
+    model = {f"model.{name}": value for name, value in trees.flatten(of["module"]).items()}
+    data = {f"data.{key}": of["preprocessing"].get(key) for key in ("mean", "std")}
+    frozen = {f"{part}'s sha256": of.get(part, {}).get("sha256") for part in ("tokenizer", "encoder")}
+    return {"kind": of["kind"], **model, **data, **frozen}
+
+  have, want = facts(checkpoint.read_description(folder)), facts(description)
+  free = ("remat", "scan", "dtype", "drop_path_rate")
+  names = [n for n in sorted(want.keys() | have.keys()) if want.get(n) != have.get(n)]
+  lines = [
+    f"{n.replace('encoder/', '')}: the checkpoint has {have.get(n)!r}, the config {want.get(n)!r}"
+    for n in names
+    if re.split("[./]", n)[-1] not in free
+  ]
+  if lines:
+    raise UserError(
+      f"{folder} holds another model than this config:\n  "
+      + "\n  ".join(lines)
+      + "\nUse another --workdir, or the config that made it"
+    )
+
+
+def logged(workdir: Path) -> tuple[dict[str, float], dict[str, float]]:
+  """The first and the last training metrics in metrics.jsonl."""
+  path = workdir / "metrics.jsonl"
+  rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+  rows = [row for row in rows if "loss" in row]
+  return (rows[0], rows[-1]) if rows else ({}, {})
+
+
+def write_config(config, workdir) -> None:
+  if jax.process_index() == 0:
+    (workdir / "config.json").write_text(json.dumps(config.to_dict(), indent=1, default=str) + "\n")
+
+
+def finished(config, workdir) -> dict[str, Any] | None:
+  """The result of an earlier, complete run of the very same config in this folder."""
+  try:
+    before = json.loads((workdir / "config.json").read_text())
+    result = json.loads((workdir / RESULT).read_text())
+  except (OSError, ValueError):
+    return None
+  now = json.loads(json.dumps(config.to_dict(), default=str))
+  return result if before == now else None
+
+
+def write_result(workdir: Path, result: dict[str, Any]) -> None:
+  if jax.process_index() == 0:
+    (workdir / RESULT).write_text(json.dumps(result, indent=1) + "\n")

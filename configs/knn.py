@@ -1,0 +1,34 @@
+"""k-NN on ImageNet-1K with the features of a frozen encoder: no training at all.
+
+    python -m beit_jax.main --config=configs/knn.py --config.encoder.init_from=runs/beit_base/pretrain
+
+The features of the training images stay on the device: 1.28 million x 1,536 x 4 bytes = 7.9 GB for each block, so one
+block is asked for, the 9th (the best of base in the paper's Table 9, counted from 0 here).
+Source: DINO eval_knn.py (k 20, temperature 0.07, cosine). Expected: nothing published for BEiT.
+Not run here; built and traced in the tests. A small one that ran: configs/probe_cifar10.py.
+"""
+
+from beit_base import MEAN, STD
+from ml_collections import ConfigDict
+
+
+def get_config():
+  return ConfigDict(
+    dict(
+      objective="knn",
+      encoder=dict(init_from="runs/beit_base/pretrain"),
+      model=dict(dtype="bfloat16"),
+      knn=dict(k=20, temperature=0.07, blocks=(8,)),
+      data=dict(
+        source="tfds",
+        name="imagenet2012",
+        num_classes=1000,
+        image_size=224,
+        mean=MEAN,
+        std=STD,
+        workers=8,
+        threads=8,
+      ),
+      eval=dict(split="validation", batch_size=512),
+    )
+  )

@@ -1,0 +1,157 @@
+"""Every config and every variant in `configs/`: complete, documented, and traced through one step at full size."""
+
+import ast
+import importlib.util
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from beit_jax import config as config_lib
+from beit_jax import convert, evaluate, objectives, sharding, train, train_state
+from beit_jax.objectives.base import module_fields
+from beit_jax.pretrained import Pretrained, make_module
+from tests.conftest import ROOT
+
+
+def _variants(path):
+  sys.path.insert(0, str(path.parent))
+  try:
+    spec = importlib.util.spec_from_file_location(f"variants_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+  finally:
+    sys.path.pop(0)
+  return [f"{path.stem}:{name}" for name in getattr(module, "VARIANTS", ())] or [path.stem]
+
+
+SPECS = [spec for path in sorted((ROOT / "configs").glob("*.py")) for spec in _variants(path)]
+QUICK = {
+  "quickstart",
+  "cifar10",
+  "finetune_cifar10:full",
+  "probe_cifar10",
+  "own_images",
+  "knn",
+  "linear_probe",
+}
+QUICK |= {"finetune_imagenet:base_pt1k", "finetune_imagenet:base_ft22k,384"}
+CLASSES = {"imagenet2012": 1000, "cifar10": 10, "cifar100": 100}
+
+
+def _load(spec):
+  name, _, variant = spec.partition(":")
+  path = f"{ROOT}/configs/{name}.py" + (f":{variant}" if variant else "")
+  return config_lib.load(path, [], objectives.model_fields())
+
+
+def _stages(config):
+  return {name: config[name] for name in config.stages} if "stages" in config else {"run": config}
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_complete(spec):
+  for stage in _stages(_load(spec)).values():
+    assert stage.objective in objectives.OBJECTIVES
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)
+def test_documented(path):
+  """Each says how it is called, where it comes from, and what to expect; the recipes page knows it."""
+  text = ast.get_docstring(ast.parse(path.read_text()))
+  assert f"python -m beit_jax.main --config=configs/{path.stem}.py" in text
+  assert "xpected" in text
+  assert path.name in (ROOT / "docs" / "recipes.md").read_text()
+
+
+class _Source:
+  """As many classes as the config asks for, and no images."""
+
+  multi_label = False
+
+  def __init__(self, data):
+    self.num_classes = data.num_classes or CLASSES.get(data.name, 8) if data.label_key else 0
+    self.class_names = tuple(map(str, range(self.num_classes)))
+    self.description = {"source": "none"}
+
+  def __len__(self):
+    return 1_281_167
+
+
+def _traced(module, kind, config, size):
+  image = jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
+  params = jax.eval_shape(module.init, jax.random.key(0), image)["params"]
+  data = config.data
+  look = dict(mean=data.mean, std=data.std, image_size=size, crop_pct=data.crop_pct)
+  look |= dict(interpolation=data.interpolation, resize=data.resize)
+  return Pretrained(kind, params, module, look, {"path": "none"})
+
+
+@pytest.mark.parametrize(
+  "spec", [pytest.param(s, marks=() if s in QUICK else pytest.mark.slow) for s in SPECS]
+)
+def test_a_train_step_and_an_eval_step_are_traced(spec, monkeypatch):
+  """With the tokenizer that the config itself trains, and with its encoder's shape where it wants a frozen one."""
+  stages, seen = _stages(_load(spec)), set()
+  mesh = sharding.make_mesh(data=1)
+  for stage in stages.values():
+    if (kind := (stage.objective, stage.init_from, str(stage.get("encoder")))) in seen:
+      continue  # the same run with another seed
+    seen.add(kind)
+    if stage.objective == "beit":
+      stage.tokenizer.init_from = "the one before"
+
+    def load(path, stage=stage, **_):
+      if stage.objective == "beit":
+        size = config_lib.pair(stage.data.token_image_size, "data.token_image_size")
+        fields = {f: stages["tokenizer"].model[f] for f in module_fields(type(make_module("tokenizer", {})))}
+        return _traced(make_module("tokenizer", fields), "tokenizer", stage, size)
+      size = config_lib.pair(stage.data.image_size, "data.image_size")
+      fields = objectives.base.encoder_fields(stage.model, size, pretrain=True)
+      return _traced(make_module("mim", dict(encoder=fields)), "mim", stage, size)
+
+    monkeypatch.setattr(convert, "load", load)
+    _trace(stage, mesh)
+
+
+def _trace(config, mesh):
+  source = _Source(config.data)
+  objective = objectives.OBJECTIVES[config.objective](config, source)
+
+  def batch(size):
+    views = {name: (size, *shape, 3) for name, (shape, _) in objective.views().items()}
+    arrays = {name: jax.ShapeDtypeStruct(shape, jnp.uint8) for name, shape in views.items()}
+    arrays |= {"example_key": jax.ShapeDtypeStruct((size, 2), jnp.uint32)}
+    arrays |= {"valid": jax.ShapeDtypeStruct((size,), bool)}
+    return arrays | ({"label": jax.ShapeDtypeStruct((size,), jnp.int32)} if source.num_classes else {})
+
+  with jax.set_mesh(mesh):
+    frozen = objective.frozen_params(mesh) if config.objective != "knn" else _bank(objective)
+    frozen = jax.eval_shape(lambda: frozen) if not _abstract(frozen) else frozen
+    init = lambda: objective.init(jax.random.key(0))
+    params = jax.eval_shape(init)["params"]
+    if objective.trains:
+      per_epoch = len(source) // config.batch_size
+      total = config_lib.duration(config, "total", per_epoch)
+      tx = train._optimizer(config, train.make_schedules(config, per_epoch, total), params, objective.depth)
+      _, shapes, shardings = train_state.abstract(init, tx, mesh, ema=config.optimizer.ema_decay > 0)
+      step = train.make_train_step(objective, tx, config.microbatches, jax.random.key(0), shardings)
+      state, metrics = jax.eval_shape(step, shapes, frozen, batch(config.batch_size))
+      assert jax.tree.map(lambda x: x.shape, state) == jax.tree.map(lambda x: x.shape, shapes)
+      assert metrics["loss"].shape == ()
+    sums = jax.eval_shape(
+      evaluate.make_eval_step(objective, mesh), {"params": params}, frozen, batch(config.eval.batch_size)
+    )
+    assert any(name.startswith(("loss", "acc1")) for name in sums)
+
+
+def _abstract(tree):
+  return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree))
+
+
+def _bank(objective):
+  shape = (len(objective.blocks), 50_000, 2 * objective.encoder.width)
+  bank, label = jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct((50_000,), jnp.int32)
+  encoder = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), objective.encoder_params)
+  return {"encoder": encoder, "bank": bank, "label": label}
