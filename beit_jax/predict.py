@@ -68,8 +68,9 @@ def read_image(path: Path) -> np.ndarray:
   data = b""
   try:
     with warnings.catch_warnings():
-      warnings.simplefilter("ignore")
-      warnings.simplefilter("error", Image.DecompressionBombWarning)
+      warnings.simplefilter(
+        "ignore"
+      )  # Pillow refuses from 179 million pixels on, and warns from half of that
       data = path.read_bytes()
       image = images.decode(data)
   except Image.UnidentifiedImageError:
@@ -127,6 +128,7 @@ def make_task(model: Pretrained, *, top: int, tokenizer: str | None) -> Task:
 
 def _classify(model: Pretrained, top: int) -> Task:
   labels = list(model.description.get("labels") or ())
+  squash = jax.nn.sigmoid if model.description.get("multi_label") else jax.nn.softmax
 
   def describe(probabilities):
     best = np.argsort(-probabilities, kind="stable")[:top].tolist()
@@ -136,7 +138,7 @@ def _classify(model: Pretrained, top: int) -> Task:
     return {"predictions": [{"class": i, "label": name, "probability": p} for i, name, p in found]}
 
   def run(views, positions):
-    probabilities = np.asarray(jax.nn.softmax(model.forward(views[0])))
+    probabilities = np.asarray(squash(model.forward(views[0])))
     return [describe(row) for row in probabilities], {}
 
   def text(facts):
@@ -232,12 +234,13 @@ def _load_tokenizer(model: Pretrained, path: str | None) -> Pretrained:
   found, wanted = tokenizer.module.vocab_size, model.module.vocab_size
   if found != wanted:
     raise UserError(f"{where}: a tokenizer of {found} words, the model predicts {wanted}")
-  grid = tuple(side // tokenizer.module.stride for side in tokenizer.preprocessing["image_size"])
-  if grid != _patch_grid(model):
-    raise UserError(f"{where}: a tokenizer of {grid} tokens, the model has {_patch_grid(model)} patches")
+  size = tuple(side * tokenizer.module.stride for side in _patch_grid(model))
+  have = tuple(tokenizer.preprocessing["image_size"])
+  if have != size:
+    log.info("%s: made for pictures of %s, used on %s, a token for every patch", where, have, size)
   if recorded.get("sha256") not in (None, tokenizer.description.get("sha256")):
     log.warning("%s is not the tokenizer that the model was trained with: other weights", where)
-  framing = {name: model.preprocessing[name] for name in ("crop_pct", "resize")}
+  framing = {"image_size": size, **{name: model.preprocessing[name] for name in ("crop_pct", "resize")}}
   return dataclasses.replace(tokenizer, preprocessing={**tokenizer.preprocessing, **framing})
 
 

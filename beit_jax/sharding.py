@@ -34,6 +34,12 @@ def make_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
     raise UserError(
       f"a mesh of data={data} x fsdp={fsdp} needs {data * fsdp} devices, there are {len(devices)}"
     )
+  used = {device.process_index for device in devices[: data * fsdp]}
+  if len(used) < jax.process_count():
+    raise UserError(
+      f"a mesh of data={data} x fsdp={fsdp} uses devices of {len(used)} of the {jax.process_count()} processes; every "
+      "process needs one in it (mesh.data=-1 uses all)"
+    )
   devices = np.asarray(devices[: data * fsdp]).reshape(data, fsdp)
   return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 

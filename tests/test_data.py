@@ -12,6 +12,7 @@ from beit_jax.errors import UserError
 VIEWS = {"image": ((16, 16), "bicubic"), "token_image": ((8, 8), "lanczos")}
 OPTIONS = dict(
   crop="random_resized", crop_scale=(0.3, 1.0), crop_ratio=(3 / 4, 4 / 3), flip=True, crop_pct=1.0,
+  resize="short_side", rand_augment="",
   workers=0, threads=1,
 )  # fmt: skip
 
@@ -198,7 +199,7 @@ def test_missing_tfds_data_set_names_the_command(tmp_path):
 
 
 def test_fraction_is_fixed_and_of_the_right_size():
-  data = dict(source="shapes", split="train", num_examples=100, render_size=8, fraction=0.25)
+  data = dict(source="shapes", split="train", num_examples=100, render_size=8, fraction=0.25, num_classes=8)
   first, again = sources.make_source(data), sources.make_source(data)
   assert len(first) == 25
   assert [first[i]["label"] for i in range(25)] == [again[i]["label"] for i in range(25)]

@@ -36,6 +36,15 @@ def test_operations_golden(row):
     np.testing.assert_array_equal(found, wanted)
 
 
+@pytest.mark.parametrize("name", randaugment.OPS)
+def test_every_magnitude_works(name):
+  for magnitude in (0.0, 3.3, 10.0):
+    for sign in (-1.0, 1.0):
+      image = Image.fromarray(ARRAYS["in/image"][:48])
+      found = randaugment.apply_op(image, name, magnitude, sign, FILL)
+      assert found.size == image.size and found.mode == "RGB" and np.asarray(found).max() > 0
+
+
 def test_operations_follow_one_another():
   image = randaugment.apply_op(Image.fromarray(ARRAYS["in/image"]), "Rotate", 9.0, 1.0, FILL)
   image = randaugment.apply_op(image, "PosterizeIncreasing", 9.0, 1.0, FILL)

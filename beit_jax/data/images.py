@@ -44,13 +44,15 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def decode(image: Any) -> Image.Image:
-  """Encoded bytes, or a uint8 array [H, W, 3 or 1] -> Pillow image in RGB.
+  """Encoded bytes, a uint8 array [H, W, 3 or 1], or what this returned before -> Pillow image in RGB.
 
   Encoded pictures are turned upright as their EXIF orientation says; a damaged EXIF block says nothing. Transparency
   is dropped.
   """
   if isinstance(image, bytes):
     return to_rgb(_upright(Image.open(io.BytesIO(image))))
+  if isinstance(image, Image.Image):
+    return image
   array = np.asarray(image)
   return to_rgb(Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array))
 

@@ -47,12 +47,13 @@ class _Rows:
       index = int(_order(self._seed, epoch, len(self._source))[index])
     example = self._source[index]
     try:
-      views = self._look(example["image"], epoch, index)
-    except (OSError, ValueError, SyntaxError) as error:
+      image = images.decode(example["image"])
+    except Exception as error:  # Pillow's readers let through whatever a damaged file leads to
       name = example.get("file", f"example {index}")
-      raise UserError(f"{name} cannot be decoded: {error}; remove or repair it") from None
+      reason = str(error) or type(error).__name__
+      raise UserError(f"{name} cannot be decoded: {reason}; remove or repair it") from None
     result = {
-      **views,
+      **self._look(image, epoch, index),
       "example_key": np.array([epoch, index], np.uint32),
       "valid": np.array(self._train or position < len(self._source)),
     }

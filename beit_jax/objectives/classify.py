@@ -194,4 +194,5 @@ class Classify(base.Objective):
       module={name: getattr(self.module, name) for name in fields},
       preprocessing=self.image_preprocessing(),
       labels=list(self.source.class_names),
+      multi_label=self.multi_label,
     )
