@@ -35,14 +35,17 @@ STARTS = {  # row at 224, row above, pixel mean and deviation, preset
   "supervised": ("pt", "longer", (HALF, HALF), "paper"),
   "dino": ("pt", "longer", (MEAN, STD), "paper"),
 }
-VARIANTS = (
-  *(f"{size}_{start},{side}" for size in ("base", "large") for start in STARTS for side in (224, 384, 512)),
-  *(f"{size}_{start}" for size in ("base", "large") for start in STARTS),
+VARIANTS = tuple(
+  f"{size}_{start}" + (f",{side}" if side > 224 else "")
+  for size in ("base", "large")
+  for start in STARTS
+  for side in (224, 384, 512)
+  if (size, start) != ("large", "dino")  # there is none
 )
-VARIANTS = tuple(name for name in VARIANTS if not name.startswith("large_dino"))
 
 
 def get_config(variant="base_pt1k"):
+  variant = variant.removesuffix(",224")
   if variant not in VARIANTS:
     raise ValueError(f"variant {variant!r} is unknown; there are {', '.join(VARIANTS)}")
   name, _, side = variant.partition(",")

@@ -138,6 +138,18 @@ def test_eval_view_is_short_side_then_centre():
   assert view.shape == (20, 20, 3) and view[:, 7:13].min() > 250 and view[:, :2].max() < 5
 
 
+def test_eval_view_squashed():
+  """Both sides to 20 / 0.5 = 40, then the central 20: of a picture twice as wide as high every second column."""
+  image = np.zeros((40, 80, 3), np.uint8)
+  image[:, 40:] = 255
+  image[:10] = 128
+  options = dict(crop_pct=0.5, resize="squash")
+  view = images.eval_views(image, {"image": ((20, 20), "nearest")}, **options)["image"]
+  np.testing.assert_array_equal(view, image[10:30, 20:60:2])
+  assert images.eval_size((40, 80), (20, 20), 0.5, "squash") == (40, 40)
+  assert images.eval_size((40, 80), (20, 20), 0.5, "short_side") == (40, 80)
+
+
 def test_scenes_are_reproducible_and_labelled():
   first, again = shapes.render("train", 5, 32), shapes.render("train", 5, 32)
   np.testing.assert_array_equal(first["image"], again["image"])

@@ -7,8 +7,10 @@ import jax
 import numpy as np
 import pytest
 
+import beit_jax
 from beit_jax import checkpoint, sharding, train, trees
 from beit_jax.errors import CollapseError, UserError
+from beit_jax.pretrained import Pretrained, make_module
 from tests import tiny
 
 
@@ -274,3 +276,100 @@ def test_one_compilation_of_the_step(whole_run, tokenizer_run, tmp_path):
     train.run(_beit(tokenizer_run, **{"mask.kind": "block_at_most"}), tmp_path)
   finally:
     train.make_train_step = original
+
+
+def test_averaged_weights_by_hand(tmp_path):
+  """ema_n = d * ema_(n-1) + (1 - d) * params_n from the very first parameters; evaluated, saved, resumed, loaded."""
+  changes = {"optimizer.ema_decay": 0.7, "checkpoint.every_steps": 1, "checkpoint.keep": 9, "total_steps": 4}
+  config = tiny.config("classify", **changes)
+  result = train.run(config, tmp_path / "run")
+  assert {"loss", "acc1", "ema_loss", "ema_acc1"} <= set(result["eval"])
+  folders = [tmp_path / "run" / "checkpoints" / str(step) for step in range(1, 5)]
+  params = [trees.flatten(checkpoint.load_params(folder)) for folder in folders]
+  kept = [trees.flatten(checkpoint.load_params(folder, "ema")) for folder in folders]
+  for name in params[0]:
+    for step in range(1, 4):
+      wanted = 0.7 * kept[step - 1][name].astype(np.float64) + 0.3 * params[step][name]
+      np.testing.assert_allclose(kept[step][name], wanted, rtol=1e-5, atol=1e-8, err_msg=name)
+  # The first update has learning rate 0 (warm-up off: the full rate): the average starts at the first parameters.
+  start = {n: (kept[0][n] - 0.3 * params[0][n].astype(np.float64)) / 0.7 for n in params[0]}
+  np.testing.assert_allclose(start["fc_norm/scale"], 1.0, atol=1e-6)
+  averaged = beit_jax.load(tmp_path / "run", ema=True)
+  np.testing.assert_array_equal(averaged.params["head"]["kernel"], kept[-1]["head/kernel"])
+  shutil.rmtree(folders[3])
+  shutil.rmtree(folders[2])
+  (tmp_path / "run" / "result.json").unlink()
+  train.run(config, tmp_path / "run")
+  again = trees.flatten(checkpoint.load_params(folders[3], "ema"))
+  for name, value in kept[-1].items():
+    np.testing.assert_array_equal(again[name], value, err_msg=name)
+
+
+def test_averages_asked_for_where_there_are_none(tmp_path):
+  train.run(tiny.config("classify", total_steps=2), tmp_path)
+  with pytest.raises(UserError, match="no averaged weights"):
+    beit_jax.load(tmp_path, ema=True)
+  train.run(tiny.config("classify", **{"total_steps": 3, "optimizer.ema_decay": 0.5}), tmp_path)
+  assert beit_jax.load(tmp_path, ema=True).kind == "classifier"
+
+
+def test_the_best_state_is_kept(tmp_path):
+  """Evaluated after every step; workdir/best holds the lowest loss seen, across a resume."""
+  changes = {
+    "eval.every_steps": 1,
+    "checkpoint.best": "loss",
+    "checkpoint.every_steps": 2,
+    "checkpoint.keep": 9,
+  }
+  config = tiny.config("classify", **changes, **{"optimizer.learning_rate": 0.05, "total_steps": 8})
+  train.run(config, tmp_path)
+  rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+  losses = {row["step"]: row["eval_loss"] for row in rows if "eval_loss" in row}
+  best = min(losses, key=losses.get)
+  kept = beit_jax.load(tmp_path / "best").description
+  assert kept["step"] == best and kept["best"] == {"metric": "loss", "value": losses[best]}
+  for step in (6, 8):
+    shutil.rmtree(tmp_path / "checkpoints" / str(step))
+  (tmp_path / "result.json").unlink()
+  train.run(config, tmp_path)
+  assert beit_jax.load(tmp_path / "best").description["best"] == kept["best"]
+  with pytest.raises(UserError, match="checkpoint.best.*there are"):
+    train.run(tiny.config("classify", **{"checkpoint.best": "acc_1", "total_steps": 1}), tmp_path / "wrong")
+
+
+def test_a_loss_that_is_no_number_ends_the_run(tmp_path):
+  """A learning rate of 1e30: refused within a few steps, and nothing that is not finite was saved."""
+  changes = {
+    "optimizer.learning_rate": 1e30,
+    "optimizer.min_lr": 1e30,
+    "total_steps": 30,
+    "checkpoint.every_steps": 1,
+  }
+  with pytest.raises(UserError, match="loss nan|loss inf|norm nan|norm inf"):
+    train.run(tiny.config("classify", **changes), tmp_path)
+  for step in checkpoint.steps(tmp_path / "checkpoints"):
+    assert step < 10
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.0])
+def test_a_decay_of_averages_outside_its_range(decay, tmp_path):
+  with pytest.raises(UserError, match="ema_decay"):
+    train.run(tiny.config("classify", **{"optimizer.ema_decay": decay}), tmp_path)
+
+
+def test_fine_tuning_a_plain_vit(tmp_path):
+  """A supervised or DINO ViT, a file in timm's names: absolute positions, no tables, k biases; the head starts fresh."""
+  encoder = dict(image_size=(16, 16), patch_size=2, width=32, depth=2, num_heads=2, weight_init="finetune")
+  encoder |= dict(rel_pos="none", abs_pos=True, layer_scale_init=0.0)
+  module = make_module("classifier", dict(encoder=encoder, num_classes=5, pool="cls", head_init_scale=1.0))
+  params = module.init(jax.random.key(0), np.zeros((1, 16, 16, 3)))["params"]
+  look = dict(mean=(0.5,) * 3, std=(0.5,) * 3, image_size=(16, 16), crop_pct=1.0)
+  look |= dict(interpolation="bicubic", resize="short_side")
+  beit_jax.save(Pretrained("classifier", params, module, look), tmp_path / "vit.pth", format="timm")
+  changes = {"model.preset": "paper", "init_from": str(tmp_path / "vit.pth"), "checkpoint.every_steps": 1}
+  train.run(tiny.config("classify", **changes, **{"total_steps": 1}), tmp_path / "run")
+  found = trees.flatten(beit_jax.load(tmp_path / "run").params)
+  assert found["head/kernel"].shape == (32, 8)
+  wanted = trees.flatten(params)
+  moved = [np.abs(found[n] - v).max() for n, v in wanted.items() if n in found and n.startswith("encoder/")]
+  assert len(moved) == len([n for n in found if n.startswith("encoder/")]) and max(moved) <= 2e-3

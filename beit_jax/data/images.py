@@ -19,6 +19,7 @@ RESAMPLE = {
   "bicubic": Image.Resampling.BICUBIC,
   "lanczos": Image.Resampling.LANCZOS,
 }
+RESIZES = ("short_side", "squash")
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 

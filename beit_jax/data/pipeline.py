@@ -138,6 +138,10 @@ def eval_batches(
   source: Any, views: images.Views, options: dict[str, Any], *, rows: np.ndarray, batch_size: int
 ) -> Iterator[HostBatch]:
   """Every example once, in order, centre-cropped; the last batch is padded with `valid` False."""
+  if options["resize"] not in images.RESIZES:
+    raise UserError(
+      f"config key 'data.resize': {options['resize']!r} is unknown; there are {', '.join(images.RESIZES)}"
+    )
   steps = -(-len(source) // batch_size)
   reader = _Rows(source, views, options, rows=rows, batch_size=batch_size, steps=steps, seed=0, train=False)
   return _batches(reader, len(rows), 0, 0, options["threads"])

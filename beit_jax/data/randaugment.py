@@ -1,8 +1,8 @@
 """RandAugment as BEiT fine-tunes with it, on the host: timm's `rand-m9-mstd0.5-inc1`, with Pillow.
 
 Two operations are drawn with replacement from fifteen; each is applied with probability 0.5, at a magnitude drawn
-from N(9, 0.5) and clipped to [0, 10]. "inc1": every operation gets stronger with its magnitude. Paper, Table 13. Differs on
-purpose: at magnitude 10 posterising keeps one bit, where timm asks for none (black, or an error of newer Pillow).
+from N(9, 0.5) and clipped to [0, 10]. "inc1": every operation gets stronger with its magnitude. Paper, Table 13.
+Differs on purpose: at magnitude 10 posterising keeps one bit, where timm asks for none (an error of newer Pillow).
 """
 
 import functools
