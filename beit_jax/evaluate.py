@@ -60,7 +60,7 @@ def eval_batches(
   batch_size = -(-batch_size // mesh.size) * mesh.size
   rows = sharding.local_rows(mesh, batch_size)
   host = pipeline.eval_batches(
-    source, objective.views(), config.data.to_dict(), rows=rows, batch_size=batch_size
+    source, objective.reader(), rows=rows, batch_size=batch_size, threads=config.data.threads
   )
   return (sharding.put_batch(mesh, batch, batch_size) for batch in host)
 

@@ -295,13 +295,14 @@ def _train_batches(
 ) -> Iterator[dict[str, jax.Array]]:
   host = pipeline.train_batches(
     source,
-    objective.views(),
-    config.data.to_dict(),
+    objective.reader(),
     rows=sharding.local_rows(mesh, config.batch_size),
     batch_size=config.batch_size,
     total_steps=total_steps,
     start_step=start_step,
     seed=config.seed,
+    workers=config.data.workers,
+    threads=config.data.threads,
   )
   return (sharding.put_batch(mesh, batch, config.batch_size) for batch in host)
 

@@ -5,10 +5,7 @@ Freshly initialised models have zero tables and biases and could not fail. Witho
 """
 
 import dataclasses
-import importlib.metadata
-import importlib.util
 import logging
-import warnings
 
 import numpy as np
 import pytest
@@ -17,23 +14,7 @@ import beit_jax
 from beit_jax import trees
 from beit_jax.convert import safetensors, torchfile, unilm
 from beit_jax.errors import UserError
-
-torch = pytest.importorskip("torch", reason="PyTorch is not installed (extra 'torch')")
-if importlib.util.find_spec("torchvision") is None:
-  pytest.skip("torchvision is not installed (extra 'torch')", allow_module_level=True)
-with warnings.catch_warnings():
-  warnings.simplefilter("ignore")
-  # timm needs torchvision; the wheels on PyPI bring operators for CUDA only, so beside a CPU build of PyTorch two
-  # names are missing, which timm never calls.
-  if torch.version.cuda is None and "+cpu" not in importlib.metadata.version("torchvision"):
-    from torch import library
-
-    _library = library.Library("torchvision", "DEF")
-    _library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-  timm = pytest.importorskip("timm", reason="timm is not installed (extra 'torch')")
-  safetensors_torch = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
-  transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra 'torch')")
+from tests.peers import safetensors_torch, timm, torch, transformers
 
 load_file, save_file = safetensors_torch.load_file, safetensors_torch.save_file
 pytestmark = pytest.mark.filterwarnings("ignore")  # of other people's libraries

@@ -13,7 +13,6 @@ VIEWS = {"image": ((16, 16), "bicubic"), "token_image": ((8, 8), "lanczos")}
 OPTIONS = dict(
   crop="random_resized", crop_scale=(0.3, 1.0), crop_ratio=(3 / 4, 4 / 3), flip=True, crop_pct=1.0,
   resize="short_side", rand_augment="",
-  workers=0, threads=1,
 )  # fmt: skip
 
 
@@ -21,12 +20,15 @@ def _source(count=20):
   return shapes.ShapesSource("train", count, 24)
 
 
+def _reader(**options):
+  return pipeline.Views(VIEWS, {**OPTIONS, **options})
+
+
 def _read(rows, batch_size, steps, start=0, seed=3, source=None, **options):
   return list(
     pipeline.train_batches(
       source or _source(),
-      VIEWS,
-      {**OPTIONS, **options},
+      _reader(**options),
       rows=np.array(rows),
       batch_size=batch_size,
       total_steps=steps,
@@ -69,7 +71,7 @@ def test_seeds_and_epochs_differ():
 
 
 def test_evaluation_shows_every_example_once_and_pads():
-  batches = list(pipeline.eval_batches(_source(10), VIEWS, OPTIONS, rows=np.arange(4), batch_size=4))
+  batches = list(pipeline.eval_batches(_source(10), _reader(), rows=np.arange(4), batch_size=4))
   valid = _flat(batches, "valid")
   assert len(batches) == 3 and valid.sum() == 10 and not valid[10:].any()
   assert sorted(_flat(batches, "example_key")[valid][:, 1]) == list(range(10))

@@ -16,10 +16,12 @@ from beit_jax.data import sources
 from beit_jax.models.beit import VARIANTS, preset_fields
 from beit_jax.pretrained import Pretrained, make_module
 from tests.conftest import ROOT
+from tests.peers import torch, transformers
 
 DATA = Path(os.environ.get("TFDS_DATA_DIR", ROOT.parent / "shared" / "data" / "tfds"))
 pytestmark = [
   pytest.mark.slow,
+  pytest.mark.filterwarnings("ignore"),  # of other people's libraries
   pytest.mark.skipif(
     not (DATA / "imagenet_sample").is_dir(),
     reason="no imagenet_sample in TFDS_DATA_DIR: photographs are needed",
@@ -44,9 +46,6 @@ def unilm_file(tmp_path_factory):
 
 @pytest.mark.parametrize("side, steps", [(224, 3), (384, 2)])
 def test_from_unilm_to_transformers(side, steps, unilm_file, tmp_path):
-  transformers = pytest.importorskip("transformers")
-  import torch
-
   changes = [
     ("init_from", str(unilm_file)),
     ("data.name", "imagenet_sample"),

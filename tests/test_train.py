@@ -358,7 +358,7 @@ def test_a_decay_of_averages_outside_its_range(decay, tmp_path):
 
 
 def test_fine_tuning_a_plain_vit(tmp_path):
-  """A supervised or DINO ViT, a file in timm's names: absolute positions, no tables, k biases; the head starts fresh."""
+  """A supervised or DINO ViT, a file in timm's names: absolute positions, no tables, k biases; a fresh head."""
   encoder = dict(image_size=(16, 16), patch_size=2, width=32, depth=2, num_heads=2, weight_init="finetune")
   encoder |= dict(rel_pos="none", abs_pos=True, layer_scale_init=0.0)
   module = make_module("classifier", dict(encoder=encoder, num_classes=5, pool="cls", head_init_scale=1.0))

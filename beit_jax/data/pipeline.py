@@ -28,11 +28,73 @@ def _order(seed: int, epoch: int, count: int) -> np.ndarray:
   return np.random.default_rng((seed, epoch, 1)).permutation(count)
 
 
+class Views:
+  """Reads an example as pictures of fixed sizes, all of one box: what every objective but segmentation wants.
+
+  Args:
+    views: name -> ((H, W), interpolation).
+    options: the config's `data` section (crop, crop_scale, crop_ratio, flip, rand_augment, mean, crop_pct, resize).
+
+  Raises:
+    UserError: a rand_augment that is not understood, or one with more than one view, which would then differ.
+  """
+
+  def __init__(self, views: images.Views, options: dict[str, Any]):
+    self._views, self._options = views, options
+    if options["resize"] not in images.RESIZES:
+      raise UserError(
+        f"config key 'data.resize': {options['resize']!r} is unknown; there are {', '.join(images.RESIZES)}"
+      )
+    if options["rand_augment"]:
+      randaugment.parse(options["rand_augment"])
+      if len(views) > 1:
+        raise UserError(
+          "config key 'data.rand_augment': the views of an example would no longer show the same; it is for fine-tuning"
+        )
+
+  def train(self, image: Image.Image, example: dict[str, Any], key: tuple[int, ...]) -> HostBatch:
+    """`key`, ints, is all the randomness there is."""
+    o = self._options
+    rng = np.random.default_rng((*key, 2))
+    views = images.train_views(
+      image, rng, self._views, crop=o["crop"], scale=o["crop_scale"], ratio=o["crop_ratio"], flip=o["flip"]
+    )
+    if o["rand_augment"]:
+      rng, fill = np.random.default_rng((*key, 3)), randaugment.fill_colour(o["mean"])
+      augment = lambda view: randaugment.rand_augment(Image.fromarray(view), rng, o["rand_augment"], fill)  # noqa: E731
+      views = {name: np.asarray(augment(view)) for name, view in views.items()}
+    return {**views, **self._label(example)}
+
+  def eval(self, image: Image.Image, example: dict[str, Any]) -> HostBatch:
+    o = self._options
+    views = images.eval_views(image, self._views, crop_pct=o["crop_pct"], resize=o["resize"])
+    return {**views, **self._label(example)}
+
+  def _label(self, example):
+    if "label" not in example:
+      return {}
+    label = np.asarray(example["label"])  # a class, or 0 and 1 for every class (multi-label, float32)
+    return {"label": label if label.ndim else label.astype(np.int32)}
+
+
+def decode(example: dict[str, Any], index: int, field: str = "image") -> Image.Image:
+  """The picture of an example.
+
+  Raises:
+    UserError: it cannot be decoded; names the file, or the example.
+  """
+  try:
+    return images.decode(example[field])
+  except Exception as error:  # Pillow's readers let through whatever a damaged file leads to
+    name, reason = example.get("file", f"example {index}"), str(error) or type(error).__name__
+    raise UserError(f"{name} cannot be decoded: {reason}; remove or repair it") from None
+
+
 class _Rows:
   """Random access to this process's rows of the global batches, in order; the unit that grain reads."""
 
-  def __init__(self, source, views, options, *, rows, batch_size, steps, seed, train):
-    self._source, self._views, self._options = source, views, options
+  def __init__(self, source, reader, *, rows, batch_size, steps, seed, train):
+    self._source, self._reader = source, reader
     self._rows, self._batch, self._steps = rows, batch_size, steps
     self._seed, self._train = seed, train
 
@@ -46,40 +108,16 @@ class _Rows:
     if self._train:
       index = int(_order(self._seed, epoch, len(self._source))[index])
     example = self._source[index]
-    try:
-      image = images.decode(example["image"])
-    except Exception as error:  # Pillow's readers let through whatever a damaged file leads to
-      name = example.get("file", f"example {index}")
-      reason = str(error) or type(error).__name__
-      raise UserError(f"{name} cannot be decoded: {reason}; remove or repair it") from None
-    result = {
-      **self._look(image, epoch, index),
+    image = decode(example, index)
+    if self._train:
+      arrays = self._reader.train(image, example, (self._seed, epoch, index))
+    else:
+      arrays = self._reader.eval(image, example)
+    return {
+      **arrays,
       "example_key": np.array([epoch, index], np.uint32),
       "valid": np.array(self._train or position < len(self._source)),
     }
-    if "label" in example:
-      label = np.asarray(example["label"])  # a class, or 0 and 1 for every class (multi-label, float32)
-      result["label"] = label if label.ndim else label.astype(np.int32)
-    return result
-
-  def _look(self, image, epoch, index):
-    o = self._options
-    if not self._train:
-      return images.eval_views(image, self._views, crop_pct=o["crop_pct"], resize=o["resize"])
-    rng = np.random.default_rng((self._seed, epoch, index, 2))
-    views = images.train_views(
-      image, rng, self._views, crop=o["crop"], scale=o["crop_scale"], ratio=o["crop_ratio"], flip=o["flip"]
-    )
-    if o["rand_augment"]:
-      rng = np.random.default_rng((self._seed, epoch, index, 3))
-      views = {name: self._augment(view, rng) for name, view in views.items()}
-    return views
-
-  def _augment(self, view, rng):
-    fill = randaugment.fill_colour(self._options["mean"])
-    return np.asarray(
-      randaugment.rand_augment(Image.fromarray(view), rng, self._options["rand_augment"], fill)
-    )
 
 
 def _die_with_parent(*_) -> None:
@@ -105,43 +143,28 @@ def _batches(
 
 
 def train_batches(
-  source: Any, views: images.Views, options: dict[str, Any], *,
-  rows: np.ndarray, batch_size: int, total_steps: int, start_step: int, seed: int,
+  source: Any, reader: Any, *,
+  rows: np.ndarray, batch_size: int, total_steps: int, start_step: int, seed: int, workers: int = 0, threads: int = 1,
 ) -> Iterator[HostBatch]:  # fmt: skip
   """Host batches of steps start_step..total_steps-1.
 
   Args:
-    views: name -> ((H, W), interpolation), all of one random box.
-    options: the config's `data` section (crop, crop_scale, crop_ratio, flip, rand_augment, mean, workers, threads).
+    reader: `Views`, or anything with its `train` and `eval`.
     rows: the rows of a global batch that this process reads.
+    workers: processes that read; 0 = `threads` of this one.
 
   Yields:
     {view: uint8 [b, H, W, 3], "example_key": uint32 [b, 2] = (epoch, index), "valid": bool [b] and, with labels,
     "label": int32 [b], or float32 [b, C] of 0 and 1 with several labels}, b = len(rows).
-
-  Raises:
-    UserError: a rand_augment that is not understood, or one with more than one view, which would then differ.
   """
-  if options["rand_augment"]:
-    randaugment.parse(options["rand_augment"])
-    if len(views) > 1:
-      raise UserError(
-        "config key 'data.rand_augment': the views of an example would no longer show the same; it is for fine-tuning"
-      )
-  reader = _Rows(
-    source, views, options, rows=rows, batch_size=batch_size, steps=total_steps, seed=seed, train=True
-  )
-  return _batches(reader, len(rows), start_step, options["workers"], options["threads"])
+  table = _Rows(source, reader, rows=rows, batch_size=batch_size, steps=total_steps, seed=seed, train=True)
+  return _batches(table, len(rows), start_step, workers, threads)
 
 
 def eval_batches(
-  source: Any, views: images.Views, options: dict[str, Any], *, rows: np.ndarray, batch_size: int
+  source: Any, reader: Any, *, rows: np.ndarray, batch_size: int, threads: int = 1
 ) -> Iterator[HostBatch]:
   """Every example once, in order, centre-cropped; the last batch is padded with `valid` False."""
-  if options["resize"] not in images.RESIZES:
-    raise UserError(
-      f"config key 'data.resize': {options['resize']!r} is unknown; there are {', '.join(images.RESIZES)}"
-    )
   steps = -(-len(source) // batch_size)
-  reader = _Rows(source, views, options, rows=rows, batch_size=batch_size, steps=steps, seed=0, train=False)
-  return _batches(reader, len(rows), 0, 0, options["threads"])
+  table = _Rows(source, reader, rows=rows, batch_size=batch_size, steps=steps, seed=0, train=False)
+  return _batches(table, len(rows), 0, 0, threads)

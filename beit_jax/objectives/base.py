@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from beit_jax import config as config_lib
 from beit_jax import convert, transfer, trees
+from beit_jax.data import pipeline
 from beit_jax.data.images import Views
 from beit_jax.errors import UserError
 from beit_jax.models import beit
@@ -55,6 +56,10 @@ class Objective:
   def views(self) -> Views:
     """The pictures this objective wants of each example: name -> ((H, W), interpolation)."""
     raise NotImplementedError
+
+  def reader(self) -> Any:
+    """How examples become arrays: see `pipeline.Views`."""
+    return pipeline.Views(self.views(), self.config.data.to_dict())
 
   def init(self, key: jax.Array) -> Variables:
     """Fresh Linen variables. Pure."""

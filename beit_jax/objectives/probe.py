@@ -185,10 +185,10 @@ class Knn(Probe):
     size = -(-self.config.eval.batch_size // mesh.size) * mesh.size
     host = pipeline.eval_batches(
       self.source,
-      self.views(),
-      self.config.data.to_dict(),
+      self.reader(),
       rows=sharding.local_rows(mesh, size),
       batch_size=size,
+      threads=self.config.data.threads,
     )
     extract = jax.jit(
       lambda frozen, batch: (_unit(self.features(frozen, batch)), batch["label"], batch["valid"]),
