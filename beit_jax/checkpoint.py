@@ -154,8 +154,15 @@ class Checkpointer:
     rest = {"step": state.step, "collections": state.collections, "opt_state": state.opt_state}
     items = {"params": state.params, "rest": rest} | ({} if state.ema is None else {"ema": state.ema})
     items = {name: ocp.args.StandardSave(item) for name, item in items.items()}
-    self._manager.save(step, args=ocp.args.Composite(**items))
+    if not self._manager.save(step, args=ocp.args.Composite(**items)):
+      raise RuntimeError(f"{self.root}: step {step} was not saved; there are the steps {steps(self.root)}")
     self._sealing = self._sealer.submit(self._seal, step, {**description, "step": step})
+
+  def forget_from(self, step: int) -> None:
+    """Deletes checkpoints of this step and later ones: a run that was begun anew may reach them again."""
+    self.wait()
+    for later in [s for s in self._manager.all_steps() if s >= step]:
+      self._manager.delete(later)
 
   def _seal(self, step: int, description: dict[str, Any]) -> None:
     self._manager.wait_until_finished()

@@ -45,12 +45,25 @@ def evaluate(
   return {**objective.summarize(total), **(objective.summarize_rows(whole) if whole else {})}, whole
 
 
-def eval_source(config: ConfigDict) -> Any:
-  """The data of `eval.split`, or None without one."""
+def eval_source(config: ConfigDict, class_names: tuple[str, ...] = ()) -> Any:
+  """The data of `eval.split`, or None without one, its classes numbered as in `class_names` where these are given.
+
+  Raises:
+    UserError: it has a class that is not among them.
+  """
   if not config.eval.split:
     return None
   data = {**config.data.to_dict(), "split": config.eval.split, "fraction": config.eval.fraction}
-  return sources.make_source({**data, "num_examples": config.eval.num_examples})
+  data |= {"num_examples": config.eval.num_examples}
+  data |= {"num_classes": None} if class_names else {}
+  source = sources.make_source(data)
+  if class_names and source.class_names and tuple(class_names) != tuple(source.class_names):
+    if not hasattr(source, "relabel"):
+      raise UserError(
+        f"eval.split: its classes are {source.class_names[:5]}..., those trained on {class_names[:5]}..."
+      )
+    source.relabel(tuple(class_names))
+  return source
 
 
 def eval_batches(
@@ -65,6 +78,16 @@ def eval_batches(
   return (sharding.put_batch(mesh, batch, batch_size) for batch in host)
 
 
+def _own_labels(workdir: Path, init_from: str) -> list[str]:
+  """The class names in the description of the run that will be evaluated; [] where it is no run of ours."""
+  for path in (workdir, Path(init_from) if init_from else None):
+    if path is not None and (
+      (path / checkpoint.DESCRIPTION).is_file() or checkpoint.steps(path / "checkpoints")
+    ):
+      return list(checkpoint.read_description(checkpoint.find(path)).get("labels") or [])
+  return []
+
+
 def evaluate_only(config: ConfigDict, workdir: Path, name: str, mesh: jax.sharding.Mesh) -> dict[str, Any]:
   """`eval_only=True`, or an objective that trains nothing, over the whole of `eval.split`.
 
@@ -76,7 +99,8 @@ def evaluate_only(config: ConfigDict, workdir: Path, name: str, mesh: jax.shardi
   Raises:
     UserError: no data, no checkpoint, or parameters that the checkpoint lacks.
   """
-  source = eval_source(config)
+  own = config.objective == "classify" and _own_labels(workdir, config.init_from)
+  source = eval_source(config, tuple(own or ()))
   if source is None:
     raise UserError("config key 'eval.split': empty, so there is nothing to evaluate on; name a split")
   kind = OBJECTIVES[config.objective]

@@ -47,14 +47,15 @@ def run_stages(config, folder: Path) -> None:
     if stage.objective == "dvae" and stage.init_from:
       where[name] = stage.init_from
       continue
-    parts = (("init_from", stage), ("resume", stage), *(("init_from", stage[n]) for n in PARTS if n in stage))
-    for key, section in parts:
+    places = (("", "init_from", stage), ("", "resume", stage))
+    places += tuple((f"{part}.", "init_from", stage[part]) for part in PARTS if part in stage)
+    for prefix, key, section in places:
       value = section.get(key) or ""
       if value.startswith("stage:"):
         earlier = value.removeprefix("stage:")
         if earlier not in where:
           raise UserError(
-            f"config key '{name}.{key}': {value!r} names no earlier stage; there are {list(where)}"
+            f"config key '{name}.{prefix}{key}': {value!r} names no earlier stage; there are {list(where)}"
           )
         section[key] = str(where[earlier])
     where[name] = folder / name

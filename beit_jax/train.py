@@ -54,8 +54,9 @@ def _run(config: ConfigDict, workdir: Path, name: str, mesh: jax.sharding.Mesh) 
   # Data and objective.
   _check_batch(config, mesh)
   source = sources.make_source(config.data.to_dict())
-  eval_source = evaluation.eval_source(config)
+  eval_source = evaluation.eval_source(config, tuple(source.class_names))
   objective = OBJECTIVES[config.objective](config, source)
+  _check_unused(config, objective)
   steps_per_epoch = len(source) // config.batch_size
   total_steps = config_lib.duration(config, "total", steps_per_epoch)
   if total_steps < 1:
@@ -121,7 +122,7 @@ def _run(config: ConfigDict, workdir: Path, name: str, mesh: jax.sharding.Mesh) 
         if not np.isfinite([float(loss), float(norm)]).all():
           raise UserError(
             f"{name}: loss {loss}, gradient norm {norm} at step {at}: lower optimizer.learning_rate or set "
-            f"optimizer.clip_norm; the last checkpoint in {saver.root} is from before that"
+            f"optimizer.clip_norm; a checkpoint in {saver.root} is from before that"
           )
 
     def flush():
@@ -179,24 +180,22 @@ class Best:
   def __init__(self, workdir: Path, metric: str):
     self._metric, self._saver = metric, None
     if metric:
-      self._saver = checkpoint.Checkpointer(workdir / "best", keep=1)
-      latest = self._saver.latest()
+      self._saver = checkpoint.Checkpointer(
+        workdir / "best", keep=2
+      )  # the one before, until the new one is sealed
+      latest, before = self._saver.latest(), {}
       if latest is not None:
-        self._value = checkpoint.read_description(self._saver.root / str(latest)).get("best", {}).get("value")
-      else:
-        self._value = None
+        before = checkpoint.read_description(self._saver.root / str(latest)).get("best", {})
+      self._value = before.get("value") if before.get("metric") == metric else None
 
   def offer(self, step: int, metrics: dict[str, float], state: TrainState, description: dict) -> None:
-    if self._saver is None:
+    if self._saver is None or not np.isfinite(metrics[self._metric]):
       return
-    if self._metric not in metrics:
-      raise UserError(
-        f"config key 'checkpoint.best': {self._metric!r} is not evaluated; there are {', '.join(sorted(metrics))}"
-      )
     value, lower = metrics[self._metric], self._metric.endswith(("loss", "mae", "mse"))
     if self._value is None or (value < self._value if lower else value > self._value):
       self._value = value
       best = {"metric": self._metric, "value": value}
+      self._saver.forget_from(step)
       self._saver.save(step, state, {**description, "best": best})
       log.info("best so far: %s %.6g at step %d, kept in %s", self._metric, value, step, self._saver.root)
 
@@ -280,6 +279,20 @@ def _optimizer(config, schedules, param_shapes, depth):
     depth=depth,
     no_decay=o.no_decay,
   )
+
+
+def _check_unused(config, objective) -> None:
+  """Refuses a `checkpoint.best` that will never be evaluated, and says which augmentation has no effect."""
+  best, names = config.checkpoint.best, objective.eval_metrics
+  names = names + tuple(f"ema_{name}" for name in names if config.optimizer.ema_decay)
+  if best and (best not in names or not config.eval.split):
+    raise UserError(
+      f"config key 'checkpoint.best': {best!r} is not evaluated (eval.split={config.eval.split!r}); there are "
+      + ", ".join(names)
+    )
+  for key in ("color_jitter", "random_erasing"):
+    if config.data[key] and key not in objective.augmentations:
+      log.warning("config key 'data.%s' has no effect on the objective %s", key, config.objective)
 
 
 def _check_batch(config, mesh) -> None:

@@ -3,8 +3,10 @@
     python -m beit_jax.main --config=configs/finetune_imagenet.py:base_pt1k --config.init_from=runs/beit_base/pretrain
     python -m beit_jax.main --config=configs/finetune_imagenet.py:base_ft22k,384 --config.init_from=beit_base_ft22k.pth
 
-A variant is SIZE_START or SIZE_START,RESOLUTION; 224 where it is left out. The starts:
-  pt1k         on ImageNet-1K without labels; 83.2 (base) and 85.2 (large), at 384 84.6 and 86.3 (paper, Table 1)
+A variant is SIZE_START or SIZE_START,RESOLUTION; 224 where it is left out. The starts, and
+the published accuracy to be expected:
+  pt1k         on ImageNet-1K without labels; 83.2 (base) and 85.2 (large), at 384 84.6 and 86.3 (paper, Table 1, its
+               own model: pre-trained with beit_base.py:paper, and --config.model.preset=paper here)
   pt22k        on ImageNet-22K without labels (released weights); 83.7 and 86.0 (unilm README)
   ft22k        and then fine-tuned on its labels; 85.2 and 87.4, at 384 86.8 and 88.4, large at 512 88.6 (unilm README)
   supervised   a ViT trained with labels on ImageNet-22K (84.0 base, 85.2 large, at 384: paper, Table 1)

@@ -2,6 +2,8 @@
 
 import ast
 import importlib.util
+import re
+import shlex
 import sys
 
 import jax
@@ -65,10 +67,27 @@ def test_documented(path):
   assert path.name in (ROOT / "docs" / "recipes.md").read_text()
 
 
+def _commands():
+  for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+    for block in re.findall(r"```\n(.*?)```", path.read_text(), re.S):
+      for line in block.replace("\\\n", " ").splitlines():
+        for command in re.findall(r"python3? -m beit_jax\.main ([^#|]*)", line):
+          yield pytest.param(command, id=f"{path.name}: {command[:60]}")
+
+
+@pytest.mark.parametrize("command", list(_commands()))
+def test_documented_commands_have_configs(command, monkeypatch):
+  """Every command of the docs names a config, a variant and keys that exist, with values of the right type."""
+  monkeypatch.chdir(ROOT)
+  spec, _, overrides = config_lib.parse_args([a for a in shlex.split(command) if a != "..."])
+  config_lib.load(spec, overrides, objectives.model_fields())
+
+
 class _Source:
   """As many classes as the config asks for, and no images."""
 
   multi_label = False
+  has_labels = True
 
   def __init__(self, data):
     self.num_classes = data.num_classes or CLASSES.get(data.name, 8) if data.label_key else 0

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from beit_jax import convert, metrics, train
+from beit_jax.data import sources
 from beit_jax.errors import UserError
 from beit_jax.pretrained import Pretrained, make_module
 from tests import tiny
@@ -165,6 +166,45 @@ def test_a_label_file_with_unknown_names(tmp_path):
   (tmp_path / "data" / "labels.csv").write_text("99.png,red\n")
   with pytest.raises(UserError, match="99.png"):
     train.run(tiny.config("classify", **MANY, **{"data.root": str(tmp_path / "data")}), tmp_path / "run")
+
+
+def test_rows_of_one_file_are_one_example(tmp_path):
+  """Several rows an image, and a byte-order mark, as spreadsheets write them."""
+  _many_labels(tmp_path / "data")
+  (tmp_path / "data" / "labels.csv").write_text(
+    "\ufeff00.png,red\n01.png,blue\n00.png,green\n", encoding="utf-8"
+  )
+  source = sources.FolderSource(str(tmp_path / "data"), "", "labels.csv")
+  assert len(source) == 2 and source.class_names == ("blue", "green", "red")
+  np.testing.assert_array_equal(source[0]["label"], [0, 1, 1])
+
+
+def _by_class(folder, split, names):
+  for name in names:
+    (folder / split / name).mkdir(parents=True)
+    for i in range(8):
+      Image.new("RGB", (16, 16), {"a": "red", "b": "lime", "c": "blue", "d": "grey"}[name]).save(
+        folder / split / name / f"{i}.png"
+      )
+
+
+def test_classes_keep_their_numbers_in_another_split(tmp_path):
+  """Trained on a, b, c; evaluated on a folder with b and c only: right; on one with d: refused."""
+  _by_class(tmp_path / "data", "train", "abc")
+  _by_class(tmp_path / "data", "val", "bc")
+  _by_class(tmp_path / "data", "odd", "bd")
+  data = {"data.source": "folder", "data.root": str(tmp_path / "data"), "eval.split": "val", "batch_size": 8}
+  changes = {**data, "data.crop": "center", "total_steps": 40, "optimizer.layer_decay": 1.0}
+  config = tiny.config("classify", **changes, **{"optimizer.learning_rate": 1e-2})
+  result = train.run(config, tmp_path / "run")
+  assert result["eval"]["acc1"] == 1.0
+  again = train.run(tiny.config("classify", **data, eval_only=True), tmp_path / "run")
+  assert again["eval"]["acc1"] == 1.0
+  assert (tmp_path / "run" / "confusion.csv").read_text().splitlines()[0].endswith("a,b,c")
+  for only in (True, False):
+    with pytest.raises(UserError, match="'d'.* not among the 3"):
+      odd = tiny.config("classify", **{**data, "eval.split": "odd"}, eval_only=only)
+      train.run(odd, tmp_path / ("run" if only else "other"))
 
 
 def test_another_number_of_classes_is_refused(tmp_path):

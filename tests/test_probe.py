@@ -86,6 +86,9 @@ def test_the_loss_is_the_sum_over_blocks_and_the_encoder_stays(backbone, tmp_pat
   again = train.run(only, tmp_path / "run")
   assert again["eval"] == pytest.approx(result["eval"], rel=1e-6)
   assert (tmp_path / "run" / "per_block.csv").read_text().startswith("block,acc1\n0,")
+  other = tiny.config("linear_probe", **{"seed": 5, "eval_only": True})
+  with pytest.raises(UserError, match="another encoder"):
+    train.run(other, tmp_path / "run")
   with pytest.raises(UserError, match="heads of a linear probe without their encoder"):
     beit_jax.load(tmp_path / "run")
 

@@ -333,8 +333,45 @@ def test_the_best_state_is_kept(tmp_path):
   (tmp_path / "result.json").unlink()
   train.run(config, tmp_path)
   assert beit_jax.load(tmp_path / "best").description["best"] == kept["best"]
-  with pytest.raises(UserError, match="checkpoint.best.*there are"):
-    train.run(tiny.config("classify", **{"checkpoint.best": "acc_1", "total_steps": 1}), tmp_path / "wrong")
+
+
+def test_a_run_begun_anew_may_be_better_at_an_earlier_step(tmp_path):
+  """Checkpoints deleted, best kept, another metric: what was best before does not count, nor stand in the way."""
+  changes = {"eval.every_steps": 1, "checkpoint.best": "loss", "total_steps": 3}
+  config = tiny.config("classify", **changes, **{"optimizer.learning_rate": 1e-6, "optimizer.min_lr": 0.0})
+  train.run(config, tmp_path)
+  assert beit_jax.load(tmp_path / "best").description["step"] > 1
+  shutil.rmtree(tmp_path / "checkpoints")
+  (tmp_path / "result.json").unlink()
+  train.run(tiny.config("classify", **{**changes, "checkpoint.best": "acc5", "seed": 1}), tmp_path)
+  kept = beit_jax.load(tmp_path / "best").description
+  assert kept["best"]["metric"] == "acc5"
+  rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+  scores = {row["step"]: row["eval_acc5"] for row in rows if "eval_acc5" in row}
+  assert kept["step"] == max(scores, key=scores.get) and kept["best"]["value"] == max(scores.values())
+
+
+@pytest.mark.parametrize(
+  "changes, fact",
+  [
+    ({"checkpoint.best": "acc_1"}, "acc_1.*there are loss, acc1, acc5"),
+    ({"checkpoint.best": "ema_acc1"}, "ema_acc1.*not evaluated"),
+    ({"checkpoint.best": "acc1", "eval.split": ""}, "eval.split"),
+    ({"data.random_erasing": 2.0}, "random_erasing"),
+    ({"loss.mix_switch_prob": 5.0}, "mix_switch_prob"),
+    ({"loss.label_smoothing": 3.0}, "label_smoothing"),
+    ({"data.crop_pct": 0.0}, "crop_pct"),
+    ({"data.interpolation": "bad"}, "interpolation.*bicubic"),
+    ({"data.crop": "bad"}, "random_resized"),
+    ({"data.resize": "bad"}, "squash"),
+    ({"data.rand_augment": "bad"}, "rand-m9-mstd0.5-inc1"),
+    ({"data.label_file": "labels.csv"}, "only for data.source='folder'"),
+  ],
+)
+def test_mistakes_are_found_before_the_first_step(changes, fact, tmp_path):
+  with pytest.raises(UserError, match=fact):
+    train.run(tiny.config("classify", **changes), tmp_path)
+  assert not (tmp_path / "metrics.jsonl").exists() or not (tmp_path / "metrics.jsonl").read_text()
 
 
 def test_a_loss_that_is_no_number_ends_the_run(tmp_path):
@@ -349,6 +386,8 @@ def test_a_loss_that_is_no_number_ends_the_run(tmp_path):
     train.run(tiny.config("classify", **changes), tmp_path)
   for step in checkpoint.steps(tmp_path / "checkpoints"):
     assert step < 10
+    params = checkpoint.load_params(tmp_path / "checkpoints" / str(step))
+    assert all(np.isfinite(value).all() for value in trees.flatten(params).values())
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0])

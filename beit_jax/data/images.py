@@ -11,8 +11,6 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from beit_jax.errors import UserError
-
 RESAMPLE = {
   "nearest": Image.Resampling.NEAREST,
   "bilinear": Image.Resampling.BILINEAR,
@@ -20,6 +18,7 @@ RESAMPLE = {
   "lanczos": Image.Resampling.LANCZOS,
 }
 RESIZES = ("short_side", "squash")
+CROPS = ("random_resized", "pad", "center")
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 
@@ -109,10 +108,8 @@ def train_views(
     image = image if image.size == (width, height) else image.resize((width, height), RESAMPLE["bicubic"])
     left, top = (int(rng.integers(0, 2 * (side // 8) + 1)) - side // 8 for side in (width, height))
     box = (left, top, left + width, top + height)  # Pillow fills what lies outside with zeros
-  elif crop == "center":
-    box = _largest_box(image.size, next(iter(views.values()))[0])
   else:
-    raise UserError(f"data.crop={crop!r} is unknown; there are 'random_resized', 'pad' and 'center'")
+    box = _largest_box(image.size, next(iter(views.values()))[0])
   mirrored = flip and rng.random() < 0.5
   return {name: _resize(image, box, size, how, mirrored) for name, (size, how) in views.items()}
 

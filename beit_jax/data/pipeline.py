@@ -41,10 +41,14 @@ class Views:
 
   def __init__(self, views: images.Views, options: dict[str, Any]):
     self._views, self._options = views, options
-    if options["resize"] not in images.RESIZES:
-      raise UserError(
-        f"config key 'data.resize': {options['resize']!r} is unknown; there are {', '.join(images.RESIZES)}"
-      )
+    known = {"resize": images.RESIZES, "crop": images.CROPS}
+    checked = [(key, options[key], names) for key, names in known.items()]
+    checked += [(f"interpolation of {name}", how, tuple(images.RESAMPLE)) for name, (_, how) in views.items()]
+    for key, value, names in checked:
+      if value not in names:
+        raise UserError(f"config key 'data.{key}': {value!r} is unknown; there are {', '.join(names)}")
+    if not 0 < options["crop_pct"] <= 1:
+      raise UserError(f"config key 'data.crop_pct': {options['crop_pct']} must lie in (0, 1]")
     if options["rand_augment"]:
       randaugment.parse(options["rand_augment"])
       if len(views) > 1:
@@ -162,9 +166,9 @@ def train_batches(
 
 
 def eval_batches(
-  source: Any, reader: Any, *, rows: np.ndarray, batch_size: int, threads: int = 1
+  source: Any, reader: Any, *, rows: np.ndarray, batch_size: int, workers: int = 0, threads: int = 1
 ) -> Iterator[HostBatch]:
   """Every example once, in order, centre-cropped; the last batch is padded with `valid` False."""
   steps = -(-len(source) // batch_size)
   table = _Rows(source, reader, rows=rows, batch_size=batch_size, steps=steps, seed=0, train=False)
-  return _batches(table, len(rows), 0, 0, threads)
+  return _batches(table, len(rows), 0, workers, threads)

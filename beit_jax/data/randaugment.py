@@ -116,7 +116,13 @@ def parse(spec: str) -> Policy:
       break
     found[match[1]] = float(match[2])
   policy = Policy(int(found.get("n", 2)), found.get("m", MAX), found.get("mstd", 0.0), found.get("p", 0.5))
-  good = policy.num_ops > 0 and policy.magnitude <= MAX and policy.magnitude_std < 100 and policy.prob <= 1
+  good = (
+    policy.num_ops > 0
+    and policy.num_ops == found.get("n", 2)
+    and policy.magnitude <= MAX
+    and policy.magnitude_std < 100
+    and policy.prob <= 1
+  )
   if head != "rand" or found.get("inc") != 1 or not good:
     raise UserError(
       f"config key 'data.rand_augment': {spec!r} is not understood; expected e.g. 'rand-m9-mstd0.5-inc1' (magnitude up "

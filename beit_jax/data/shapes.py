@@ -86,7 +86,7 @@ class ShapesSource:
 
   num_classes = len(KINDS)
   class_names = KINDS
-  multi_label = False
+  has_labels, multi_label = True, False
 
   def __init__(self, split: str, num_examples: int, size: int):
     self._split, self._num_examples, self._size = split, num_examples, size

@@ -47,6 +47,7 @@ class TfdsSource:
         f"{folder} is not in a random-access form; rebuild it with: {_build_command(root, name)}"
       ) from None
     label = features[label_key] if label_key else None
+    self.has_labels = label is not None
     self.multi_label = isinstance(label, tfds.features.Sequence)
     label = label.feature if self.multi_label else label
     self.num_classes = getattr(label, "num_classes", 0) or 0
@@ -119,19 +120,20 @@ class FolderSource:
         f"data.root: no images below {folder}; known endings are {', '.join(sorted(IMAGE_SUFFIXES))}"
       )
     self.description = {"source": "folder", "root": str(folder), "num_examples": len(self._files)}
-    self.multi_label = bool(label_file)
+    self.has_labels = self.multi_label = bool(label_file)
     if label_file:
       self._read_labels(folder, folder / os.path.expanduser(label_file))
       return
     parents = [path.relative_to(folder).parts[0] if path.parent != folder else "" for path in self._files]
-    self.class_names = tuple(sorted(set(parents))) if "" not in parents else ()
-    self.num_classes = len(self.class_names)
-    ids = {name: i for i, name in enumerate(self.class_names)}
-    self._labels = [ids.get(parent, -1) for parent in parents]
+    self.has_labels = "" not in parents
+    self.class_names, self.num_classes = (), 0
+    if self.has_labels:
+      self._names = [[parent] for parent in parents]
+      self.relabel(tuple(sorted(set(parents))))
 
   def _read_labels(self, folder: Path, table: Path) -> None:
     try:
-      with table.open(newline="", encoding="utf-8") as file:
+      with table.open(newline="", encoding="utf-8-sig") as file:
         rows = [[cell.strip() for cell in row] for row in csv.reader(file) if row]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
       raise UserError(f"data.label_file: {table} cannot be read ({error})") from None
@@ -142,19 +144,42 @@ class FolderSource:
         f"data.label_file: {table} names {len(missing)} files that are not below {folder}, first {missing[:3]}; "
         "expected rows `file,class[,class...]` without a header"
       )
-    self.class_names = tuple(sorted({name for row in rows for name in row[1:] if name}))
-    self.num_classes = len(self.class_names)
-    ids = {name: i for i, name in enumerate(self.class_names)}
-    self._files = [known[row[0]] for row in rows]
-    self._labels = [multi_hot([ids[name] for name in row[1:] if name], self.num_classes) for row in rows]
-    self.description |= {"label_file": str(table), "num_examples": len(rows)}
+    names: dict[str, list[str]] = {}  # several rows of one file are one example
+    for row in rows:
+      names.setdefault(row[0], []).extend(name for name in row[1:] if name)
+    self._files, self._names = [known[name] for name in names], list(names.values())
+    self.relabel(tuple(sorted({name for some in self._names for name in some})))
+    if not self.num_classes:
+      raise UserError(
+        f"data.label_file: {table} names no class at all; expected rows `file,class[,class...]`"
+      )
+    self.description |= {"label_file": str(table), "num_examples": len(self._files)}
+
+  def relabel(self, class_names: tuple[str, ...]) -> None:
+    """Numbers the classes as in `class_names`, those of the training data or of a checkpoint.
+
+    Raises:
+      UserError: a class here is not among them.
+    """
+    unknown = sorted({name for some in self._names for name in some} - set(class_names))
+    if unknown:
+      raise UserError(
+        f"{self.description['root']}: the classes {unknown[:5]} are not among the {len(class_names)} that the model "
+        f"has ({', '.join(class_names[:5])}, ...)"
+      )
+    self.class_names, self.num_classes = tuple(class_names), len(class_names)
+    ids = {name: i for i, name in enumerate(class_names)}
+    if self.multi_label:
+      self._labels = [multi_hot([ids[name] for name in some], self.num_classes) for some in self._names]
+    else:
+      self._labels = [ids[some[0]] for some in self._names]
 
   def __len__(self) -> int:
     return len(self._files)
 
   def __getitem__(self, index: int) -> dict[str, Any]:
     example: dict[str, Any] = {"image": self._files[index].read_bytes(), "file": str(self._files[index])}
-    if self.num_classes:
+    if self.has_labels:
       example["label"] = self._labels[index]
     return example
 
@@ -165,9 +190,13 @@ class Subset:
   def __init__(self, source: Any, fraction: float):
     count = max(int(round(len(source) * fraction)), 1)
     self._source, self._indices = source, np.random.default_rng(0).permutation(len(source))[:count]
-    self.num_classes, self.class_names = source.num_classes, source.class_names
-    self.multi_label = source.multi_label
     self.description = {**source.description, "fraction": fraction}
+
+  def __getattr__(self, name: str) -> Any:
+    """num_classes, class_names, relabel and so on are the source's."""
+    if name.startswith("_"):
+      raise AttributeError(name)
+    return getattr(self._source, name)
 
   def __len__(self) -> int:
     return len(self._indices)
@@ -193,6 +222,10 @@ def make_source(data: dict[str, Any]) -> Any:
   """The source that a config's `data` (or `eval.data`) section asks for."""
   if data["source"] not in SOURCES:
     raise UserError(f"data.source={data['source']!r} is unknown; there are {sorted(SOURCES)}")
+  if data.get("label_file") and data["source"] != "folder":
+    raise UserError(
+      f"config key 'data.label_file': only for data.source='folder', here it is {data['source']!r}"
+    )
   source = SOURCES[data["source"]](data)
   expected = data["num_classes"]
   if expected is not None and source.num_classes != expected:

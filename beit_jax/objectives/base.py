@@ -35,6 +35,8 @@ class Objective:
   """
 
   kind: str
+  eval_metrics: tuple[str, ...] = ("loss",)  # the names that an evaluation gives
+  augmentations: tuple[str, ...] = ()  # of those on the device: "color_jitter", "random_erasing"
   trains = True  # otherwise there is nothing to optimise: the run is an evaluation
 
   def __init__(self, config: ConfigDict, source: Any):

@@ -18,6 +18,8 @@ class Beit(base.Objective):
   """A ViT learns the tokens that a frozen tokenizer gives to the patches it cannot see."""
 
   kind = "mim"
+  eval_metrics = ("loss", "mim_acc")
+  augmentations = ("color_jitter",)
 
   def __init__(self, config, source):
     super().__init__(config, source)

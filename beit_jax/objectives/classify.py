@@ -11,11 +11,12 @@ from beit_jax.logs import log
 from beit_jax.models.beit import BeitForImageClassification
 from beit_jax.objectives import base
 
+MAX_CONFUSION = 2000  # classes; a matrix of more is for nobody
 TOP = 5  # classes an image that a list of predictions names
 
 
 def _sigmoid(x):
-  return 1 / (1 + np.exp(-x.astype(np.float64)))
+  return 0.5 + 0.5 * np.tanh(x.astype(np.float64) / 2)
 
 
 class Classify(base.Objective):
@@ -25,27 +26,33 @@ class Classify(base.Objective):
   """
 
   kind = "classifier"
+  augmentations = ("color_jitter", "random_erasing")
 
   def __init__(self, config, source):
     super().__init__(config, source)
     model = config.model
     found = source.num_classes
-    if not found and not model.num_classes:
+    if not source.has_labels or (not found and (not model.num_classes or source.multi_label)):
       raise UserError(
         "config key 'data': this data has no labels, so nothing can be classified; use folders named by class or "
         f"set data.label_key ({source.description})"
       )
-    if model.num_classes and found and found > model.num_classes:
+    if model.num_classes and found and (found > model.num_classes or source.multi_label):
       raise UserError(
         f"config key 'model.num_classes': {model.num_classes}, but the data has {found} classes"
       )
     if model.pool not in ("mean", "cls"):
       raise UserError(f"config key 'model.pool': {model.pool!r} is unknown; there are 'mean' and 'cls'")
     options = config.loss
+    parts = {f"loss.{name}": options[name] for name in ("label_smoothing", "mix_prob", "mix_switch_prob")}
+    for key, value in {**parts, "data.random_erasing": config.data.random_erasing}.items():
+      if not 0 <= value <= 1:
+        raise UserError(f"config key '{key}': {value} must lie in [0, 1]")
     for key in ("mixup_alpha", "cutmix_alpha"):
       if options[key] < 0:
         raise UserError(f"config key 'loss.{key}': {options[key]} must not be negative; 0 turns it off")
     self.multi_label = source.multi_label
+    self.eval_metrics = ("loss", "mAP") if self.multi_label else ("loss", "acc1", "acc5")
     self.mixing = options.mixup_alpha > 0 or options.cutmix_alpha > 0
     encoder = base.encoder_fields(model, self.image_size, pretrain=False)
     encoder["weight_init"] = "finetune"
@@ -147,13 +154,16 @@ class Classify(base.Objective):
         for i, (s, t) in enumerate(zip(score, label, strict=True))
       ]
     else:
-      matrix = metrics.confusion_matrix(rows["label"], rows["top"][:, 0], count)
-      seen, right = matrix.sum(1), np.diag(matrix)
+      guess = rows["top"][:, 0]
+      seen = np.bincount(rows["label"], minlength=count)
+      right = np.bincount(rows["label"][rows["label"] == guess], minlength=count)
       table = [("class", "examples", "correct", "acc1")]
       table += [(names[c], seen[c], right[c], right[c] / seen[c] if seen[c] else "") for c in range(count)]
       files = [metrics.write_csv(folder / "per_class.csv", table)]
-      grid = [["true \\ predicted", *names], *([name, *row] for name, row in zip(names, matrix, strict=True))]
-      files.append(metrics.write_csv(folder / "confusion.csv", grid))
+      if count <= MAX_CONFUSION:
+        matrix = metrics.confusion_matrix(rows["label"], guess, count)
+        lines = [[name, *row] for name, row in zip(names, matrix, strict=True)]
+        files.append(metrics.write_csv(folder / "confusion.csv", [["true \\ predicted", *names], *lines]))
       predictions = [
         {"index": i, "label": names[label], "top": [names[c] for c in top], "probability": p.tolist()}
         for i, (label, top, p) in enumerate(zip(rows["label"], rows["top"], rows["probability"], strict=True))

@@ -22,6 +22,7 @@ class Dvae(base.Objective):
   """
 
   kind = "tokenizer"
+  eval_metrics = ("loss", "mae", "mse", "codebook_usage", "perplexity")
 
   def __init__(self, config, source):
     super().__init__(config, source)

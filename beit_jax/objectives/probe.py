@@ -40,6 +40,7 @@ class Probe(base.Objective):
     fields |= dict(final_norm=False, use_mask_token=False, drop_path_rate=0.0, dtype=config.model.dtype)
     self.encoder = Beit(**fields)
     self.blocks = list(range(self.encoder.depth))
+    self.eval_metrics = ("loss", "acc1", *(f"acc1_{i:02d}" for i in self.blocks))
     shapes = jax.eval_shape(self._init_encoder)
     if self.encoder_params is None:
       self.encoder_params = jax.jit(self._init_encoder)()
@@ -146,8 +147,19 @@ class LinearProbe(Probe):
     return self._sums(self.module.apply(variables, self.features(frozen, batch)), batch)
 
   def load_params(self, path, shapes):
-    folder = checkpoint.find(path)
-    found, wanted = trees.flatten(checkpoint.load_params(folder)), trees.flatten(shapes)
+    folder, ema = checkpoint.find(path), self.config.eval.ema
+    description = checkpoint.read_description(folder)
+    for key, mine in (("encoder", self.describe()["encoder"]), ("labels", list(self.source.class_names))):
+      if description.get(key) != mine:
+        raise UserError(
+          f"eval_only: the probe in {folder} was trained with another encoder or other classes ({key})"
+        )
+    if ema and not (folder / "ema").is_dir():
+      raise UserError(f"eval.ema: {folder} has no averaged weights (optimizer.ema_decay was 0)")
+    found, wanted = (
+      trees.flatten(checkpoint.load_params(folder, "ema" if ema else "params")),
+      trees.flatten(shapes),
+    )
     if {n: v.shape for n, v in found.items()} != {n: v.shape for n, v in wanted.items()}:
       raise UserError(f"eval_only: {folder} holds no linear probe of this encoder and these classes")
     return found, str(folder)
@@ -188,6 +200,7 @@ class Knn(Probe):
       self.reader(),
       rows=sharding.local_rows(mesh, size),
       batch_size=size,
+      workers=self.config.data.workers,
       threads=self.config.data.threads,
     )
     extract = jax.jit(
