@@ -17,6 +17,16 @@ import dvae
 from ml_collections import ConfigDict
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # unilm --imagenet_default_mean_and_std
+LABELLED = dict(  # ImageNet-1K as everything with labels sees it
+  source="tfds",
+  name="imagenet2012",
+  num_classes=1000,
+  image_size=224,
+  mean=MEAN,
+  std=STD,
+  workers=8,
+  threads=8,
+)
 
 
 def pretrain(variant: str, preset: str, clip_norm: float) -> dict:

@@ -8,7 +8,7 @@ Expected: 90.1 % after pre-training on ImageNet-1K, 91.8 % with intermediate fin
 Not run here; built and traced in the tests.
 """
 
-from beit_base import MEAN, STD
+from beit_base import LABELLED
 from ml_collections import ConfigDict
 
 
@@ -22,17 +22,7 @@ def get_config():
       model=dict(variant="base", preset="plus", drop_path_rate=0.1, dtype="bfloat16"),
       optimizer=dict(learning_rate=4e-3, min_lr=1e-6, warmup_epochs=20.0, weight_decay=0.3, layer_decay=0.65),
       loss=dict(label_smoothing=0.1, mixup_alpha=0.8, cutmix_alpha=1.0),
-      data=dict(
-        source="tfds",
-        name="cifar100",
-        num_classes=100,
-        image_size=224,
-        mean=MEAN,
-        std=STD,
-        rand_augment="rand-m9-mstd0.5-inc1",
-        workers=8,
-        threads=8,
-      ),
+      data={**LABELLED, "name": "cifar100", "num_classes": 100, "rand_augment": "rand-m9-mstd0.5-inc1"},
       eval=dict(split="test", batch_size=512, every_steps=1000),
       checkpoint=dict(every_steps=1000, best="acc1"),
     )

@@ -17,7 +17,7 @@ Source: BEiT paper, Table 13; unilm beit/get_started_for_image_classification.md
 built and traced in the tests. docs/recipes.md has them side by side.
 """
 
-from beit_base import MEAN, STD
+import beit_base
 from ml_collections import ConfigDict
 
 HALF = (0.5, 0.5, 0.5)
@@ -31,11 +31,11 @@ ROWS = {
   ("large", "ft"): (512, 2e-5, 5.0, 30.0, 0.9, 0.4, 1e-8, 0.0, 0.0),
 }
 STARTS = {  # row at 224, row above, pixel mean and deviation, preset
-  "pt1k": ("pt", "longer", (MEAN, STD), "plus"),
+  "pt1k": ("pt", "longer", (beit_base.MEAN, beit_base.STD), "plus"),
   "pt22k": ("pt", "longer", (HALF, HALF), "plus"),
   "ft22k": ("ft", "ft", (HALF, HALF), "plus"),
   "supervised": ("pt", "longer", (HALF, HALF), "paper"),
-  "dino": ("pt", "longer", (MEAN, STD), "paper"),
+  "dino": ("pt", "longer", (beit_base.MEAN, beit_base.STD), "paper"),
 }
 VARIANTS = tuple(
   f"{size}_{start}" + (f",{side}" if side > 224 else "")
@@ -72,17 +72,13 @@ def get_config(variant="base_pt1k"):
       ),
       loss=dict(label_smoothing=0.1, mixup_alpha=mixup, cutmix_alpha=cutmix),
       data=dict(
-        source="tfds",
-        name="imagenet2012",
-        num_classes=1000,
+        beit_base.LABELLED,
         image_size=side,
         mean=mean,
         std=std,
         rand_augment="rand-m9-mstd0.5-inc1",
         random_erasing=0.25,
         crop_pct=0.875 if side < 384 else 1.0,
-        workers=8,
-        threads=8,
       ),
       eval=dict(split="validation", batch_size=512, every_steps=2500),
       checkpoint=dict(every_steps=2500, best="acc1"),

@@ -8,7 +8,7 @@ Source: DINO eval_knn.py (k 20, temperature 0.07, cosine). Expected: nothing pub
 Not run here; built and traced in the tests. A small one that ran: configs/probe_cifar10.py.
 """
 
-from beit_base import MEAN, STD
+from beit_base import LABELLED
 from ml_collections import ConfigDict
 
 
@@ -19,16 +19,7 @@ def get_config():
       encoder=dict(init_from="runs/beit_base/pretrain"),
       model=dict(dtype="bfloat16"),
       knn=dict(k=20, temperature=0.07, blocks=(8,)),
-      data=dict(
-        source="tfds",
-        name="imagenet2012",
-        num_classes=1000,
-        image_size=224,
-        mean=MEAN,
-        std=STD,
-        workers=8,
-        threads=8,
-      ),
+      data=LABELLED,
       eval=dict(split="validation", batch_size=512),
     )
   )

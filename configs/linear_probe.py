@@ -8,7 +8,7 @@ paper's Table 9. Expected: 56.7 % (base), 73.5 % (large) (paper, Table 9, on ave
 Not run here; built and traced in the tests. A small one that ran: configs/probe_cifar10.py.
 """
 
-from beit_base import MEAN, STD
+from beit_base import LABELLED
 from ml_collections import ConfigDict
 
 
@@ -21,16 +21,7 @@ def get_config():
       total_epochs=50.0,
       model=dict(dtype="bfloat16"),
       optimizer=dict(learning_rate=4e-3, min_lr=0.0, weight_decay=1e-4),
-      data=dict(
-        source="tfds",
-        name="imagenet2012",
-        num_classes=1000,
-        image_size=224,
-        mean=MEAN,
-        std=STD,
-        workers=8,
-        threads=8,
-      ),
+      data=LABELLED,
       eval=dict(split="validation", batch_size=512, every_steps=6250),
       checkpoint=dict(every_steps=6250, best="acc1"),
     )

@@ -8,7 +8,7 @@ augmentation is not here (docs/conflicts.md). Expected: 81.8 % for base (BEiT pa
 Not run here; built and traced in the tests.
 """
 
-from beit_base import MEAN, STD
+from beit_base import LABELLED
 from ml_collections import ConfigDict
 
 VARIANTS = ("tiny", "small", "base", "large")
@@ -32,18 +32,7 @@ def get_config(variant="base"):
       ),
       optimizer=dict(learning_rate=1e-3, min_lr=1e-5, warmup_epochs=5.0, weight_decay=0.05),
       loss=dict(label_smoothing=0.1, mixup_alpha=0.8, cutmix_alpha=1.0),
-      data=dict(
-        source="tfds",
-        name="imagenet2012",
-        num_classes=1000,
-        image_size=224,
-        mean=MEAN,
-        std=STD,
-        rand_augment="rand-m9-mstd0.5-inc1",
-        random_erasing=0.25,
-        workers=8,
-        threads=8,
-      ),
+      data={**LABELLED, "rand_augment": "rand-m9-mstd0.5-inc1", "random_erasing": 0.25},
       eval=dict(split="validation", batch_size=512, every_steps=5000),
       checkpoint=dict(every_steps=2500, best="acc1"),
     )
