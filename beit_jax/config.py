@@ -27,7 +27,7 @@ class Maybe(NamedTuple):
 
 
 DEFAULTS: dict[str, Any] = dict(
-  objective="beit",  # "dvae" | "beit" | "classify" | "linear_probe" | "knn"
+  objective="beit",  # "dvae" | "beit" | "classify" | "segment" | "linear_probe" | "knn"
   seed=0,
   batch_size=256,  # global: over all devices, processes and microbatches
   microbatches=1,  # gradient accumulation: the batch is run in that many parts
@@ -49,11 +49,13 @@ DEFAULTS: dict[str, Any] = dict(
     eps=1e-8,
     clip_norm=0.0,  # global norm; 0 = off
     layer_decay=1.0,
+    schedule="cosine",  # "cosine" | "poly"
+    power=1.0,  # of poly
     ema_decay=0.0,  # of averaged weights, evaluated and saved beside the others; 0 = off
     no_decay=(),  # further regexes of parameters without weight decay
   ),
   data=dict(
-    source="tfds",  # "tfds" | "folder" | "shapes"
+    source="tfds",  # "tfds" | "folder" | "pairs" | "shapes"
     name="",  # tfds: "cifar10", "imagenet2012", "name/config:1.0.0"
     split="train",
     data_dir="",  # tfds: default $TFDS_DATA_DIR, then ~/tensorflow_datasets
@@ -136,6 +138,22 @@ SECTIONS: dict[str, dict[str, Any]] = {
       cutmix_alpha=0.0,
       mix_prob=1.0,  # that a batch is mixed
       mix_switch_prob=0.5,  # that it is cutmix, where both are on
+    ),
+  ),
+  "segment": dict(
+    segment=dict(
+      reduce_zero_label=False,  # 0 in the label map is no class, and class c is stored as c + 1 (ADE20K)
+      ignore_label=255,  # this value is ignored, besides 255
+      resize=(2048, 512),  # (long, short): images are resized to fit in it, in training times a random factor
+      resize_ratio=(0.5, 2.0),
+      cat_max_ratio=0.75,  # no class fills more of a training crop, if ten tries can help it
+      photometric=True,
+      aux_weight=0.4,
+      mode="slide",  # of evaluation: "slide" | "whole" (squashed to data.image_size)
+      stride=Maybe(int),  # of the windows; None = no overlap
+      scales=(1.0,),  # of evaluation: softmax averaged
+      flip=False,  # of evaluation
+      programs=8,  # at most so many are compiled for images of any number of sizes
     ),
   ),
   "linear_probe": dict(encoder=dict(init_from="")),  # "" = a random encoder, as `model` says
@@ -227,7 +245,7 @@ FREE_FORM = {"image_size", "token_image_size"}  # int or (height, width)
 OPTIONAL = {
   *("total_steps", "total_epochs", "warmup_steps", "warmup_epochs", "weight_decay_end", "every_steps"),
   *("max_block_patches", "width", "depth", "num_heads", "rel_pos", "abs_pos", "layer_scale_init"),
-  *("vocab_size", "num_classes"),
+  *("vocab_size", "num_classes", "channels", "stride"),
 }
 
 

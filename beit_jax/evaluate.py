@@ -45,6 +45,22 @@ def evaluate(
   return {**objective.summarize(total), **(objective.summarize_rows(whole) if whole else {})}, whole
 
 
+def evaluate_all(
+  config: ConfigDict,
+  objective: Objective,
+  eval_step: Any,
+  variables: Any,
+  frozen: Any,
+  source: Any,
+  mesh: Any,
+) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+  """`evaluate` over a whole source, or the objective's own way."""
+  if objective.evaluate_images is not None:
+    return objective.evaluate_images(variables, source, mesh)
+  batches = eval_batches(config, objective, source, mesh, config.eval.batch_size)
+  return evaluate(eval_step, objective, variables, frozen, batches)
+
+
 def eval_source(config: ConfigDict, class_names: tuple[str, ...] = ()) -> Any:
   """The data of `eval.split`, or None without one, its classes numbered as in `class_names` where these are given.
 
@@ -114,10 +130,12 @@ def evaluate_only(config: ConfigDict, workdir: Path, name: str, mesh: jax.shardi
     found, path = objective.load_params(path, shapes)
     params = trees.unflatten({name: np.asarray(found[name]) for name in trees.flatten(shapes)})
   variables = {"params": jax.device_put(params, sharding.param_shardings(mesh, shapes))}
+  if objective.trains:
+    variables |= jax.device_put(objective.load_collections(path), sharding.replicated(mesh))
   frozen = jax.device_put(objective.frozen_params(mesh), sharding.replicated(mesh))
   began = time.monotonic()
-  batches = eval_batches(config, objective, source, mesh, config.eval.batch_size)
-  metrics, rows = evaluate(make_eval_step(objective, mesh), objective, variables, frozen, batches)
+  eval_step = make_eval_step(objective, mesh)
+  metrics, rows = evaluate_all(config, objective, eval_step, variables, frozen, source, mesh)
   seconds = time.monotonic() - began
   result = dict(
     eval=metrics,

@@ -60,3 +60,26 @@ def kl_to_uniform(logits: jax.Array) -> jax.Array:
   """KL(softmax(logits) || uniform) in nats over the last axis: float32 in [0, log V]."""
   log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
   return (jnp.exp(log_probs) * log_probs).sum(-1) + jnp.log(logits.shape[-1])
+
+
+def segmentation_cross_entropy(
+  logits: jax.Array, label: jax.Array, ignore: int = 255
+) -> tuple[jax.Array, ...]:
+  """Cross-entropy of pixels whose label is not `ignore`; a label that is no class gives NaN.
+
+  Args:
+    logits: [B, H, W, C] at the size of the label.
+    label: integers [B, H, W].
+
+  Returns:
+    float32 scalars (sum of losses, number of valid pixels, number of correct argmaxes). The mean over the valid
+    pixels is sum / valid; mmseg divides by the number of all pixels.
+  """
+  logits, label = logits.astype(jnp.float32), label.astype(jnp.int32)
+  valid = label != ignore
+  hit = label[..., None] == jnp.arange(logits.shape[-1])
+  # A masked sum rather than a gather, whose gradient would be a scatter into the largest array there is.
+  target = jnp.where(hit.any(-1) | ~valid, jnp.where(hit, logits, 0.0).sum(-1), jnp.nan)
+  nll = jnp.where(valid, jax.nn.logsumexp(logits, -1) - target, 0.0)
+  correct = (logits.argmax(-1) == label) & valid
+  return nll.sum(), valid.sum(dtype=jnp.float32), correct.sum(dtype=jnp.float32)

@@ -38,6 +38,18 @@ def warmup_cosine(
   return xp.where(step < warmup_steps, ramp, cosine)
 
 
+def warmup_poly(
+  step: Any, *, peak: float, end: float, warmup_steps: int, total_steps: int, power: float = 1.0, xp: Any = np
+) -> Any:
+  """mmcv's PolyLrUpdater with linear warm-up from 1e-6 of it: `(peak - end) * (1 - step / total) ** power + end`.
+
+  The warm-up multiplies that curve, by 1e-6 at step 0 and 1 from `warmup_steps` on.
+  """
+  value = (peak - end) * (1 - xp.minimum(step, total_steps) / total_steps) ** power + end
+  share = xp.minimum(step / max(warmup_steps, 1), 1.0)
+  return value * (1 - (1 - share) * (1 - 1e-6)) if warmup_steps else value
+
+
 def layer_id(name: str, depth: int) -> int:
   """0: patch embedding, tokens, positions; i + 1: block i; depth + 1: everything after (norm, heads, shared table)."""
   if re.search(r"(^|/)encoder/(patch_embed|cls_token|mask_token|pos_embed)", name):

@@ -14,6 +14,20 @@ def hide(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
   return np.where(mask.repeat(ph, 1).repeat(pw, 2)[..., None], HIDDEN, image)
 
 
+def palette(count: int) -> np.ndarray:
+  """Colours far apart, uint8 [count, 3]: hues by the golden angle, brightness in three steps."""
+  hue = (np.arange(count) * 0.618034) % 1
+  hsv = np.stack([hue * 255, np.full(count, 200), 255 - np.arange(count) % 3 * 60], -1).astype(np.uint8)
+  return np.asarray(Image.fromarray(hsv[None], "HSV").convert("RGB"))[0]
+
+
+def overlay(image: np.ndarray, classes: np.ndarray, strength: float = 0.6) -> np.ndarray:
+  """Colours of the classes laid over images [B, H, W, 3]; classes uint8 [B, H, W], 255 = none."""
+  colours = palette(256)[classes] / 255.0
+  mixed = (1 - strength) * image + strength * colours
+  return np.where((classes == 255)[..., None], image * 0.4, mixed)
+
+
 def _cell(image: np.ndarray) -> Image.Image:
   picture = Image.fromarray((image.clip(0, 1) * 255).round().astype(np.uint8))
   width = max(round(CELL * image.shape[1] / image.shape[0]), 1)

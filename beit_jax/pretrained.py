@@ -19,11 +19,14 @@ from beit_jax.data import images as images_lib
 from beit_jax.errors import UserError
 from beit_jax.models.beit import Beit, BeitForImageClassification, BeitForMaskedImageModeling
 from beit_jax.models.dvae import Dvae
+from beit_jax.models.resize import resize_bilinear
+from beit_jax.models.upernet import BeitForSemanticSegmentation
 
 MODULES: dict[str, Callable[..., nn.Module]] = {
   "backbone": Beit,
   "mim": BeitForMaskedImageModeling,
   "classifier": BeitForImageClassification,
+  "segmenter": BeitForSemanticSegmentation,
   "tokenizer": Dvae,
 }
 
@@ -63,11 +66,12 @@ class Pretrained:
   """A loaded model.
 
   Attributes:
-    kind: "backbone" | "mim" | "classifier" | "tokenizer".
+    kind: "backbone" | "mim" | "classifier" | "segmenter" | "tokenizer".
     params: nested dict of arrays.
     module: the Linen module.
     preprocessing: mean, std, image_size (h, w), crop_pct, interpolation, resize ("short_side" | "squash").
     description: what the checkpoint says of itself.
+    collections: Linen collections besides the parameters: `batch_stats` of a segmenter.
   """
 
   kind: str
@@ -75,6 +79,7 @@ class Pretrained:
   module: nn.Module
   preprocessing: dict[str, Any]
   description: dict[str, Any] = dataclasses.field(default_factory=dict)
+  collections: dict[str, Any] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
     thawed = {k: tuple(v) if isinstance(v, list) else v for k, v in self.preprocessing.items()}
@@ -83,7 +88,7 @@ class Pretrained:
   @property
   def encoder_fields(self) -> dict[str, Any]:
     """Fields of the BEiT encoder in this model (not of a tokenizer)."""
-    self._need(("backbone", "mim", "classifier"), "encoder_fields")
+    self._need(("backbone", "mim", "classifier", "segmenter"), "encoder_fields")
     encoder = self.module if self.kind == "backbone" else Beit(**self.module.encoder)
     return {
       f.name: getattr(encoder, f.name) for f in dataclasses.fields(Beit) if f.name not in ("parent", "name")
@@ -106,7 +111,9 @@ class Pretrained:
     module = self.module
 
     def run(params, x, mask):
-      variables = {"params": params}
+      variables = {"params": params, **self.collections}
+      if self.kind == "segmenter":
+        return resize_bilinear(module.apply(variables, x)["logits"], x.shape[1:3])
       if self.kind == "tokenizer":
         return module.apply(variables, x, method="logits")
       if self.kind == "backbone":
@@ -122,7 +129,8 @@ class Pretrained:
       mask: bool [B, h, w], True = masked; backbone and mim only.
 
     Returns:
-      backbone: [B, 1 + N, D] after `norm`; mim: logits [B, N, V]; classifier: [B, C]; tokenizer: [B, h, w, V].
+      backbone: [B, 1 + N, D] after `norm`; mim: logits [B, N, V]; classifier: [B, C]; segmenter:
+      [B, H, W, C]; tokenizer: [B, h, w, V].
     """
     if mask is not None and self.kind not in ("backbone", "mim"):
       raise UserError(f"a {self.kind} takes no mask")

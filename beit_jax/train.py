@@ -106,8 +106,9 @@ def _run(config: ConfigDict, workdir: Path, name: str, mesh: jax.sharding.Mesh) 
       for prefix, params in (("", state.params), ("ema_", state.ema)):
         if params is not None:
           variables = {"params": params, **state.collections}
-          batches = evaluation.eval_batches(config, objective, eval_source, mesh, config.eval.batch_size)
-          values, _ = evaluation.evaluate(eval_step, objective, variables, frozen, batches)
+          values, _ = evaluation.evaluate_all(
+            config, objective, eval_step, variables, frozen, eval_source, mesh
+          )
           metrics |= {prefix + key: value for key, value in values.items()}
       logger.write(step, {f"eval_{key}": value for key, value in metrics.items()})
       log.info("%s step %d  eval  %s", name, step, "  ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
@@ -258,9 +259,15 @@ def make_schedules(config: ConfigDict, steps_per_epoch: int, total_steps: int) -
       f"config key 'optimizer.warmup_steps': {warmup} is more than the {total_steps} steps of the run"
     )
   cosine = functools.partial(optim.warmup_cosine, total_steps=total_steps)
+  rates = dict(peak=o.learning_rate, end=o.min_lr, warmup_steps=warmup, total_steps=total_steps)
+  if o.schedule not in ("cosine", "poly"):
+    raise UserError(
+      f"config key 'optimizer.schedule': {o.schedule!r} is unknown; there are 'cosine' and 'poly'"
+    )
+  poly = functools.partial(optim.warmup_poly, power=o.power, **rates)
   end = o.weight_decay if o.weight_decay_end is None else o.weight_decay_end
   return {
-    "learning_rate": functools.partial(cosine, peak=o.learning_rate, end=o.min_lr, warmup_steps=warmup),
+    "learning_rate": poly if o.schedule == "poly" else functools.partial(optim.warmup_cosine, **rates),
     "weight_decay": functools.partial(cosine, peak=o.weight_decay, end=end, warmup_steps=0),
   }
 

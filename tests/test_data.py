@@ -158,8 +158,8 @@ def test_scenes_are_reproducible_and_labelled():
   assert (shapes.render("test", 5, 32)["image"] != first["image"]).any()
   for index in range(40):
     scene = shapes.render("train", index, 48)
-    sizes = np.bincount(scene["segmentation_mask"].ravel(), minlength=9)[1:]
-    assert scene["segmentation_mask"].shape == (48, 48) and sizes[scene["label"]] > 0
+    sizes = np.bincount(scene["label_map"].ravel(), minlength=9)[1:]
+    assert scene["label_map"].shape == (48, 48) and sizes[scene["label"]] > 0
   labels = [shapes.render("train", i, 8)["label"] for i in range(400)]
   assert np.bincount(labels, minlength=8).min() > 25
 

@@ -20,7 +20,7 @@ ROWS = (
   ("convert",),
   ("pretrained",),
   ("checkpoint", "transfer", "optim"),
-  ("train_state",),
+  ("train_state", "windows"),
   ("data", "sharding", "logs", "models", "augment", "pictures", "metrics", "config"),
   ("masking", "losses"),
   ("trees", "errors"),

@@ -39,6 +39,22 @@ RUNS = {
     optimizer=dict(learning_rate=1e-3, layer_decay=0.65),
   ),
   "linear_probe": dict(batch_size=16, total_steps=6, model=MODEL, optimizer=dict(learning_rate=4e-3)),
+  "segment": dict(
+    batch_size=8,
+    total_steps=3,
+    model=dict(
+      num_classes=9,
+      channels=16,
+      aux_channels=16,
+      variant="tiny",
+      width=32,
+      depth=4,
+      num_heads=2,
+      patch_size=4,
+    ),
+    segment=dict(resize=(24, 24), stride=8),
+    optimizer=dict(learning_rate=1e-3, schedule="poly", min_lr=0.0),
+  ),
   "knn": dict(model=MODEL, knn=dict(k=5)),
 }
 

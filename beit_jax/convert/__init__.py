@@ -259,10 +259,10 @@ def save(pretrained: Pretrained, path: str | Path, *, format: str) -> None:
   }
   if format not in writers:
     raise UserError(f"format {format!r} is unknown; there are {', '.join(writers)}")
-  if format not in FORMATS[pretrained.kind]:
+  if format not in FORMATS.get(pretrained.kind, ()):
     raise UserError(
       f"a {pretrained.kind} cannot be saved as {format}, which has no such model. Formats for it: "
-      + ", ".join(FORMATS[pretrained.kind])
+      + (", ".join(FORMATS.get(pretrained.kind, ())) or "none yet")
     )
   free = not os.path.lexists(path) or (path.is_dir() and not path.is_symlink() and not any(path.iterdir()))
   if not free:

@@ -31,7 +31,9 @@ def load(path: Path, *, step: int | None = None, ema: bool = False) -> Pretraine
     "image_size": tuple(description["preprocessing"]["image_size"]),
   }
   description = {**description, "path": str(folder), "sha256": fingerprint(params)}
-  return Pretrained(description["kind"], params, module, preprocessing, description)
+  kept = (folder / "rest").is_dir() and description["kind"] == "segmenter"
+  collections = checkpoint.load_params(folder, "rest")["collections"] if kept else {}
+  return Pretrained(description["kind"], params, module, preprocessing, description, collections)
 
 
 def _shapes(module, description):

@@ -53,7 +53,7 @@ def _texture(rng: np.random.Generator, x: np.ndarray, y: np.ndarray) -> np.ndarr
 
 
 def render(split: str, index: int, size: int) -> dict[str, np.ndarray | int]:
-  """One scene: image uint8 [S, S, 3], label int in [0, 8), segmentation_mask uint8 [S, S] (0 background, 1 + kind)."""
+  """One scene: image uint8 [S, S, 3], label int in [0, 8), label_map uint8 [S, S] (0 background, 1 + kind)."""
   rng = np.random.default_rng((SPLITS[split], index, 20210615))
   scale = 2  # supersampling
   grid = (np.arange(size * scale) + 0.5) / (size * scale) * 2 - 1
@@ -77,7 +77,7 @@ def render(split: str, index: int, size: int) -> dict[str, np.ndarray | int]:
   return {
     "image": (np.clip(image, 0, 1) * 255).round().astype(np.uint8),
     "label": label,
-    "segmentation_mask": labels[::scale, ::scale].copy(),
+    "label_map": labels[::scale, ::scale].copy(),
   }
 
 

@@ -1,7 +1,8 @@
 """Where examples come from. A source has `__len__`, `__getitem__(i)`, `num_classes`, `class_names`, `description`.
 
 An example is a dict with `image` (encoded bytes or uint8 array) and, where there are labels, `label`: an int, or,
-with several labels an image (`multi_label`), float32 [num_classes] of 0 and 1.
+with several labels an image (`multi_label`), float32 [num_classes] of 0 and 1; or `label_map` (bytes or array), a class
+for every pixel. How many classes a label map has, only the config knows (data.num_classes).
 `SOURCES` is the register: a new data set is a class here, unless it is in TFDS or a folder of images.
 """
 
@@ -37,8 +38,12 @@ class TfdsSource:
         raise UserError(
           f"{option}={key!r}: data set {name} has the features {sorted(features)}; set {option}"
         )
+    self._maps = bool(label_key) and isinstance(features[label_key], tfds.features.Image)
+    encoded = (image_key, label_key) if self._maps else (image_key,)
     try:
-      self._source = builder.as_data_source(split=split, decoders={image_key: tfds.decode.SkipDecoding()})
+      self._source = builder.as_data_source(
+        split=split, decoders={key: tfds.decode.SkipDecoding() for key in encoded}
+      )
     except (ValueError, KeyError) as error:
       splits = sorted(builder.info.splits)
       raise UserError(f"data.split={split!r}: data set {name} has the splits {splits} ({error})") from None
@@ -61,7 +66,9 @@ class TfdsSource:
   def __getitem__(self, index: int) -> dict[str, Any]:
     example = self._source[int(index)]
     result = {"image": example[self._image_key]}
-    if self._label_key:
+    if self._maps:
+      result["label_map"] = example[self._label_key]
+    elif self._label_key:
       label = example[self._label_key]
       result["label"] = multi_hot(label, self.num_classes) if self.multi_label else int(label)
     return result
@@ -184,6 +191,47 @@ class FolderSource:
     return example
 
 
+class PairsSource:
+  """Images and label maps in two folders, as in SceneParse150: `root/{images,annotations}/<split>/NAME.{jpg,png}`."""
+
+  num_classes, class_names, multi_label = 0, (), False
+
+  def __init__(self, root: str, split: str):
+    base = Path(os.path.expanduser(root))
+    folders = [base / name / split for name in ("images", "annotations")]
+    for folder in folders:
+      if not root or not folder.is_dir():
+        raise UserError(
+          f"data.root={root!r}: no folder {folder}; expected images/{split} and annotations/{split} in it"
+        )
+    images, maps = folders
+    self._images = sorted(p for p in images.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+    if not self._images:
+      raise UserError(f"data.root: no images below {images}")
+    self._maps = [maps / path.relative_to(images).with_suffix(".png") for path in self._images]
+    missing = [path for path in self._maps if not path.is_file()]
+    if missing:
+      raise UserError(f"{missing[0]}: missing; {len(missing)} of {len(self._maps)} images have no annotation")
+    self.description = {
+      "source": "pairs",
+      "root": str(base),
+      "split": split,
+      "num_examples": len(self._images),
+    }
+
+  def __len__(self) -> int:
+    return len(self._images)
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    image, label_map = self._images[index], self._maps[index]
+    return {
+      "image": image.read_bytes(),
+      "file": str(image),
+      "label_map": label_map.read_bytes(),
+      "label_file": str(label_map),
+    }
+
+
 class Subset:
   """A fixed random fraction of a source (for few-label runs); the choice depends only on the source's length."""
 
@@ -214,6 +262,7 @@ def _shapes(data) -> ShapesSource:
 SOURCES = {
   "tfds": lambda d: TfdsSource(d["name"], d["split"], d["data_dir"], d["image_key"], d["label_key"]),
   "folder": lambda d: FolderSource(d["root"], d["split"], d["label_file"]),
+  "pairs": lambda d: PairsSource(d["root"], d["split"]),
   "shapes": _shapes,
 }
 
@@ -228,7 +277,7 @@ def make_source(data: dict[str, Any]) -> Any:
     )
   source = SOURCES[data["source"]](data)
   expected = data["num_classes"]
-  if expected is not None and source.num_classes != expected:
+  if expected is not None and source.num_classes not in (0, expected):
     raise UserError(
       f"config key 'data.num_classes': {expected} classes expected, found {source.num_classes} in {source.description}"
     )

@@ -5,11 +5,13 @@ from beit_jax.objectives.beit import Beit
 from beit_jax.objectives.classify import Classify
 from beit_jax.objectives.dvae import Dvae
 from beit_jax.objectives.probe import Knn, LinearProbe
+from beit_jax.objectives.segment import Segment
 
 OBJECTIVES: dict[str, type[Objective]] = {
   "dvae": Dvae,
   "beit": Beit,
   "classify": Classify,
+  "segment": Segment,
   "linear_probe": LinearProbe,
   "knn": Knn,
 }

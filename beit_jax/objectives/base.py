@@ -84,6 +84,9 @@ class Objective:
     """
     raise NotImplementedError
 
+  # An objective whose images differ in size evaluates them itself: (variables, source, mesh) -> (metrics, rows).
+  evaluate_images: Callable[[Variables, Any, Any], tuple[dict, dict]] | None = None
+
   def summarize(self, sums: dict[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
     """Host side: the sums of a whole eval set -> metrics."""
     return {name: float(total / max(count, 1)) for name, (total, count) in sums.items()}
@@ -151,6 +154,11 @@ class Objective:
         "set model.num_classes to the checkpoint's, or fine-tune first"
       )
     return found, str(pretrained.description.get("path"))
+
+  def load_collections(self, path: str) -> Variables:
+    """For evaluation: the Linen collections besides the parameters, out of the checkpoint that `load_params` named."""
+    del path
+    return {}
 
 
 def module_fields(module: type, *, without: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -1,0 +1,192 @@
+"""Images with label maps: decoding, checking and augmenting both alike, on the host.
+
+Follows mmseg 0.11's pipeline as unilm configures it for ADE20K: random resize (aspect kept), crop that no class may
+fill (`cat_max_ratio`), flip, photometric distortion, padding. Label maps are only ever resized with "nearest".
+"""
+
+import io
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from beit_jax.data import images
+from beit_jax.data.pipeline import HostBatch, decode
+from beit_jax.errors import UserError
+
+IGNORE = 255  # of a label map as the loss and the metrics see it
+
+
+def decode_labels(encoded: Any, name: str) -> np.ndarray:
+  """Encoded bytes or an array -> label map uint8 or int32 [H, W], values as stored.
+
+  Raises:
+    UserError: it is no picture, or one of colours instead of class numbers.
+  """
+  if not isinstance(encoded, bytes):
+    array = np.asarray(encoded)
+    return array[..., 0] if array.ndim == 3 else array
+  try:
+    image = Image.open(io.BytesIO(encoded))
+    image.load()
+  except Exception as error:  # whatever a damaged file leads to
+    raise UserError(f"{name}: the label map cannot be decoded: {error or type(error).__name__}") from None
+  if image.mode not in ("L", "P", "1", "I", "I;16"):
+    raise UserError(
+      f"{name}: the label map has mode {image.mode}: a picture in colours; expected one channel of class numbers (an "
+      "8-bit grey or palette PNG)"
+    )
+  return np.asarray(image).astype(np.int32 if image.mode.startswith("I") else np.uint8)
+
+
+def to_classes(
+  labels: np.ndarray, name: str, *, num_classes: int, reduce_zero_label: bool, ignore_label: int
+) -> np.ndarray:
+  """Stored values -> uint8 [H, W] in [0, num_classes) or IGNORE.
+
+  Args:
+    reduce_zero_label: 0 means "other" and is ignored; class c is stored as c + 1 (ADE20K).
+    ignore_label: this stored value is ignored, besides 255.
+
+  Raises:
+    UserError: a value that is no class.
+  """
+  ignored = (labels == IGNORE) | (labels == ignore_label)
+  classes = labels.astype(np.int32)
+  if reduce_zero_label:
+    ignored |= labels == 0
+    classes = classes - 1
+  wrong = ~ignored & ((classes < 0) | (classes >= num_classes))
+  if wrong.any():
+    value = int(labels[wrong].max())  # as stored
+    hint = "set data.num_classes, segment.ignore_label or segment.reduce_zero_label"
+    if num_classes == 150:
+      hint = (
+        "ADE20K comes as SceneParse150 (ADEChallengeData2016, values 0 to 150, wanted here) and as the full set with "
+        "thousands of classes, which is another one"
+      )
+    raise UserError(
+      f"{name}: the label map has the value {value}, but there are {num_classes} classes; {hint}"
+    )
+  return np.where(ignored, IGNORE, classes).astype(np.uint8)
+
+
+def rescale_size(size: tuple[int, int], scale: tuple[float, float]) -> tuple[int, int]:
+  """(width, height) resized to fit in `scale` = (long, short), aspect kept (mmcv.rescale_size)."""
+  factor = min(max(scale) / max(size), min(scale) / min(size))
+  width, height = (max(int(side * factor + 0.5), 1) for side in size)
+  return width, height
+
+
+def crop_box(rng: np.random.Generator, labels: np.ndarray, size: tuple[int, int], cat_max_ratio: float):
+  """(top, left, height, width) of a random crop; redrawn up to ten times while one class fills too much of it."""
+  height, width = (min(side, limit) for side, limit in zip(labels.shape, size, strict=True))
+  for _ in range(10):
+    top = int(rng.integers(labels.shape[0] - height + 1))
+    left = int(rng.integers(labels.shape[1] - width + 1))
+    values, counts = np.unique(labels[top : top + height, left : left + width], return_counts=True)
+    counts = counts[values != IGNORE]
+    if cat_max_ratio >= 1 or (len(counts) > 1 and counts.max() / counts.sum() < cat_max_ratio):
+      break
+  return top, left, height, width
+
+
+def distort(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
+  """mmseg's PhotoMetricDistortion: brightness, contrast, saturation, hue, each with probability 1/2; uint8."""
+  convert = lambda x, alpha=1.0, beta=0.0: np.clip(x * alpha + beta, 0, 255).astype(np.uint8)  # noqa: E731
+  contrast = lambda x: convert(x, alpha=rng.uniform(0.5, 1.5)) if rng.random() < 0.5 else x  # noqa: E731
+  if rng.random() < 0.5:
+    image = convert(image.astype(np.float32), beta=rng.uniform(-32, 32))
+  first = rng.random() < 0.5
+  image = contrast(image.astype(np.float32)).astype(np.uint8) if first else image
+  if rng.random() < 0.5:
+    image = _hsv(image, saturation=rng.uniform(0.5, 1.5))
+  if rng.random() < 0.5:
+    image = _hsv(image, hue=rng.integers(-18, 19) / 180)
+  return image if first else contrast(image.astype(np.float32)).astype(np.uint8)
+
+
+def _hsv(image: np.ndarray, saturation: float = 1.0, hue: float = 0.0) -> np.ndarray:
+  """hue: shift as a part of the circle."""
+  hsv = np.asarray(Image.fromarray(image).convert("HSV")).astype(np.float32)
+  hsv[..., 0] = (hsv[..., 0] + 255 * hue) % 256
+  hsv[..., 1] = np.clip(hsv[..., 1] * saturation, 0, 255)
+  return np.asarray(Image.fromarray(hsv.astype(np.uint8), "HSV").convert("RGB"))
+
+
+def resize_image(image: np.ndarray, size: tuple[int, int], interpolation: str) -> np.ndarray:
+  """uint8 [h, w, 3] -> uint8 [H, W, 3]; Pillow's resampling, which smooths when it shrinks."""
+  if image.shape[:2] == tuple(size):
+    return image
+  return np.asarray(Image.fromarray(image).resize(size[::-1], images.RESAMPLE[interpolation]))
+
+
+class Maps:
+  """Reads an example as a crop and its label map: the reader of the `segment` objective (see `pipeline.Views`).
+
+  Args:
+    size: (height, width) of the crops.
+    data, segment: the config's sections.
+  """
+
+  def __init__(self, size: tuple[int, int], num_classes: int, data: dict[str, Any], segment: dict[str, Any]):
+    self._size, self._data, self._segment = size, data, segment
+    self._rule = {name: segment[name] for name in ("reduce_zero_label", "ignore_label")}
+    self._rule["num_classes"] = num_classes
+    self._fill = tuple(int(255 * m + 0.5) for m in data["mean"])
+
+  def labels(self, example: dict[str, Any], image: Image.Image, index: int) -> np.ndarray:
+    """uint8 [H, W] of the image's size.
+
+    Raises:
+      UserError: it does not fit the image; names the file.
+    """
+    name = str(example.get("label_file", example.get("file", f"example {index}")))
+    labels = decode_labels(example["label_map"], name)
+    if labels.shape != (image.height, image.width):
+      raise UserError(
+        f"{name}: the label map is {labels.shape[1]}x{labels.shape[0]} pixels, its image {image.width}x{image.height}"
+      )
+    return to_classes(labels, name, **self._rule)
+
+  def train(self, image: Image.Image, example: dict[str, Any], key: tuple[int, ...]) -> HostBatch:
+    rng, s = np.random.default_rng((*key, 2)), self._segment
+    labels = self.labels(example, image, key[-1])
+    factor = rng.uniform(*s["resize_ratio"])
+    size = rescale_size(image.size, tuple(side * factor for side in s["resize"]))
+    image = image.resize(size, images.RESAMPLE[self._data["interpolation"]])
+    labels = np.asarray(Image.fromarray(labels).resize(size, Image.Resampling.NEAREST))
+    top, left, height, width = crop_box(rng, labels, self._size, s["cat_max_ratio"])
+    pixels = np.asarray(image)[top : top + height, left : left + width]
+    labels = labels[top : top + height, left : left + width]
+    if self._data["flip"] and rng.random() < 0.5:
+      pixels, labels = pixels[:, ::-1], labels[:, ::-1]
+    if s["photometric"]:
+      pixels = distort(rng, np.ascontiguousarray(pixels))
+    return self._pad(pixels, labels)
+
+  def eval(self, image: Image.Image, example: dict[str, Any]) -> HostBatch:
+    """A central crop after the resize of evaluation; for figures (`windows.py` evaluates whole images)."""
+    labels = self.labels(example, image, 0)
+    size = rescale_size(image.size, self._segment["resize"])
+    pixels = np.asarray(image.resize(size, images.RESAMPLE[self._data["interpolation"]]))
+    labels = np.asarray(Image.fromarray(labels).resize(size, Image.Resampling.NEAREST))
+    top, left = (max((side - limit) // 2, 0) for side, limit in zip(labels.shape, self._size, strict=True))
+    part = np.s_[top : top + self._size[0], left : left + self._size[1]]
+    return self._pad(pixels[part], labels[part])
+
+  def _pad(self, pixels: np.ndarray, labels: np.ndarray) -> HostBatch:
+    """Right and below: the mean colour, and labels that are ignored."""
+    image = np.empty((*self._size, 3), np.uint8)
+    image[:] = self._fill
+    padded = np.full(self._size, IGNORE, np.uint8)
+    image[: pixels.shape[0], : pixels.shape[1]] = pixels
+    padded[: labels.shape[0], : labels.shape[1]] = labels
+    return {"image": image, "label_map": padded}
+
+
+def whole(source: Any, reader: Maps, index: int) -> tuple[np.ndarray, np.ndarray]:
+  """One example as it is: image uint8 [H, W, 3] and label map uint8 [H, W]."""
+  example = source[index]
+  image = decode(example, index)
+  return np.asarray(image), reader.labels(example, image, index)
