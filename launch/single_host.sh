@@ -1,14 +1,24 @@
 #!/usr/bin/env bash
-# One machine with any number of GPUs (or none): sets memory behaviour, then runs beit_jax.main with your flags.
-#   launch/single_host.sh --config=configs/beit_base.py --workdir=runs/beit_base
-# `--dry-run` as the first flag prints the command instead of running it.
+# One machine with any number of GPUs, or none: one process drives them all.
+#
+#   launch/single_host.sh [--gpus=0,1] [--python=PYTHON] [--dry-run] -- --config=configs/beit_base.py --workdir=runs/base
+#
+# Paths are relative to the repository. --gpus: which ones to use. Memory that JAX takes at the start:
+# XLA_PYTHON_CLIENT_MEM_FRACTION, 0.92 if unset.
 set -euo pipefail
-cd "$(dirname "$0")/.."
-export XLA_PYTHON_CLIENT_MEM_FRACTION="${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}"
-command=(python -m beit_jax.main)
-if [ "${1:-}" = "--dry-run" ]; then
-  shift
-  echo "XLA_PYTHON_CLIENT_MEM_FRACTION=$XLA_PYTHON_CLIENT_MEM_FRACTION ${command[*]} $*"
-  exit 0
-fi
-exec "${command[@]}" "$@"
+# shellcheck source-path=SCRIPTDIR source=common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+flags+=([gpus]='' [python]=python)
+# As before there was `--`: everything from --config on is for beit_jax.main.
+args=()
+while (($#)) && [[ $1 != -- && $1 != --config* && $1 != --workdir* ]]; do args+=("$1") && shift; done
+if (($#)) && [[ $1 == -- ]]; then shift; fi
+parse "${args[@]}" -- "$@"
+check gpus '[0-9]+(,[0-9]+)*' "optional, numbers of GPUs such as 0,1"
+needs_config
+
+command=(env "XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}")
+if [[ -n ${flags[gpus]} ]]; then command+=("CUDA_VISIBLE_DEVICES=${flags[gpus]}"); fi
+run cd "$ROOT"
+run "${command[@]}" "${flags[python]}" -m beit_jax.main "${rest[@]}"

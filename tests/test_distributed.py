@@ -1,0 +1,493 @@
+"""Who this process is, who is missing, who died; the same losses with two processes as with one."""
+
+import http.server
+import json
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import jax
+import pytest
+
+from beit_jax import config as config_lib
+from beit_jax import distributed, rollcall
+from beit_jax.errors import UserError
+from beit_jax.rollcall import Place
+from tests.conftest import ROOT
+
+FLAGS = ("--coordinator=a:1", "--num_processes=4", "--process_id=3")
+
+
+def test_flags_are_taken_off_the_command_line():
+  argv = ["--config", "x", *FLAGS, "--heartbeat_timeout", "9", "--config.a=--process_id=7", "--workdir=w"]
+  flags, rest = distributed.take_flags(argv)
+  assert rest == ["--config", "x", "--config.a=--process_id=7", "--workdir=w"]
+  assert config_lib.parse_args(rest)[:2] == ("x", "w")
+  assert distributed.from_flags(flags) == Place("flags", "a:1", 4, 3)
+  assert (flags.heartbeat_timeout, flags.initialization_timeout) == (9, 300.0)
+
+
+def test_no_flags_no_place():
+  assert distributed.from_flags(distributed.take_flags(["--config=x"])[0]) is None
+
+
+def test_one_process_whatever_the_environment_says():
+  place = distributed.from_flags(distributed.take_flags(["--num_processes=1"])[0])
+  assert (place.count, place.index) == (1, 0)
+
+
+@pytest.mark.parametrize(
+  "argv, fact",
+  [
+    (FLAGS[:1], "--num_processes, --process_id missing"),
+    (FLAGS[1:2], "--coordinator, --process_id missing"),
+    (FLAGS[1:], "--coordinator missing"),
+    ((*FLAGS[:2], "--process_id=4"), "must lie in 0 to 3"),
+    ((*FLAGS[:2], "--process_id=-2"), "must lie in 0 to 3"),
+    ((*FLAGS[:2], "--process_id=two"), "--process_id=two: not an integer"),
+    ((*FLAGS[1:], "--coordinator=host"), "must be HOST:PORT"),
+    (("--num_processes=0",), "must be more than 0"),
+    (("--heartbeat_timeout=0",), "must be more than 0"),
+    (("--initialization_timeout=long",), "not a number"),
+  ],
+)
+def test_flags_that_cannot_be(argv, fact):
+  with pytest.raises(UserError, match=fact.replace("(", "\\(")):
+    distributed.from_flags(distributed.take_flags([*argv])[0])
+
+
+SLURM = dict(
+  SLURM_JOB_ID="123", SLURM_STEP_ID="0", SLURM_NTASKS="4", SLURM_STEP_NUM_TASKS="4", SLURM_PROCID="2",
+  SLURM_LOCALID="0", SLURM_STEP_NODELIST="gpu[07-09],big1", SLURM_STEP_TASKS_PER_NODE="1(x4)",
+)  # fmt: skip
+BATCH = dict(
+  SLURM_JOB_ID="123", SLURM_NTASKS="4", SLURM_PROCID="0", SLURM_LOCALID="0", SLURM_JOB_NODELIST="n[1-4]"
+)
+MPI = dict(
+  OMPI_COMM_WORLD_SIZE="2", OMPI_COMM_WORLD_RANK="1", OMPI_COMM_WORLD_LOCAL_RANK="1", OMPI_COMM_WORLD_LOCAL_SIZE="2",
+  OMPI_MCA_orte_hnp_uri="15315.0;tcp://10.96.0.1,10.148.0.1:34911",
+)  # fmt: skip
+GKE = dict(TPU_WORKER_HOSTNAMES="w-0.s,w-1.s", TPU_WORKER_ID="1", KUBERNETES_SERVICE_HOST="10.0.0.1")
+MEGASCALE = dict(
+  MEGASCALE_NUM_SLICES="3", MEGASCALE_SLICE_ID="2", MEGASCALE_COORDINATOR_ADDRESS="s0-w0.jobs:8080"
+)
+
+
+@pytest.mark.parametrize(
+  "environ, place",
+  [
+    ({}, None),
+    (SLURM, Place("Slurm", "gpu07:10861", 4, 2)),
+    (
+      {**SLURM, "SLURM_STEP_TASKS_PER_NODE": "2(x2)", "SLURM_LOCALID": "1"},
+      Place("Slurm", "gpu07:10861", 4, 2, 1),
+    ),
+    ({**SLURM, "SLURM_STEP_NUM_TASKS": "1"}, None),  # `salloc -n 4` and its interactive step, `srun -n 1`
+    (BATCH, None),  # the batch script itself
+    ({**SLURM, "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "1"}, None),
+    ({"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"}, None),
+    (MPI, Place("Open MPI", "10.96.0.1:17420", 2, 1, 1)),
+    ({**MPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, Place("Open MPI", "10.96.0.1:17420", 2, 1)),
+    (GKE, Place("GKE", "w-0.s:8482", 2, 1)),
+    ({**GKE, **MEGASCALE}, Place("GKE", "s0-w0.jobs:8482", 6, 5)),
+    ({"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}, None),  # one host of TPUs
+    ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}, None),
+  ],
+)
+def test_environments(environ, place):
+  found = distributed.detect(environ)
+  if found and found.origin == "Open MPI":  # the port is a checksum
+    assert 10000 <= int(found.coordinator.split(":")[1]) < 30000
+    place = Place(place.origin, found.coordinator, place.count, place.index, place.local_device)
+  assert found == place
+
+
+@pytest.mark.parametrize(
+  "environ, fact",
+  [
+    ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "2"}, "pod 2 of a Kubernetes job"),
+    ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}, "OMPI_COMM_WORLD_RANK"),
+  ],
+)
+def test_environments_that_need_flags(environ, fact):
+  with pytest.raises(UserError, match="--coordinator=HOST:PORT") as error:
+    distributed.detect(environ)
+  assert fact in str(error.value)
+
+
+@pytest.mark.parametrize(
+  "nodes, first",
+  [
+    ("a1", "a1"),
+    ("a1,b2", "a1"),
+    ("n[03-7,9],b", "n03"),
+    ("r[1-2]n[5-6]x,b", "r1n5x"),
+    ("a-b.c[2]", "a-b.c2"),
+  ],
+)
+def test_first_host_of_a_slurm_list(nodes, first):
+  assert distributed.first_host(nodes) == first
+
+
+@pytest.mark.parametrize(
+  "attributes, place",
+  [
+    ({}, None),
+    ({"agent-worker-number": "0", "worker-network-endpoints": "10.0.0.2"}, None),
+    (
+      {"agent-worker-number": "1", "worker-network-endpoints": "u:0:10.0.0.2,u:1:10.0.0.3"},
+      Place("Cloud TPU", "10.0.0.2:8482", 2, 1),
+    ),
+    (
+      {"agent-worker-number": "1", "worker-network-endpoints": "10.0.0.2,10.0.0.3",
+       "tpu-env": "ZONE: 'z'\nMEGASCALE_NUM_SLICES: '2'\nMEGASCALE_SLICE_ID: '1'\n"
+                  "MEGASCALE_COORDINATOR_ADDRESS: '10.9.0.1:8080'\n"},
+      Place("Cloud TPU", "10.9.0.1:8482", 4, 3),
+    ),
+  ],
+)  # fmt: skip
+def test_cloud_tpu_metadata_server(attributes, place, monkeypatch):
+  """Against a server that answers as the one of a TPU VM does."""
+
+  class Server(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+      key = self.path.removeprefix("/computeMetadata/v1/instance/attributes/")
+      found = key in attributes and self.headers["Metadata-Flavor"] == "Google"
+      self.send_response(200 if found else 404)
+      self.end_headers()
+      self.wfile.write(attributes[key].encode() if found else b"")
+
+    def log_message(self, *_):
+      pass
+
+  with http.server.ThreadingHTTPServer(("localhost", 0), Server) as server:
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    environ = {"GCE_METADATA_IP": f"localhost:{server.server_port}"}
+    monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda _: True)
+    with jax_platforms(""):
+      found = distributed.detect(environ, distributed.tpu_metadata(environ))
+    server.shutdown()
+  assert found == place
+
+
+class jax_platforms:
+  def __init__(self, value):
+    self.value = value
+
+  def __enter__(self):
+    self.before = jax.config.jax_platforms
+    jax.config.update("jax_platforms", self.value)
+
+  def __exit__(self, *_):
+    jax.config.update("jax_platforms", self.before)
+
+
+def test_nobody_is_asked_on_other_machines(monkeypatch):
+  monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda _: True)
+  with jax_platforms(""):
+    assert distributed.tpu_metadata({"TPU_SKIP_MDS_QUERY": "1"}) is None  # no TPU chips
+    assert distributed.tpu_metadata({}) is not None
+    monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda _: None)
+    assert distributed.tpu_metadata({}) is None  # no libtpu
+  with jax_platforms("cpu"):
+    assert distributed.tpu_metadata({}) is None
+
+
+@pytest.mark.parametrize("environ, count", [({}, 0), (BATCH, 0), (GKE, 0), (SLURM, 1)])
+def test_initialize_calls_jax_only_for_several(environ, count, monkeypatch):
+  """GKE's variables on a worker that was told to use its CPU: one process."""
+  calls = []
+
+  class Crew:
+    hosts = ["a"] * 4
+    barrier = staticmethod(lambda *_: None)
+
+  for name in [n for n in os.environ if n.startswith(("SLURM_", "OMPI_", "TPU_", "KUBERNETES_"))]:
+    monkeypatch.delenv(name)
+  for name, value in environ.items():
+    monkeypatch.setenv(name, value)
+  monkeypatch.setattr(rollcall, "join", lambda *args: Crew())
+  monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **kwargs: calls.append((args, kwargs)))
+  monkeypatch.setattr(distributed, "_crew", None)
+  place = distributed.initialize(distributed.Flags())
+  assert len(calls) == count and (place is not None) == bool(count) == distributed.active()
+  if calls:
+    ((coordinator,), settings) = calls[0]
+    assert coordinator == "gpu07:10861" and settings["cluster_detection_method"] == "deactivate"
+    assert (settings["num_processes"], settings["process_id"], settings["local_device_ids"]) == (4, 2, None)
+    assert settings["heartbeat_timeout_seconds"] == 60
+
+
+def test_cpu_collectives_between_processes():
+  assert jax.config.jax_cpu_collectives_implementation == "gloo"
+
+
+# Real processes.
+
+SCRIPT = """
+import os, sys, time
+from beit_jax import distributed, logs
+from beit_jax.errors import UserError
+
+def main(argv):
+  logs.setup()
+  try:
+    flags, (what,) = distributed.take_flags(argv)
+    distributed.initialize(flags)
+    me = flags.process_id
+    if what == "late":
+      time.sleep(8 * (me == 1))
+      distributed.barrier("saved", 1)
+    if what == "twice":
+      for i in range(20):
+        distributed.barrier("again", 10)
+    if what == "kill" and me == 1:
+      os.kill(os.getpid(), 9)
+    if what == "raise" and me == 1:
+      raise ValueError("boom")
+    if what.startswith("mistake") and me == int(what[-1]):
+      raise UserError("no such key")
+    if what == "stopped":
+      return 143
+    time.sleep(0 if what in ("fine", "twice") else 30)
+  except UserError as error:
+    print(f"error: {error}", file=sys.stderr)
+    distributed.tell(str(error))
+    return 2
+  return 0
+
+if __name__ == "__main__":
+  distributed.run(main, sys.argv[1:])
+"""
+
+
+def _port():
+  with socket.socket() as probe:
+    probe.bind(("localhost", 0))
+    return probe.getsockname()[1]
+
+
+def _start(command, ids, count, timeout=60, env=None, port=None):
+  """One process per id: (status, standard error) of each."""
+  port = port or _port()
+  env = {
+    **os.environ,
+    "PYTHONPATH": str(ROOT),
+    "JAX_PLATFORMS": "cpu",
+    "JAX_NUM_CPU_DEVICES": "1",
+    **(env or {}),
+  }
+  flags = [f"--coordinator=localhost:{port}", f"--num_processes={count}"]
+  options = dict(cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+  started = [
+    subprocess.Popen([sys.executable, *command, *flags, f"--process_id={i}"], **options) for i in ids
+  ]
+  try:
+    errors = [process.communicate(timeout=timeout)[1] for process in started]
+  finally:
+    for process in started:
+      process.kill()
+  return [(process.returncode, error) for process, error in zip(started, errors, strict=True)]
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+  "what, statuses, fact",
+  [
+    ("kill", (75, -9, 75), "process 1 of 3 ({host}) died"),
+    pytest.param("fine", (0, 0, 0), "", marks=SLOW),
+    pytest.param("twice", (0, 0, 0), "", marks=SLOW),
+    pytest.param("stopped", (143, 143, 143), "", marks=SLOW),
+    pytest.param("raise", (75, 1, 75), "process 1 of 3 ({host}) failed: ValueError: boom", marks=SLOW),
+    pytest.param("mistake0", (2, 75, 75), "process 0 of 3 ({host}) failed: no such key", marks=SLOW),
+    pytest.param("late", (2, 75, None), "process 1 ({host})", marks=SLOW),
+  ],
+  ids=lambda value: value if isinstance(value, str) and value.isalnum() else "",
+)
+def test_three_processes(what, statuses, fact, tmp_path):
+  script = tmp_path / "script.py"
+  script.write_text(SCRIPT)
+  began = time.monotonic()
+  results = _start([script, what, "--initialization_timeout=40"], range(3), 3)
+  assert time.monotonic() - began < 45
+  for i, ((status, error), wanted) in enumerate(zip(results, statuses, strict=True)):
+    assert wanted is None or status == wanted, (i, status, error)
+    if status == rollcall.LOST or (what == "late" and i == 0):
+      assert fact.format(host=socket.gethostname()) in error, (i, error)
+      assert "Check failure stack trace" not in error
+
+
+@pytest.mark.parametrize(
+  "ids, missing",
+  [
+    ((0, 2), "process 1, process 3 did not come"),
+    pytest.param((3,), "process 0 did not answer process 3 of 4", marks=SLOW),
+  ],
+)
+def test_the_missing_are_named(ids, missing, tmp_path):
+  script = tmp_path / "script.py"
+  script.write_text(SCRIPT)
+  began = time.monotonic()
+  for status, error in _start([script, "fine", "--initialization_timeout=4"], ids, 4):
+    assert status == 2 and missing in error and "stack trace" not in error, error
+  assert time.monotonic() - began < 30
+
+
+def _join(place, timeout, results):
+  try:
+    results[place.index] = rollcall.join(place, timeout, 60)
+  except UserError as error:
+    results[place.index] = str(error)
+
+
+def _roll(places, timeout=20.0):
+  results = {}
+  threads = [threading.Thread(target=_join, args=(place, timeout, results)) for place in places]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  return results
+
+
+def _leave(results):
+  for index in sorted(results):
+    results[index].leave()
+  end = time.monotonic() + 10
+  while any(results[i]._channel.socket.fileno() != -1 for i in results if i) and time.monotonic() < end:
+    time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+  "hostile", [b"GET / HTTP/1.1\r\n\r\n", b"[1]\n", b'{"hello": "x"}\n', b"", b"x" * 4096]
+)
+def test_strangers_do_not_disturb_the_roll(hostile):
+  port, results = _port(), {}
+  places = [Place("flags", f"localhost:{port}", 2, i) for i in range(2)]
+  root = threading.Thread(target=_join, args=(places[0], 20, results))
+  root.start()
+  for _ in range(50):
+    try:
+      stranger = socket.create_connection(("localhost", port), timeout=5)
+      break
+    except OSError:
+      time.sleep(0.1)
+  stranger.sendall(hostile)
+  _join(places[1], 20, results)
+  root.join()
+  stranger.close()
+  assert results[1].hosts == results[0].hosts == [socket.gethostname()] * 2
+  _leave(results)
+
+
+def test_one_number_twice_and_different_counts():
+  address = f"localhost:{_port()}"
+  results = _roll([Place("flags", address, 3, i) for i in range(2)] + [Place("flags", address, 4, 2)])
+  assert "process 2 on" in results[0] and "counts 4 processes" in results[0] and results[2] == results[0]
+  address = f"localhost:{_port()}"
+  crews = {}
+  threads = [
+    threading.Thread(target=_join, args=(Place("flags", address, 3, i), 8, results))
+    for results, i in ((crews, 0), ({}, 1), (crews, 1))
+  ]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  assert "two processes say they are number 1" in crews[0]
+
+
+def test_a_process_may_come_again_while_the_roll_is_called():
+  """It is started, dies, and is started again, before the last one comes."""
+  port, results = _port(), {}
+  places = [Place("flags", f"localhost:{port}", 3, i) for i in range(3)]
+  first = [threading.Thread(target=_join, args=(places[0], 20, results))]
+  first[0].start()
+  for _ in range(50):
+    try:
+      early = socket.create_connection(("localhost", port), timeout=5)
+      break
+    except OSError:
+      time.sleep(0.1)
+  early.sendall(json.dumps(dict(hello=1, count=3, host="h")).encode() + b"\n")
+  time.sleep(0.5)
+  early.close()
+  time.sleep(0.5)
+  for place in places[1:]:
+    first.append(threading.Thread(target=_join, args=(place, 20, results)))
+    first[-1].start()
+  for thread in first:
+    thread.join()
+  assert results[2].hosts == [socket.gethostname()] * 3
+  _leave(results)
+
+
+def test_port_in_use_is_said():
+  with socket.create_server(("", 0)) as taken:
+    results = _roll([Place("flags", f"localhost:{taken.getsockname()[1]}", 2, 0)], timeout=1.0)
+  assert "is an earlier run alive there?" in results[0]
+
+
+CONFIG = """
+from tests import tiny
+
+def get_config():
+  changes = {"mesh.data": 8, "total_steps": 10, "checkpoint.every_steps": 5, "eval.every_steps": 5}
+  return tiny.raw("classify", **changes)
+"""
+
+
+@SLOW
+def test_two_processes_train_as_one_does(tmp_path):
+  """2 x 4 devices against 1 x 8, through `python -m beit_jax.main`: losses, checkpoints, one voice."""
+  config = tmp_path / "config.py"
+  config.write_text(textwrap.dedent(CONFIG))
+  rows = {}
+  for count in (1, 2):
+    workdir = tmp_path / str(count)
+    command = ["-m", "beit_jax.main", f"--config={config}", f"--workdir={workdir}"]
+    env = {"JAX_NUM_CPU_DEVICES": str(8 // count), "JAX_DEFAULT_MATMUL_PRECISION": "float32"}
+    results = _start(command, range(count), count, timeout=600, env=env)
+    assert [status for status, _ in results] == [0] * count, results
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    rows[count] = [json.loads(line) for line in lines]
+    assert (workdir / "checkpoints" / "10" / "digest.json").exists()
+  assert " I " in results[0][1] and " I " not in results[1][1]
+  assert len(rows[1]) == len(rows[2]) == 12  # 10 steps, 2 evaluations
+  for one, two in zip(rows[1], rows[2], strict=True):
+    key = "loss" if "loss" in one else "eval_loss"
+    assert one["step"] == two["step"] and one[key] == pytest.approx(two[key], rel=1e-6)
+
+
+@SLOW
+def test_a_run_ends_when_one_of_its_processes_is_killed(tmp_path):
+  """In the middle of training: the other says who died, and soon."""
+  config = tmp_path / "config.py"
+  config.write_text(CONFIG)
+  flags = ["--config.total_steps=100000", "--config.mesh.data=2", "--config.eval.split="]
+  flags += [f"--coordinator=localhost:{_port()}", "--num_processes=2", f"--workdir={tmp_path / 'run'}"]
+  env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+  command = [sys.executable, "-m", "beit_jax.main", f"--config={config}", *flags]
+  options = dict(cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+  both = [subprocess.Popen([*command, f"--process_id={i}"], **options) for i in range(2)]
+  try:
+    metrics, end = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 240
+    while not (metrics.exists() and metrics.read_text().count("\n") > 3):
+      assert time.monotonic() < end and both[0].poll() is None
+      time.sleep(0.2)
+    both[1].kill()
+    began = time.monotonic()
+    error = both[0].communicate(timeout=60)[1]
+    assert time.monotonic() - began < 30
+  finally:
+    for process in both:
+      process.kill()
+      process.communicate()
+  assert both[0].returncode in (1, rollcall.LOST)
+  assert f"error: process 1 of 2 ({socket.gethostname()}) died" in error

