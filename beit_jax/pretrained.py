@@ -31,10 +31,10 @@ MODULES: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def fingerprint(params: Any) -> str:
+def fingerprint(params: Any, collections: Any = None) -> str:
   """sha256 of names, shapes and values: the same for the same weights, in whatever file they come."""
   digest = hashlib.sha256()
-  for name, leaf in sorted(trees.flatten(params).items()):
+  for name, leaf in sorted({**trees.flatten(params), **trees.flatten(collections or {})}.items()):
     array = np.ascontiguousarray(leaf)
     digest.update(f"{name} {array.dtype} {array.shape}".encode())
     digest.update(array.reshape(-1).view(np.uint8).data)
@@ -161,7 +161,11 @@ class Pretrained:
     return image[top : top + size[0], left : left + size[1]]
 
   def __call__(self, images: Any) -> jax.Array:
-    """`forward` of `preprocess(images)`."""
+    """`forward` of `preprocess(images)`.
+
+    A segmenter gives logits for the prepared view, at `image_size`; whole images by windows are what a run's evaluation
+    does.
+    """
     return self.forward(self.preprocess(images))
 
   def tokenize(self, images: Any) -> jax.Array:

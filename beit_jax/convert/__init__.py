@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from beit_jax import checkpoint
-from beit_jax.convert import dalle, hf, lazy, orbax, safetensors, timm, torchfile, unilm
+from beit_jax.convert import dalle, hf, lazy, orbax, safetensors, segmentation, timm, torchfile, unilm
 from beit_jax.errors import UserError
 from beit_jax.logs import log
 from beit_jax.pretrained import Pretrained
@@ -21,6 +21,7 @@ FORMATS = {
   "backbone": ("orbax", "unilm", "timm", "hf"),
   "mim": ("orbax", "unilm", "hf"),
   "classifier": ("orbax", "unilm", "timm", "hf"),
+  "segmenter": ("orbax", "unilm", "hf"),
   "tokenizer": ("orbax", "hf"),
 }
 FILES = (".safetensors", ".pth", ".pt", ".bin", ".tar")
@@ -35,15 +36,18 @@ def load(
   image_size: int | tuple[int, int] | None = None,
   step: int | None = None,
   ema: bool = False,
+  out_indices: tuple[int, ...] | None = None,
 ) -> Pretrained:
   """Loads a model, whatever wrote it.
 
   Args:
-    path: a run of `beit_jax.main` or a folder written by `save`; a unilm or timm `.pth`, `.bin` or `.safetensors`; a
-      folder of timm's or Hugging Face's; OpenAI's `encoder.pkl`, or a folder with that and `decoder.pkl`.
+    path: a run of `beit_jax.main` or a folder written by `save`; a `.pth`, `.bin` or `.safetensors` of unilm, mmseg or
+      timm; a folder of timm's or Hugging Face's; OpenAI's `encoder.pkl`, or a folder with that and `decoder.pkl`.
     num_heads, image_size: what a file of others may leave open. image_size: pixels, int or (height, width).
     step: of a run, instead of its newest checkpoint.
     ema: the averaged weights, where both are kept.
+    out_indices: the four blocks that the decoder of a segmentation model of others taps, counted from 0, instead of
+      what its file says. `(3, 5, 7, 11)` for a model of transformers gives unilm's blocks (docs/weights.md).
 
   Raises:
     UserError: nothing usable is at `path`, it says otherwise than the arguments, or tensors are missing,
@@ -60,14 +64,14 @@ def load(
     raise UserError(f"num_heads={num_heads!r}: expected a positive whole number")
   weights = [path / name for name in HF_FILES if (path / name).is_file()]
   if path.is_dir() and (checkpoint.is_run(path) or not (weights or list(path.glob("*.pkl")))):
-    for name, value in (("num_heads", num_heads), ("image_size", image_size)):
+    for name, value in (("num_heads", num_heads), ("image_size", image_size), ("out_indices", out_indices)):
       if value is not None:
         raise UserError(f"{name}={value!r}: a beit_jax checkpoint says this itself; leave it out")
     return orbax.load(path, step=step, ema=ema)
   if step is not None:
     raise UserError(f"step={step}: only a run of beit_jax has steps, {path} has not")
   try:
-    return _load_foreign(weights[0] if weights else path, num_heads, size and tuple(size), ema)
+    model = _load_foreign(weights[0] if weights else path, num_heads, size and tuple(size), ema, out_indices)
   except OSError as error:
     raise UserError(f"{error.filename or path}: cannot be read ({error.strerror or error})") from None
   except (
@@ -80,9 +84,14 @@ def load(
     RecursionError,
   ) as error:
     raise UserError(f"{path}: damaged, or of a form this version does not know ({error!r})") from error
+  if out_indices is not None and model.kind != "segmenter":
+    raise UserError(
+      f"out_indices={out_indices!r}: only a segmentation model taps blocks, {path} holds a {model.kind}"
+    )
+  return model
 
 
-def _load_foreign(path: Path, num_heads, image_size, ema: bool) -> Pretrained:
+def _load_foreign(path: Path, num_heads, image_size, ema: bool, out_indices) -> Pretrained:
   if path.is_dir() or path.suffix == ".pkl":
     return _load_openai(path)
   state, facts = _read(path, ema)
@@ -100,6 +109,11 @@ def _load_foreign(path: Path, num_heads, image_size, ema: bool) -> Pretrained:
         "%s: rectangular; its bias tables are read as transformers 5.23 does, (width, height)", path
       )
       state = hf.undo_rectangles(state, size, patch.shape[-1])
+    if segmentation.is_segmenter(state):
+      state = segmentation.from_hf(state)
+      facts["fields"] |= segmentation.read_hf(path.parent)
+  elif segmentation.is_segmenter(state):
+    dropped, format = [], "unilm"
   else:
     facts = {**timm.read_config(path.parent, state), **facts}
     dropped, format = [], "timm"
@@ -118,6 +132,8 @@ def _load_foreign(path: Path, num_heads, image_size, ema: bool) -> Pretrained:
     ):
       format = "unilm"
   source = lazy.Source(state, path, format, **facts, left_out=left_out + dropped)
+  if segmentation.is_segmenter(state):
+    return segmentation.import_segmenter(source, num_heads, image_size, out_indices)
   return unilm.import_beit(source, num_heads, image_size)
 
 
@@ -144,11 +160,14 @@ def _read(path: Path, ema: bool) -> tuple[lazy.State, dict[str, Any]]:
     )
   left_out: list[str] = []
   for prefix in PREFIXES:
+    if prefix == "backbone." and segmentation.is_segmenter(state):
+      continue
     inside = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     if inside and (len(inside) == len(state) or prefix == "backbone."):
       left_out += [name for name in state if not name.startswith(prefix)]
       state = inside
-  return state, {**_facts(texts, path), "left_out": left_out}
+  said = segmentation.read_meta(texts.get("meta")) if segmentation.is_segmenter(state) else {}
+  return state, {**said, **_facts(texts, path), "left_out": left_out}
 
 
 def _facts(texts: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -291,19 +310,31 @@ def _text(pretrained: Pretrained) -> dict[str, str]:
 
 
 def _write_tensors(
-  path: Path, state: lazy.State, pretrained: Pretrained, left_out: list[str], suffix: str
+  path: Path,
+  state: lazy.State,
+  pretrained: Pretrained,
+  left_out: list[str],
+  suffix: str,
+  meta: dict[str, Any] | None = None,
 ) -> None:
+  """A file of tensors with our description; in PyTorch's form with `meta` as mmseg saves it, else as unilm."""
   lazy.report("written", [(name, "", value.shape) for name, value in state.items()], left_out)
   if left_out:
     log.info("left out, since the format has no place for it: %s", ", ".join(left_out))
   if suffix.lower() == ".safetensors":
     safetensors.write(path, state, {"format": "pt", **_text(pretrained)})
-  else:
+  elif meta is None:
     torchfile.save(path, state, _text(pretrained))
+  else:
+    torchfile.save(path, state, {"meta": meta, **_text(pretrained)}, under="state_dict")
 
 
 def _save_unilm(pretrained: Pretrained, path: Path, target: Path) -> None:
-  _write_tensors(path, unilm.export_beit(pretrained), pretrained, [], target.suffix)
+  if pretrained.kind == "segmenter":
+    meta = segmentation.export_meta(pretrained)
+    _write_tensors(path, segmentation.export_mmseg(pretrained), pretrained, [], target.suffix, meta)
+  else:
+    _write_tensors(path, unilm.export_beit(pretrained), pretrained, [], target.suffix)
 
 
 def _save_timm(pretrained: Pretrained, path: Path, target: Path) -> None:
@@ -326,7 +357,8 @@ def _save_hf(pretrained: Pretrained, path: Path, target: Path) -> None:
     if decoder:  # which transformers has no class for; beit_jax.load finds it here
       safetensors.write(path / "decoder.safetensors", decoder, {"format": "pt"})
   else:
-    state, config, processor = hf.export(pretrained)
+    export = segmentation.export_hf if pretrained.kind == "segmenter" else hf.export
+    state, config, processor = export(pretrained)
     _write_json(path / "preprocessor_config.json", processor)
   _write_tensors(path / "model.safetensors", state, pretrained, [], ".safetensors")
   _write_json(path / "config.json", {**config, **_text(pretrained)})

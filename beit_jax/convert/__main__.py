@@ -13,6 +13,10 @@ def _size(text: str) -> tuple[int, int]:
   return int(height), int(width or height)
 
 
+def _blocks(text: str) -> tuple[int, ...]:
+  return tuple(int(number) for number in text.split(","))
+
+
 def main(argv: list[str]) -> int:
   parser = argparse.ArgumentParser(prog="python -m beit_jax.convert", description=__doc__)
   parser.add_argument(
@@ -24,6 +28,12 @@ def main(argv: list[str]) -> int:
   parser.add_argument(
     "--image_size", type=_size, metavar="N or HxW", help="pixels, where the source does not say"
   )
+  parser.add_argument(
+    "--out_indices",
+    type=_blocks,
+    metavar="A,B,C,D",
+    help="blocks that a segmentation decoder taps, from 0, instead of what the source says",
+  )
   parser.add_argument("--step", type=int, help="of a run, instead of its newest checkpoint")
   parser.add_argument("--ema", action="store_true", help="the averaged weights")
   parser.add_argument("-v", "--verbose", action="store_true", help="a table of every tensor")
@@ -32,7 +42,9 @@ def main(argv: list[str]) -> int:
   if args.verbose:
     logs.log.setLevel(logging.DEBUG)
   try:
-    options = dict(num_heads=args.num_heads, image_size=args.image_size, step=args.step, ema=args.ema)
+    options = {
+      name: getattr(args, name) for name in ("num_heads", "image_size", "out_indices", "step", "ema")
+    }
     convert.save(convert.load(args.src, **options), args.dst, format=args.format)
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)

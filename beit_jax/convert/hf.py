@@ -1,6 +1,7 @@
 """Hugging Face folders: `BeitModel`, `BeitForMaskedImageModeling`, `BeitForImageClassification`, `FlavaImageCodebook`.
 
-Names of transformers 4, which 5.23 still writes, and those that 5.23 has in memory. transformers is not needed.
+Names of transformers 4, which 5.23 still writes, and those that 5.23 has in memory. transformers is not needed. The
+heads of `BeitForSemanticSegmentation` are in segmentation.py.
 """
 
 import json
@@ -74,11 +75,11 @@ def to_unilm(state: lazy.State, path: Path) -> tuple[lazy.State, list[str]]:
   return result, left_out
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-  """config.json and preprocessor_config.json as arguments of `lazy.Source`; these files win over our description.
+def read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+  """config.json and preprocessor_config.json; the second is {} where there is none.
 
   Raises:
-    UserError: a file is damaged, or says something that our module cannot be.
+    UserError: a file is damaged, or the first is missing.
   """
   path, prepared = folder / "config.json", folder / "preprocessor_config.json"
   try:
@@ -92,6 +93,17 @@ def read_config(folder: Path) -> dict[str, Any]:
     raise UserError(f"{folder}: a configuration file is not JSON ({error})") from None
   if not isinstance(config, dict) or not isinstance(processor, dict):
     raise UserError(f"{folder}: config.json and preprocessor_config.json must be tables")
+  return config, processor
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+  """config.json and preprocessor_config.json as arguments of `lazy.Source`; these files win over our description.
+
+  Raises:
+    UserError: a file is damaged, or says something that our module cannot be.
+  """
+  path, prepared = folder / "config.json", folder / "preprocessor_config.json"
+  config, processor = read_files(folder)
   if config.get("hidden_act", "gelu") != "gelu":
     raise UserError(f"{path}: hidden_act is {config['hidden_act']!r}; BEiT has the exact 'gelu'")
 
@@ -112,9 +124,8 @@ def read_config(folder: Path) -> dict[str, Any]:
   described = json.loads(config.get("beit_jax") or "{}")
   own = described.get("preprocessing")
   # Ours is exact where the file still is the one that we wrote.
-  kept = own and processor == json.loads(
-    json.dumps(processor_config(own, processor.get("image_processor_type")))
-  )
+  shown = {key: found for key, found in processor.items() if key != "do_reduce_labels"}
+  kept = own and shown == json.loads(json.dumps(processor_config(own, processor.get("image_processor_type"))))
   preprocessing = own if kept else _preprocessing(processor, fields["image_size"], prepared)
   return dict(
     fields=fields,
@@ -205,10 +216,7 @@ def _bilinear(source: int, target: int) -> np.ndarray:
 def export(pretrained: Pretrained) -> tuple[lazy.State, dict[str, Any], dict[str, Any]]:
   """(state dict, config.json, preprocessor_config.json)."""
   kind, fields = pretrained.kind, pretrained.encoder_fields
-  state = {}
-  for name, value in export_beit(pretrained, buffers=False).items():
-    for theirs, part in _split(name, value):
-      state[_their_name(theirs, kind)] = part
+  state = their_state(export_beit(pretrained, buffers=False), kind)
   mean_pooling = kind == "mim" or (pretrained.module.pool == "mean" if kind == "classifier" else False)
   if kind == "backbone" and not fields["final_norm"]:
     mean_pooling = (
@@ -216,6 +224,32 @@ def export(pretrained: Pretrained) -> tuple[lazy.State, dict[str, Any], dict[str
     )
     state["pooler.layernorm.weight"] = np.ones(fields["width"], np.float32)
     state["pooler.layernorm.bias"] = np.zeros(fields["width"], np.float32)
+  names = {
+    "backbone": "BeitModel",
+    "mim": "BeitForMaskedImageModeling",
+    "classifier": "BeitForImageClassification",
+  }
+  config = encoder_config(fields) | dict(
+    architectures=[names[kind]],
+    use_mask_token=kind != "classifier" and fields["use_mask_token"],
+    use_mean_pooling=mean_pooling,
+  )
+  if kind == "mim":
+    config["vocab_size"] = pretrained.module.vocab_size
+  if kind == "classifier":
+    config |= class_names(pretrained)
+  return state, config, processor_config(pretrained.preprocessing, "BeitImageProcessor")
+
+
+def their_state(state: lazy.State, kind: str) -> lazy.State:
+  """unilm's names and fused tensors -> those of transformers."""
+  return {
+    _their_name(theirs, kind): part for name, value in state.items() for theirs, part in _split(name, value)
+  }
+
+
+def encoder_config(fields: dict[str, Any]) -> dict[str, Any]:
+  """The part of config.json that describes the encoder; warns of rectangles."""
   size = fields["image_size"]
   if size[0] != size[1] and fields["rel_pos"] != "none":
     log.warning(
@@ -223,13 +257,8 @@ def export(pretrained: Pretrained) -> tuple[lazy.State, dict[str, Any], dict[str
       "something else with these weights than beit_jax does",
       tuple(side // fields["patch_size"] for side in size),
     )
-  names = {
-    "backbone": "BeitModel",
-    "mim": "BeitForMaskedImageModeling",
-    "classifier": "BeitForImageClassification",
-  }
-  config = dict(
-    architectures=[names[kind]],
+  return dict(
+    architectures=[],
     model_type="beit",
     hidden_size=fields["width"],
     num_hidden_layers=fields["depth"],
@@ -247,18 +276,18 @@ def export(pretrained: Pretrained) -> tuple[lazy.State, dict[str, Any], dict[str
     use_relative_position_bias=fields["rel_pos"] == "per_block",
     use_shared_relative_position_bias=fields["rel_pos"] == "shared",
     layer_scale_init_value=fields["layer_scale_init"],
-    use_mask_token=kind != "classifier" and fields["use_mask_token"],
-    use_mean_pooling=mean_pooling,
   )
-  if kind == "mim":
-    config["vocab_size"] = pretrained.module.vocab_size
-  if kind == "classifier":
-    count = pretrained.module.num_classes
-    labels = list(pretrained.description.get("labels") or ())[:count]
-    labels += [f"LABEL_{i}" for i in range(len(labels), count)]
-    config["id2label"] = {str(i): label for i, label in enumerate(labels)}
-    config["label2id"] = {label: i for i, label in enumerate(labels)}
-  return state, config, processor_config(pretrained.preprocessing, "BeitImageProcessor")
+
+
+def class_names(pretrained: Pretrained) -> dict[str, Any]:
+  """`id2label` and `label2id` of config.json, one name for every class."""
+  count = pretrained.module.num_classes
+  labels = list(pretrained.description.get("labels") or ())[:count]
+  labels += [f"LABEL_{i}" for i in range(len(labels), count)]
+  return dict(
+    id2label={str(i): label for i, label in enumerate(labels)},
+    label2id={label: i for i, label in enumerate(labels)},
+  )
 
 
 def processor_config(p: dict[str, Any], kind: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ class Lazy:
 
 FLOATS = [np.dtype(t) for t in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)]
 State = dict[str, Any]  # name -> a thing with `shape` and `read()`, in PyTorch's layout
+# Transposed convolutions: PyTorch has [in, out, kh, kw].
+TRANSPOSED = re.compile(r"(^|/)fpn(1/up_\d|2)/kernel$")
 
 
 @dataclasses.dataclass
@@ -67,7 +70,9 @@ def to_params(array: np.ndarray, name: str) -> np.ndarray:
   """PyTorch's layout -> ours, by our name: [out, in] -> [in, out], [out, in, kh, kw] -> [kh, kw, in, out]; float32."""
   if array.dtype not in FLOATS:
     raise UserError(f"{name}: the file holds {array.dtype} there; expected floating-point numbers")
-  if name.endswith("/kernel"):
+  if TRANSPOSED.search(name):
+    array = array.transpose(2, 3, 0, 1)
+  elif name.endswith("/kernel"):
     array = array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
   return np.array(array, np.float32, order="C")
 
@@ -75,7 +80,9 @@ def to_params(array: np.ndarray, name: str) -> np.ndarray:
 def to_torch(array: Any, name: str) -> np.ndarray:
   """The inverse of `to_params`, as a view; float32."""
   array = np.asarray(array, np.float32)
-  if name.endswith("/kernel"):
+  if TRANSPOSED.search(name):
+    array = array.transpose(2, 3, 0, 1)
+  elif name.endswith("/kernel"):
     array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
   return array
 

@@ -197,8 +197,12 @@ def _joined(prefix: str, name: Any) -> str:
   return f"{prefix}{name}"
 
 
-def save(path: Path, tensors: dict[str, np.ndarray], texts: dict[str, str]) -> None:
-  """Writes `{"model": tensors, **texts}` as `torch.save` would; `torch.load(weights_only=True)` reads it."""
+def save(path: Path, tensors: dict[str, np.ndarray], texts: dict[str, Any], under: str = "model") -> None:
+  """Writes `{under: tensors, **texts}` as `torch.save` would; `torch.load(weights_only=True)` reads it.
+
+  Args:
+    texts: texts, and lists and tables of texts and whole numbers.
+  """
   names = {np.dtype(dtype): name for name, dtype in STORAGES.items()}
 
   def text(value):
@@ -207,6 +211,13 @@ def save(path: Path, tensors: dict[str, np.ndarray], texts: dict[str, str]) -> N
 
   def number(value):
     return b"\x8a\x08" + struct.pack("<q", value)  # LONG1
+
+  def plain(value):
+    if isinstance(value, dict):
+      return b"}(" + b"".join(text(key) + plain(entry) for key, entry in value.items()) + b"u"
+    if isinstance(value, list | tuple):
+      return b"](" + b"".join(map(plain, value)) + b"e"
+    return text(value) if isinstance(value, str) else number(value)
 
   def sizes(values):
     return b"(" + b"".join(map(number, values)) + b"t"
@@ -226,9 +237,9 @@ def save(path: Path, tensors: dict[str, np.ndarray], texts: dict[str, str]) -> N
     )
     return _global("torch._utils", "_rebuild_tensor_v2") + b"((" + reference + b"tQ" + view + b"tR"
 
-  pickle = b"\x80\x02}(" + text("model") + _global("collections", "OrderedDict") + b")R("
+  pickle = b"\x80\x02}(" + text(under) + _global("collections", "OrderedDict") + b")R("
   pickle += b"".join(text(n) + tensor(str(i), array) for i, (n, array) in enumerate(tensors.items())) + b"u"
-  pickle += b"".join(text(n) + text(value) for n, value in texts.items()) + b"u."
+  pickle += b"".join(text(n) + plain(value) for n, value in texts.items()) + b"u."
   with path.open("wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
     archive.writestr("archive/data.pkl", pickle)
     archive.writestr("archive/byteorder", "little")

@@ -206,32 +206,45 @@ def import_beit(source: lazy.Source, num_heads: int | None, image_size: tuple[in
     pattern += r"|^fc_norm\."
   left_out = source.left_out + [name for name in source.state if re.search(pattern, name)]
   state = {name: value for name, value in source.state.items() if not re.search(pattern, name)}
-  fields = _described(source, kind, fields)
+  fields = described_fields(source, kind, fields)
   module = make_module(kind, fields)
   size = fields["image_size"] if kind == "backbone" else fields["encoder"]["image_size"]
   params = read_params(state, param_shapes(module, size), torch_name, source.path, left_out)
+  return finish(source, kind, fields, params, _assumed_preprocessing(source, size), left_out)
+
+
+def finish(
+  source: lazy.Source,
+  kind: str,
+  fields: dict[str, Any],
+  params: dict[str, Any],
+  usual: dict[str, Any],
+  left_out: list[str],
+  collections: dict[str, Any] | None = None,
+) -> Pretrained:
+  """The model of a foreign file with its description; `usual` is the preprocessing where the file does not say."""
   if left_out:
     log.info("%s: left out %s", source.path, ", ".join(_short(left_out)))
   preprocessing, assumed = source.preprocessing, source.assumed
   if preprocessing is None:
-    preprocessing, assumed = _assumed_preprocessing(source, size), ["preprocessing"]
+    preprocessing, assumed = usual, ["preprocessing", *(a for a in assumed if a != "preprocessing")]
     log.warning("%s does not say how its images are prepared; assumed: %s", source.path, preprocessing)
-  preprocessing = lazy.check_preprocessing({**preprocessing, "image_size": size}, source.path)
+  preprocessing = lazy.check_preprocessing({**preprocessing, "image_size": usual["image_size"]}, source.path)
   description = {
     **source.described,
     **dict(
       kind=kind,
       module=fields,
       preprocessing=preprocessing,
-      labels=source.labels if kind == "classifier" else [],
+      labels=source.labels if kind in ("classifier", "segmenter") else [],
     ),
     **dict(format=source.format, path=str(source.path), assumed=assumed, left_out=left_out),
   }
-  description["sha256"] = fingerprint(params)
-  return Pretrained(kind, params, module, preprocessing, description)
+  description["sha256"] = fingerprint(params, collections)
+  return Pretrained(kind, params, make_module(kind, fields), preprocessing, description, collections or {})
 
 
-def _described(source: lazy.Source, kind: str, fields: dict[str, Any]) -> dict[str, Any]:
+def described_fields(source: lazy.Source, kind: str, fields: dict[str, Any]) -> dict[str, Any]:
   """Adds what shapes cannot tell (stochastic depth, initial LayerScale, ...) from a description of ours."""
   module = source.described.get("module")
   if not module or source.described.get("kind") != kind:
@@ -278,14 +291,19 @@ def export_beit(pretrained: Pretrained, *, buffers: bool = True) -> lazy.State:
   flat = trees.flatten(pretrained.params)
   state = {torch_name(name): lazy.to_torch(value, name) for name, value in flat.items()}
   if buffers:
-    fields = pretrained.encoder_fields
-    grid = tuple(side // fields["patch_size"] for side in fields["image_size"])
-    for name in [name for name in state if name.endswith(TABLE)]:
-      state[name.replace(TABLE, "relative_position_index")] = relative_position_index(grid).astype(np.int64)
-  return dict(sorted(state.items(), key=lambda item: _order(item[0])))
+    state |= index_buffers(pretrained, state)
+  return dict(sorted(state.items(), key=lambda item: order(item[0])))
 
 
-def _order(name: str) -> tuple:
+def index_buffers(pretrained: Pretrained, state: lazy.State) -> dict[str, np.ndarray]:
+  """`relative_position_index` int64 for every bias table of an exported state dict."""
+  fields = pretrained.encoder_fields
+  grid = tuple(side // fields["patch_size"] for side in fields["image_size"])
+  index = relative_position_index(grid).astype(np.int64)
+  return {n.replace(TABLE, "relative_position_index"): index for n in state if n.endswith(TABLE)}
+
+
+def order(name: str) -> tuple:
   """PyTorch's order, roughly: embedding, positions, blocks, heads."""
   stem = ("cls_token", "mask_token", "pos_embed", "patch_embed", "rel_pos_bias", "blocks", "norm", "fc_norm")
   parts = name.split(".")
