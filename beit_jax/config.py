@@ -52,6 +52,7 @@ DEFAULTS: dict[str, Any] = dict(
     schedule="cosine",  # "cosine" | "poly"
     power=1.0,  # of poly
     ema_decay=0.0,  # of averaged weights, evaluated and saved beside the others; 0 = off
+    max_skipped=5,  # updates in a row that are skipped, since loss or gradient is not finite; then the run stops
     no_decay=(),  # further regexes of parameters without weight decay
   ),
   data=dict(
@@ -82,6 +83,7 @@ DEFAULTS: dict[str, Any] = dict(
     token_interpolation="lanczos",
     crop_pct=0.875,  # of evaluation
     resize="short_side",  # of evaluation: "short_side" | "squash"
+    max_bad=0.05,  # share of images that cannot be read; another takes their place, above this the run stops
     workers=0,  # processes; 0 = threads of this one
     threads=4,
   ),
@@ -95,7 +97,7 @@ DEFAULTS: dict[str, Any] = dict(
     predictions=False,  # with eval_only: also predictions.jsonl
   ),
   checkpoint=dict(
-    every_steps=1000,  # None = at the end only
+    every_steps=1000,  # None = at evaluations and at the end only
     keep=2,
     best="",  # an eval metric ("acc1", "ema_acc1", "loss"): the best state so far is kept in workdir/best
     asynchronous=True,
@@ -154,6 +156,8 @@ SECTIONS: dict[str, dict[str, Any]] = {
       scales=(1.0,),  # of evaluation: softmax averaged
       flip=False,  # of evaluation
       programs=8,  # at most so many are compiled for images of any number of sizes
+      class_names=(),  # of all classes, in order; () = the data set's own, if it says
+      palette=(),  # "camvid", or (red, green, blue) of all classes; () = made up
     ),
   ),
   "linear_probe": dict(encoder=dict(init_from="")),  # "" = a random encoder, as `model` says
@@ -240,7 +244,7 @@ def _set(base: ConfigDict, key: str, value: Any, where: str) -> None:
     base[key] = value
 
 
-FREE_FORM = {"image_size", "token_image_size"}  # int or (height, width)
+FREE_FORM = {"image_size", "token_image_size", "palette"}  # int or (height, width); a name or colours
 # Keys whose default is "none": a placeholder above, or a size that the model's variant or the data decide.
 OPTIONAL = {
   *("total_steps", "total_epochs", "warmup_steps", "warmup_epochs", "weight_decay_end", "every_steps"),

@@ -1,17 +1,15 @@
 """`python -m beit_jax.predict CHECKPOINT IMAGE...`: what a model makes of pictures.
 
-A classifier names what pictures show; a tokenizer and a masked image model draw contact sheets. Results go to standard
-output, everything else to standard error. Exit status: 0, 1 when pictures were skipped, 2 for a mistake of yours or
-when no picture could be read.
+A classifier names what pictures show; a segmenter gives every pixel a class; a tokenizer and a masked image model draw
+contact sheets. Results go to standard output, everything else to standard error. Exit status: 0, 1 when pictures were
+skipped, 2 for a mistake of yours or when no picture could be read.
 """
 
 import argparse
 import dataclasses
-import glob
 import json
 import os
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,68 +18,14 @@ import jax
 import numpy as np
 from PIL import Image
 
-from beit_jax import convert, logs, masking, pictures
-from beit_jax.data import images
-from beit_jax.data.sources import IMAGE_SUFFIXES
+from beit_jax import class_maps, convert, logs, masking, pictures
 from beit_jax.errors import UserError
 from beit_jax.logs import log
+from beit_jax.picture_files import find_images, read_image
 from beit_jax.pretrained import Pretrained
 
 SHEET = 16  # pictures on a contact sheet
-MAX_ASPECT = 1000  # the short side is resized to the model's: a thinner picture would fill the memory
 Facts = dict[str, Any]
-
-
-def find_images(names: list[str]) -> list[Path]:
-  """Files, folders (searched recursively) and patterns (`**` too) -> files, each once, in the order given.
-
-  Raises:
-    UserError: one of the names stands for no file.
-  """
-  found: dict[str, Path] = {}
-  for name in names:
-    text = os.path.expanduser(name)
-    matches = [text] if os.path.exists(text) else sorted(glob.glob(text, recursive=True))
-    files = [file for match in matches for file in _inside(Path(match))]
-    if not files and os.path.isdir(text):
-      endings = ", ".join(sorted(IMAGE_SUFFIXES))
-      raise UserError(f"{name}: no images in this folder; known endings are {endings}")
-    if not files:
-      raise UserError(f"{name!r}: no such file or folder, and no pattern that matches any")
-    for file in files:
-      found.setdefault(os.path.abspath(file), file)
-  return list(found.values())
-
-
-def _inside(path: Path) -> list[Path]:
-  if not os.path.isdir(path):
-    return [path]
-  return sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and os.path.isfile(p))
-
-
-def read_image(path: Path) -> np.ndarray:
-  """A picture file of any kind -> uint8 [H, W, 3], upright.
-
-  Raises:
-    ValueError: it cannot be read; the message says why, without the name.
-  """
-  data = b""
-  try:
-    with warnings.catch_warnings():
-      warnings.simplefilter(
-        "ignore"
-      )  # Pillow refuses from 179 million pixels on, and warns from half of that
-      data = path.read_bytes()
-      image = images.decode(data)
-  except Image.UnidentifiedImageError:
-    raise ValueError("not a picture that Pillow can read" if data else "the file is empty") from None
-  except OSError as error:
-    raise ValueError(error.strerror or str(error)) from None
-  except Exception as error:  # Pillow's readers let through whatever a damaged file leads to
-    raise ValueError(str(error) or type(error).__name__) from None
-  if max(image.size) > MAX_ASPECT * min(image.size):
-    raise ValueError(f"{image.width}x{image.height} pixels are too narrow a picture")
-  return np.asarray(image)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +47,7 @@ class Task:
 
 
 def make_task(model: Pretrained, *, top: int, tokenizer: str | None) -> Task:
-  """The task of a model of this kind.
+  """The task of a model of this kind; a segmenter has its own way (`class_maps`).
 
   Args:
     top: how many classes a classifier names.
@@ -112,8 +56,6 @@ def make_task(model: Pretrained, *, top: int, tokenizer: str | None) -> Task:
   Raises:
     UserError: the model predicts nothing, or its tokenizer is missing or another one.
   """
-  if tokenizer is not None and model.kind != "mim":
-    raise UserError(f"--tokenizer: only a masked image model needs one, this is a {model.kind}")
   if model.kind == "classifier":
     return _classify(model, top)
   if model.kind == "tokenizer":
@@ -326,12 +268,14 @@ def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(prog="python -m beit_jax.predict", description=summary)
   parser.add_argument("checkpoint", help="whatever beit_jax.load reads")
   parser.add_argument("images", nargs="+", metavar="IMAGE", help="file, folder, or pattern in quotes")
-  parser.add_argument("--top", type=int, default=5, help="classes per picture (default 5)")
+  parser.add_argument("--top", type=int, default=5, help="classes that a classifier names (default 5)")
   parser.add_argument("--json", action="store_true", help="one JSON list instead of text")
-  parser.add_argument("--out", default="predictions", help="folder for contact sheets (default predictions)")
+  parser.add_argument("--out", default="predictions", help="folder for pictures (default predictions)")
   parser.add_argument("--tokenizer", help="of a masked image model, instead of the one its checkpoint names")
   parser.add_argument("--ema", action="store_true", help="the averaged weights")
-  parser.add_argument("--batch_size", type=int, default=16, help="pictures at a time (default 16)")
+  parser.add_argument(
+    "--batch_size", type=int, default=16, help="pictures at a time (default 16; a segmenter: 1)"
+  )
   return parser
 
 
@@ -340,12 +284,19 @@ def _predict_all(args: argparse.Namespace) -> int:
     if getattr(args, name) < 1:
       raise UserError(f"--{name}={getattr(args, name)}: expected 1 or more")
   files = find_images(args.images)
-  task = make_task(convert.load(args.checkpoint, ema=args.ema), top=args.top, tokenizer=args.tokenizer)
+  folder, model = Path(os.path.expanduser(args.out)), convert.load(args.checkpoint, ema=args.ema)
+  if args.tokenizer is not None and model.kind != "mim":
+    raise UserError(f"--tokenizer: only a masked image model needs one, this is a {model.kind}")
+  if model.kind == "segmenter":
+    found, text = class_maps.segment(model, files, folder), class_maps.text
+  else:
+    task = make_task(model, top=args.top, tokenizer=args.tokenizer)
+    found, text = predict(task, files, folder, args.batch_size), task.text
   results = []
-  for facts in predict(task, files, Path(os.path.expanduser(args.out)), args.batch_size):
+  for facts in found:
     results.append(facts)
     if not args.json and "error" not in facts:
-      print(f"{facts['file']}\n{task.text(facts)}", flush=True)
+      print(f"{facts['file']}\n{text(facts)}", flush=True)
   if args.json:
     print(json.dumps(results, indent=1), flush=True)
   skipped = sum("error" in facts for facts in results)

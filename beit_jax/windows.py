@@ -1,14 +1,12 @@
 """Sliding windows over images of any size with a handful of compiled programs: host-side geometry and metrics.
 
 Follows mmseg's EncoderDecoder.slide_inference and mean_iou. Images are sorted by size into a few buckets and padded to
-the largest of theirs; where a window lies and how a picture is resized are data (offsets, matrices), not shapes.
+the largest of theirs; where a window lies and how a picture is resized are data (offsets, weights), not shapes.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
-
-from beit_jax.models.resize import bilinear_matrix
 
 
 def windows(
@@ -30,22 +28,29 @@ def windows(
   return result
 
 
-def resize_matrix(source: int, target: int, *, rows: int, columns: int, flip: bool = False) -> np.ndarray:
-  """float32 [rows, columns]: linear interpolation from `source` to `target` samples in the upper left corner of zeros.
+def resize_points(
+  source: int, target: int, *, length: int, flip: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+  """Where `target` samples lie among `source` ones (F.interpolate, align_corners=False), padded with 0 to `length`.
 
+  Sample i is x[index[i]] * (1 - weight[i]) + x[index[i] + 1] * weight[i], where weight is 0 if there is no next one.
   `flip` reads the source backwards.
+
+  Returns:
+    (index int32, weight float32 in [0, 1]), each [length].
   """
-  matrix = np.zeros((rows, columns), np.float32)
-  matrix[:target, :source] = bilinear_matrix(source, target)
-  if flip:
-    matrix[:, :source] = matrix[:, :source][:, ::-1]
-  return matrix
+  position = np.clip((np.arange(target) + 0.5) * source / target - 0.5, 0, source - 1)
+  position = source - 1 - position if flip else position
+  lower = np.minimum(np.floor(position), max(source - 2, 0))
+  index, weight = np.zeros(length, np.int32), np.zeros(length, np.float32)
+  index[:target], weight[:target] = lower, position - lower
+  return index, weight
 
 
 def buckets(sizes: Sequence[tuple[int, int]], count: int) -> list[np.ndarray]:
   """Indices of the images, sorted by (height, width) and cut into at most `count` groups of about equal length."""
   order = np.array(sorted(range(len(sizes)), key=lambda i: (tuple(sizes[i]), i)))
-  return [part for part in np.array_split(order, min(count, len(order))) if len(part)]
+  return [part for part in np.array_split(order, max(min(count, len(order)), 1)) if len(part)]
 
 
 def mean_iou(intersection: np.ndarray, predicted: np.ndarray, labelled: np.ndarray) -> dict[str, np.ndarray]:

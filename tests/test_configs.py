@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import pytest
 
 from beit_jax import config as config_lib
-from beit_jax import convert, evaluate, objectives, sharding, train, train_state
+from beit_jax import convert, evaluate, objectives, sharding, train_state
+from beit_jax import step as step_lib
 from beit_jax.objectives.base import module_fields
 from beit_jax.pretrained import Pretrained, make_module
 from tests.conftest import ROOT
@@ -139,10 +140,13 @@ def _trace(config, mesh):
   objective = objectives.OBJECTIVES[config.objective](config, source)
 
   def batch(size):
-    views = {name: (size, *shape, 3) for name, (shape, _) in objective.views().items()}
+    views = {"image": (objective.image_size, None)} if config.objective == "segment" else objective.views()
+    views = {name: (size, *shape, 3) for name, (shape, _) in views.items()}
     arrays = {name: jax.ShapeDtypeStruct(shape, jnp.uint8) for name, shape in views.items()}
     arrays |= {"example_key": jax.ShapeDtypeStruct((size, 2), jnp.uint32)}
     arrays |= {"valid": jax.ShapeDtypeStruct((size,), bool)}
+    if config.objective == "segment":
+      return arrays | {"label_map": jax.ShapeDtypeStruct((size, *objective.image_size), jnp.uint8)}
     return arrays | ({"label": jax.ShapeDtypeStruct((size,), jnp.int32)} if source.num_classes else {})
 
   with jax.set_mesh(mesh):
@@ -153,9 +157,11 @@ def _trace(config, mesh):
     if objective.trains:
       per_epoch = len(source) // config.batch_size
       total = config_lib.duration(config, "total", per_epoch)
-      tx = train._optimizer(config, train.make_schedules(config, per_epoch, total), params, objective.depth)
+      tx = step_lib.make_optimizer(
+        config, step_lib.make_schedules(config, per_epoch, total), params, objective.depth
+      )
       _, shapes, shardings = train_state.abstract(init, tx, mesh, ema=config.optimizer.ema_decay > 0)
-      step = train.make_train_step(objective, tx, config.microbatches, jax.random.key(0), shardings)
+      step = step_lib.make_train_step(objective, tx, config.microbatches, jax.random.key(0), shardings)
       state, metrics = jax.eval_shape(step, shapes, frozen, batch(config.batch_size))
       assert jax.tree.map(lambda x: x.shape, state) == jax.tree.map(lambda x: x.shape, shapes)
       assert metrics["loss"].shape == ()

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from beit_jax import optim, trees
-from beit_jax.models import beit
+from beit_jax.models import beit, upernet
 from tests import reference
 
 
@@ -83,6 +83,26 @@ def test_layer_decay_table_golden(name):
       assert optim.layer_id(key, config["depth"]) == row["layer_id"], key
     assert optim.layer_scale(key, config["depth"], decay) == pytest.approx(row["lr_scale"], rel=1e-9), key
     assert decays[key] * table["weight_decay"] == row["weight_decay"], key
+
+
+def test_layer_decay_of_segmentation_golden():
+  """As mmseg's constructor in unilm, but for the cls token, which it decays since its exceptions lack the prefix."""
+  table = json.loads((reference.HERE / "layer_decay.json").read_text())["segmentation_constructor"]
+  fields = dict(width=16, depth=12, num_heads=2, patch_size=16, image_size=(64, 64), rel_pos="per_block")
+  module = upernet.BeitForSemanticSegmentation(
+    {**fields, "layer_scale_init": 0.1}, 5, channels=8, aux_channels=8
+  )
+  params = jax.eval_shape(module.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32))
+  decays = trees.flatten(optim.weight_decay_tree(params["params"]))
+  for key, row in table["params"].items():
+    name = reference.beit_name(key.removeprefix("backbone.")) if key.startswith("backbone.") else None
+    name = name or key.replace(".", "/").replace("/weight", "/kernel")
+    assert optim.layer_id(name, 12) == row["layer_id"], key
+    assert optim.layer_scale(name, 12, table["layer_decay"]) == pytest.approx(row["lr_scale"], rel=1e-9), key
+    wanted = 0.0 if name.endswith("cls_token") else row["weight_decay"]
+    assert decays.pop(name) * table["weight_decay"] == wanted, key
+  assert not [name for name in decays if name.startswith("encoder/")]
+  assert {optim.layer_id(name, 12) for name in decays} == {13}  # heads and necks: the full learning rate
 
 
 def test_layer_decay_works_without_weight_decay():

@@ -140,14 +140,15 @@ def _plain_histogram(objective, variables, source):
   from beit_jax.models.resize import bilinear_matrix
 
   total, crop = np.zeros((3, 9)), objective.image_size
+  forward = jax.jit(lambda x: objective.module.apply(variables, x)["logits"][0])
   for i in range(len(source)):
     image, label = segmentation.whole(source, objective.reader(), i)
-    size = objective._resized(image.shape[:2], 1.0)
+    size = objective.sliding.resized(image.shape[:2], 1.0)
     pixels = segmentation.resize_image(image, size, "bicubic")
     logits, count = np.zeros((*size, 9)), np.zeros((*size, 1))
     for top, bottom, left, right in windows.windows(size, crop, objective.stride):
       x = objective._image(pixels[None, top:bottom, left:right])
-      out = np.asarray(objective.module.apply(variables, x)["logits"])[0]
+      out = np.asarray(forward(x))
       rows, columns = (bilinear_matrix(n, side) for n, side in zip(out.shape[:2], crop, strict=True))
       logits[top:bottom, left:right] += np.einsum("yi,xj,ijc->yxc", rows, columns, out)
       count[top:bottom, left:right] += 1
@@ -158,6 +159,7 @@ def _plain_histogram(objective, variables, source):
   return total
 
 
+@pytest.mark.slow
 def test_images_that_all_differ_in_size_compile_eight_programs():
   config = tiny.config("segment", **{"segment.resize": (40, 20)})
   rng = np.random.default_rng(1)
@@ -169,7 +171,7 @@ def test_images_that_all_differ_in_size_compile_eight_programs():
   mesh = sharding.make_mesh(data=1)
   with jax.set_mesh(mesh):
     found, rows = objective.evaluate_images(variables, source, mesh)
-  assert objective._probabilities._cache_size() + objective._histogram._cache_size() <= 8
+  assert objective.sliding.probabilities._cache_size() + objective._histogram._cache_size() <= 8
   wanted = windows.mean_iou(*_plain_histogram(objective, variables, source))
   for key in ("mIoU", "mAcc", "aAcc"):
     assert found[key] == pytest.approx(wanted[key], abs=1e-5)
@@ -180,6 +182,7 @@ def test_images_that_all_differ_in_size_compile_eight_programs():
   assert again == pytest.approx(found, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_learns_and_loads(tmp_path):
   """60 steps on scenes: better than any constant; the loaded model gives a class for every pixel."""
   changes = {"total_steps": 60, "optimizer.learning_rate": 3e-3, "eval.num_examples": 24}

@@ -86,6 +86,7 @@ class ShapesSource:
 
   num_classes = len(KINDS)
   class_names = KINDS
+  map_class_names = ("background", *KINDS)
   has_labels, multi_label = True, False
 
   def __init__(self, split: str, num_examples: int, size: int):

@@ -222,7 +222,7 @@ def adapt_encoder(objective: Any, pretrained: Pretrained, shapes: Any, say: Call
   Raises:
     UserError: everything in which checkpoint and run disagree, with the config keys.
   """
-  if pretrained.kind not in ("backbone", "mim", "classifier"):
+  if pretrained.kind == "tokenizer":
     raise UserError(f"init_from: a {pretrained.kind} has no BEiT encoder to start from")
   have, want = pretrained.encoder_fields, objective.module.encoder
   problems = [

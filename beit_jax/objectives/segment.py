@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from beit_jax import augment, checkpoint, losses, metrics, pictures, sharding, windows
+from beit_jax import augment, convert, losses, metrics, pictures, sharding, sliding, windows
 from beit_jax.config import Maybe, pair
+from beit_jax.convert import segmentation as convert_segmentation
 from beit_jax.data import segmentation
 from beit_jax.errors import UserError
 from beit_jax.logs import log
@@ -21,16 +22,12 @@ from beit_jax.models.resize import resize_bilinear
 from beit_jax.models.upernet import BeitForSemanticSegmentation
 from beit_jax.objectives import base
 
-TAPS = {
-  12: (3, 5, 7, 11),
-  24: (7, 11, 15, 23),
-}  # unilm's configs; other depths: the last block of each quarter
-
 
 class Segment(base.Objective):
   """Cross-entropy of every pixel, of the decode head and, weighted, of the auxiliary heads."""
 
   kind = "segmenter"
+  eval_metrics = ("mIoU", "mAcc", "aAcc")
 
   def __init__(self, config, source):
     super().__init__(config, source)
@@ -42,19 +39,27 @@ class Segment(base.Objective):
       )
     if not 0 < self.num_classes < segmentation.IGNORE:
       raise UserError(f"config key 'data.num_classes': {self.num_classes} must lie in [1, 254]")
-    if options.mode not in ("slide", "whole"):
+    if options.mode not in sliding.MODES:
       raise UserError(
         f"config key 'segment.mode': {options.mode!r} is unknown; there are 'slide' and 'whole'"
       )
+    self.class_names, self.colours = _names_and_colours(options, source, self.num_classes)
     encoder = base.encoder_fields(model, self.image_size, pretrain=False)
     encoder["weight_init"] = "finetune"
     fields = {name: model[name] for name in self.model_fields() if name in _own_fields()}
-    quarter = encoder["depth"] / 4
-    fields["out_indices"] = tuple(model.out_indices) or TAPS.get(
-      encoder["depth"], tuple(math.ceil(quarter * (i + 1)) - 1 for i in range(4))
-    )
+    fields["out_indices"] = tuple(model.out_indices) or _taps(encoder["depth"])
     self.module = BeitForSemanticSegmentation(encoder, **{**fields, "num_classes": self.num_classes})
     self.stride = pair(options.stride, "segment.stride") if options.stride else self.image_size
+    self.sliding = sliding.Sliding(
+      module=self.module,
+      image_size=self.image_size,
+      stride=self.stride,
+      resize=tuple(options.resize),
+      mode=options.mode,
+      mean=tuple(config.data.mean),
+      std=tuple(config.data.std),
+      interpolation=config.data.interpolation,
+    )
 
   @classmethod
   def model_fields(cls):
@@ -75,7 +80,7 @@ class Segment(base.Objective):
     return self.module.init(key, jnp.zeros((1, *self.image_size, 3)))
 
   def _image(self, pixels):
-    return augment.normalize(augment.to_float(pixels), self.config.data.mean, self.config.data.std)
+    return self.sliding.normalize(pixels)
 
   def loss(self, variables, frozen, batch, key, step):
     del frozen, step
@@ -84,9 +89,8 @@ class Segment(base.Objective):
       variables, self._image(batch["image"]), train=True, rngs=rngs, mutable=["batch_stats"]
     )
     label = batch["label_map"]
-    entropy = lambda logits: losses.segmentation_cross_entropy(
-      resize_bilinear(logits, self.image_size), label
-    )  # noqa: E731
+    size = self.image_size
+    entropy = lambda logits: losses.segmentation_cross_entropy(resize_bilinear(logits, size), label)
     total, count, correct = entropy(out["logits"])
     aux = out["aux"] if isinstance(out["aux"], tuple) else (out["aux"],)
     aux = sum(entropy(logits)[0] for logits in aux)
@@ -125,8 +129,7 @@ class Segment(base.Objective):
     return found, rows
 
   def _evaluate_bucket(self, variables, source, reader, indices, sizes, scales, mesh):
-    label_shape = tuple(np.max([sizes[i] for i in indices], 0))
-    geometry = [self._geometry([sizes[i] for i in indices], scale) for scale in scales]
+    geometries = [self.sliding.geometry([sizes[i] for i in indices], scale) for scale in scales]
     flips = (False, True) if self.config.segment.flip else (False,)
     rows = sharding.local_rows(mesh, mesh.size)
     histogram = np.zeros((3, self.num_classes), np.int64)
@@ -134,92 +137,20 @@ class Segment(base.Objective):
       chosen = [int(indices[min(start + row, len(indices) - 1)]) for row in rows]
       real = [start + row < len(indices) for row in rows]
       examples = [segmentation.whole(source, reader, i) for i in chosen]
-      label = np.full((len(rows), *label_shape), segmentation.IGNORE, np.uint8)
+      label = np.full((len(rows), *geometries[0].shape), segmentation.IGNORE, np.uint8)
       for place, (_, mine) in enumerate(examples):
         if real[place]:
           label[place, : mine.shape[0], : mine.shape[1]] = mine
       total = None
-      for canvas, count, scale in geometry:
+      for geometry in geometries:
         for flip in flips:
-          inputs = [self._inputs(image, canvas, count, scale, flip, label_shape) for image, _ in examples]
+          inputs = [self.sliding.inputs(image, geometry, flip) for image, _ in examples]
           batch = {name: np.stack([x[name] for x in inputs]) for name in inputs[0]}
-          batch = sharding.put_batch(mesh, batch, mesh.size)
-          share = self._probabilities(variables, batch)
+          share = self.sliding.probabilities(variables, sharding.put_batch(mesh, batch, mesh.size))
           total = share if total is None else total + share
       counts = self._histogram(total, sharding.put_batch(mesh, {"label": label}, mesh.size)["label"])
       histogram += np.asarray(jax.device_get(counts), np.int64)
     return histogram
-
-  def _geometry(self, sizes, scale):
-    """(padded canvas (H, W), windows an image, scale) that fit all images of a bucket."""
-    resized = [self._resized(size, scale) for size in sizes]
-    canvas = tuple(np.maximum(np.max(resized, 0), self.image_size))
-    return canvas, max(len(self._windows(size)) for size in resized), scale
-
-  def _resized(self, size, scale):
-    """(height, width) at which an image is seen; never smaller than a window on its short side, where it slides."""
-    if self.config.segment.mode == "whole":
-      return self.image_size
-    width, height = segmentation.rescale_size(
-      size[::-1], tuple(scale * s for s in self.config.segment.resize)
-    )
-    short = max(side / have for side, have in zip(self.image_size, (height, width), strict=True))
-    if min(height, width) < min(self.image_size):
-      height, width = (math.ceil(side * short) for side in (height, width))
-    return height, width
-
-  def _windows(self, size):
-    return windows.windows(size, self.image_size, self.stride)
-
-  def _inputs(self, image, canvas, count, scale, flip, label_shape):
-    """One image's arrays for `_probabilities`: padded pixels, window corners and weights, resize matrices."""
-    height, width = size = self._resized(image.shape[:2], scale)
-    pixels = segmentation.resize_image(image, size, self.config.data.interpolation)
-    padded = np.empty((*canvas, 3), np.uint8)
-    padded[:] = [int(255 * m + 0.5) for m in self.config.data.mean]
-    padded[:height, :width] = pixels[:, ::-1] if flip else pixels
-    corners, weight = np.zeros((count, 2), np.int32), np.zeros(count, np.float32)
-    for i, (top, _, left, _) in enumerate(self._windows(size)):
-      corners[i], weight[i] = (top, left), 1.0
-    matrix = functools.partial(windows.resize_matrix)
-    return dict(
-      image=padded,
-      corners=corners,
-      weight=weight,
-      rows=matrix(height, image.shape[0], rows=label_shape[0], columns=canvas[0]),
-      columns=matrix(width, image.shape[1], rows=label_shape[1], columns=canvas[1], flip=flip),
-    )
-
-  @functools.cached_property
-  def _probabilities(self):
-    """(variables, batch) -> float32 [B, H, W, C]: softmax at label size of the windows' averaged logits."""
-    crop = self.image_size
-
-    def run(variables, batch):
-      image = batch["image"]
-
-      def add(carry, window):
-        corners, weight = window
-        cut = lambda x, at: jax.lax.dynamic_slice(x, (at[0], at[1], 0), (*crop, x.shape[-1]))  # noqa: E731
-        pixels = self._image(jax.vmap(cut)(image, corners))
-        logits = resize_bilinear(self.module.apply(variables, pixels)["logits"], crop)
-
-        def put(total, logits, at, weight):
-          ones = jnp.ones((*crop, 1))
-          value = jnp.concatenate([logits, ones], -1) * weight
-          return jax.lax.dynamic_update_slice(total, cut(total, at) + value, (at[0], at[1], 0))
-
-        return jax.vmap(put)(carry, logits, corners, weight), None
-
-      zeros = jnp.zeros((*image.shape[:3], self.num_classes + 1))
-      steps = (jnp.moveaxis(batch["corners"], 1, 0), jnp.moveaxis(batch["weight"], 1, 0))
-      total, _ = jax.lax.scan(add, zeros, steps)
-      mean = total[..., :-1] / jnp.maximum(total[..., -1:], 1.0)
-      mean = jnp.einsum("byh,bhwc->bywc", batch["rows"], mean, precision="highest")
-      mean = jnp.einsum("bxw,bywc->byxc", batch["columns"], mean, precision="highest")
-      return jax.nn.softmax(mean)
-
-    return jax.jit(run)
 
   @functools.cached_property
   def _histogram(self):
@@ -235,7 +166,8 @@ class Segment(base.Objective):
 
   def report(self, rows, results, folder):
     table = [("class", "IoU", "Acc", "pixels")]
-    table += [(c, rows["IoU"][c], rows["Acc"][c], rows["labelled"][c]) for c in range(self.num_classes)]
+    names = self.class_names or range(self.num_classes)
+    table += list(zip(names, rows["IoU"], rows["Acc"], rows["labelled"], strict=True))
     return [metrics.write_csv(folder / "per_class.csv", table)]
 
   def figures(self, variables, frozen, batch):
@@ -248,8 +180,8 @@ class Segment(base.Objective):
     guess = np.asarray(logits.argmax(-1))
     rows = {
       "image": image,
-      "prediction": pictures.overlay(image, guess),
-      "label map": pictures.overlay(image, label),
+      "prediction": pictures.overlay(image, guess, self.colours),
+      "label map": pictures.overlay(image, label, self.colours),
     }
     return {"segmentation": pictures.table(rows)}
 
@@ -257,15 +189,42 @@ class Segment(base.Objective):
     return base.adapt_encoder(self, pretrained, shapes, log.info)
 
   def load_collections(self, path):
-    return checkpoint.load_params(checkpoint.find(path), "rest")["collections"]
+    return convert.load(path).collections
 
   def describe(self):
     fields = base.module_fields(BeitForSemanticSegmentation)
     return dict(
       kind=self.kind,
       module={name: getattr(self.module, name) for name in fields},
-      preprocessing={**self.image_preprocessing(), "resize": "short_side"},
+      preprocessing={
+        **self.image_preprocessing(),
+        "resize": "short_side",
+        "sliding": self.sliding.describe(),
+      },
+      labels=list(self.class_names),
+      palette=self.colours.tolist() if len(self.config.segment.palette) else [],
     )
+
+
+def _names_and_colours(options: Any, source: Any, count: int) -> tuple[tuple[str, ...], np.ndarray]:
+  """Names of the classes, () where nobody says, and their colours, uint8 [C, 3]."""
+  names = tuple(options.class_names)
+  if names and not (len(names) == count and all(isinstance(name, str) for name in names)):
+    raise UserError(
+      f"config key 'segment.class_names': {len(names)} names, there are {count} classes (data.num_classes); give one "
+      f"text for each, found {names[:3]!r}, ..."
+    )
+  own = tuple(getattr(source, "map_class_names", ()))
+  try:
+    colours = pictures.class_colours(options.palette, count)
+  except ValueError as error:
+    raise UserError(f"config key 'segment.palette': {error}") from None
+  return names or (own if len(own) == count else ()), colours
+
+
+def _taps(depth: int) -> tuple[int, ...]:
+  """The released blocks; at other depths the last of each quarter."""
+  return convert_segmentation.TAPS.get(depth, tuple(math.ceil(depth / 4 * (i + 1)) - 1 for i in range(4)))
 
 
 def _own_fields() -> dict[str, Any]:
