@@ -5,9 +5,12 @@ A checkpoint without it is unfinished, one that does not match it is damaged; ne
 """
 
 import concurrent.futures
+import errno
 import hashlib
 import json
 import os
+import re
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -16,12 +19,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from beit_jax.errors import UserError
 from beit_jax.logs import log
 from beit_jax.train_state import TrainState
 
 DESCRIPTION, DIGEST = "description.json", "digest.json"
+ATTEMPTS = 3  # of a save whose error may pass
+SLOW_SAVE = "BEIT_JAX_SLOW_SAVE"  # seconds before and after each file of the seal; for tests that kill
+PASSING = {
+  getattr(errno, name) for name in ("EAGAIN", "EINTR", "EBUSY", "EIO", "ETIMEDOUT", "ESTALE", "ECONNRESET")
+}
 
 
 def _digests(folder: Path) -> dict[str, dict[str, Any]]:
@@ -118,44 +127,86 @@ def write_model(folder: Path, params: Any, description: dict[str, Any]) -> None:
   _write_json(folder / DIGEST, _digests(folder))
 
 
+def _may_pass(error: Exception) -> bool:
+  """Whether the same save may succeed a moment later."""
+  if isinstance(error, OSError) and error.errno is not None:
+    return error.errno in PASSING
+  return isinstance(error, ConnectionError | TimeoutError) or bool(
+    re.search(r"UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED", str(error))
+  )
+
+
+def _brief(error: Exception) -> str:
+  """Its first line; TensorStore's errors are pages long."""
+  lines = str(error).strip().splitlines() or [type(error).__name__]
+  return lines[0] if len(lines[0]) <= 300 else f"{lines[0][:300]}..."
+
+
 class Checkpointer:
   """Saves and restores the state of one run.
 
   Saving is asynchronous: the arrays are copied, then written by Orbax and sealed (description, digest) by one
-  thread, while training goes on. An error of either is raised by the next `save` or by `close`.
+  thread, while training goes on. Older checkpoints are deleted only when a newer one is sealed.
   """
 
   def __init__(self, workdir: Path, *, keep: int, asynchronous: bool = True):
     self.root = workdir.absolute() / "checkpoints"
     self._quarantine = workdir.absolute() / "damaged"
-    options = ocp.CheckpointManagerOptions(
-      max_to_keep=keep, enable_async_checkpointing=asynchronous, cleanup_tmp_directories=True
-    )
+    self._keep, self._failures = keep, 0
     self._put_aside()
+    if jax.process_count() > 1:
+      multihost_utils.sync_global_devices("checkpoints that cannot be used were put aside")
+    # Orbax would delete the old ones as soon as the new one is committed, which is before it is sealed.
+    options = ocp.CheckpointManagerOptions(
+      max_to_keep=None, enable_async_checkpointing=asynchronous, cleanup_tmp_directories=True
+    )
     self._manager = ocp.CheckpointManager(self.root, options=options)
     self._sealer = concurrent.futures.ThreadPoolExecutor(1, "seal")
     self._sealing: concurrent.futures.Future | None = None
 
   def _put_aside(self) -> None:
-    """Moves unfinished and damaged checkpoints out of the way, loudly; nothing is deleted."""
+    """Moves unfinished and damaged checkpoints that are newer than the newest good one out of the way, loudly.
+
+    Raises:
+      UserError: there are damaged ones and no good one. Nothing is moved then.
+    """
     if jax.process_index() != 0:
       return
+    faults = {}
     for step in steps(self.root)[::-1]:
       problem = fault(self.root / str(step))
       if problem is None:
-        return
-      target = self._quarantine / f"{step}-{int(time.time())}"
+        break
+      faults[step] = problem
+    else:
+      damaged = [
+        f"{self.root / str(step)} is {problem}" for step, problem in faults.items() if "damaged" in problem
+      ]
+      if damaged:
+        raise UserError(
+          "no checkpoint of this run can be used:\n  "
+          + "\n  ".join(damaged)
+          + "\nPut good copies in their place, or "
+          f"move {self.root} away to begin anew"
+        )
+    for step, problem in faults.items():
+      target = self._quarantine / f"{step}-{time.time_ns()}"
       log.warning("checkpoint %s is %s; it was moved to %s", self.root / str(step), problem, target)
       self._quarantine.mkdir(exist_ok=True)
       os.rename(self.root / str(step), target)
 
   def save(self, step: int, state: TrainState, description: dict[str, Any]) -> None:
+    """Begins to save; waits for the save before this one."""
     self.wait()
     rest = {"step": state.step, "collections": state.collections, "opt_state": state.opt_state}
     items = {"params": state.params, "rest": rest} | ({} if state.ema is None else {"ema": state.ema})
     items = {name: ocp.args.StandardSave(item) for name, item in items.items()}
-    if not self._manager.save(step, args=ocp.args.Composite(**items)):
-      raise RuntimeError(f"{self.root}: step {step} was not saved; there are the steps {steps(self.root)}")
+    try:
+      if not self._manager.save(step, args=ocp.args.Composite(**items)):
+        raise RuntimeError(f"{self.root}: step {step} was not saved; there are the steps {steps(self.root)}")
+    except Exception as error:  # whatever the file system says
+      self._failed(error)
+      return
     self._sealing = self._sealer.submit(self._seal, step, {**description, "step": step})
 
   def forget_from(self, step: int) -> None:
@@ -167,15 +218,57 @@ class Checkpointer:
   def _seal(self, step: int, description: dict[str, Any]) -> None:
     self._manager.wait_until_finished()
     if jax.process_index() == 0:
+      pause = float(os.environ.get(SLOW_SAVE, 0))
       folder = self.root / str(step)
+      time.sleep(pause)
       _write_json(folder / DESCRIPTION, description)
+      time.sleep(pause)
       _write_json(folder / DIGEST, _digests(folder))
+      time.sleep(pause)
+    if self._keep:
+      for old in sorted(self._manager.all_steps())[: -self._keep]:
+        self._manager.delete(old)
 
-  def wait(self) -> None:
-    """Until the last save is on disk and sealed; raises its error."""
+  def _failed(self, error: Exception) -> None:
+    """A save's error: remembered when it may pass, else raised, with the half-written files removed."""
+    self._failures += 1
+    if jax.process_index() == 0:
+      for half in self.root.glob("*.orbax-checkpoint-tmp*"):
+        shutil.rmtree(half, ignore_errors=True)
+    if _may_pass(error) and self._failures < ATTEMPTS and jax.process_count() == 1:
+      log.warning(
+        "saving in %s failed (%s); it will be tried again at the next step", self.root, _brief(error)
+      )
+      return
+    hint = "" if self.root.parent.is_dir() else f"; {self.root.parent} is no longer there"
+    raise UserError(
+      f"saving in {self.root} failed{hint}: {_brief(error)}. Earlier checkpoints there are as they "
+      "were; make room or mend the disk, and give the same command again to go on from the newest"
+    ) from error
+
+  def wait(self) -> bool:
+    """Until the last save is on disk and sealed.
+
+    Returns:
+      False when it failed for a reason that may pass: save again.
+
+    Raises:
+      UserError: it failed for good.
+    """
     if self._sealing is not None:
       sealing, self._sealing = self._sealing, None
-      sealing.result()
+      try:
+        sealing.result()
+        self._failures = 0
+      except Exception as error:  # whatever the file system says
+        self._failed(error)
+    return self._failures == 0
+
+  def wanted(self) -> bool:
+    """Whether the last save has failed by now and must be repeated. Does not wait; raises as `wait` does."""
+    if self._sealing is not None and not self._sealing.done():
+      return False
+    return not self.wait()
 
   def latest(self) -> int | None:
     """Step of the newest good checkpoint (bad ones were put aside at the start)."""
@@ -208,4 +301,9 @@ class Checkpointer:
       self.wait()
     finally:
       self._sealer.shutdown()
-      self._manager.close()
+      try:
+        self._manager.close()
+      except Exception as error:  # Orbax raises once more what a failed save has raised
+        if not self._failures:
+          raise
+        log.warning("closing %s: %s", self.root, _brief(error))

@@ -11,3 +11,7 @@ class UserError(Exception):
 
 class CollapseError(UserError):
   """The codebook of a tokenizer in training has collapsed, and the config asks to stop then."""
+
+
+class BadImage(UserError):
+  """One image that cannot be read; names the file, or the example. Training goes on with another."""

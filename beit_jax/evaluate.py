@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from beit_jax import checkpoint, sharding, trees
 from beit_jax.data import pipeline, sources
+from beit_jax.data.damage import Damage
 from beit_jax.errors import UserError
 from beit_jax.logs import log
 from beit_jax.objectives import OBJECTIVES, Objective
@@ -88,8 +89,9 @@ def eval_batches(
   """Global batches over the whole source, in order; the last one padded, with `valid` False there."""
   batch_size = -(-batch_size // mesh.size) * mesh.size
   rows = sharding.local_rows(mesh, batch_size)
+  damage = Damage(source, config.data.max_bad)
   host = pipeline.eval_batches(
-    source, objective.reader(), rows=rows, batch_size=batch_size, threads=config.data.threads
+    source, objective.reader(), rows=rows, batch_size=batch_size, threads=config.data.threads, damage=damage
   )
   return (sharding.put_batch(mesh, batch, batch_size) for batch in host)
 

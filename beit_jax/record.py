@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import platform
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import jax
 import beit_jax
 from beit_jax import checkpoint, trees
 from beit_jax.errors import UserError
+from beit_jax.logs import log
 
 PACKAGES = (
   "jax",
@@ -72,6 +74,48 @@ def logged(workdir: Path) -> tuple[dict[str, float], dict[str, float]]:
   rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
   rows = [row for row in rows if "loss" in row]
   return (rows[0], rows[-1]) if rows else ({}, {})
+
+
+def count(workdir: Path, key: str) -> int:
+  """Rows of metrics.jsonl with this key."""
+  path = workdir / "metrics.jsonl"
+  return sum(key in json.loads(line) for line in path.read_text().splitlines()) if path.exists() else 0
+
+
+# What may differ when a run goes on: none of it changes what is computed from a step on, but for the run's length.
+FREE = re.compile(
+  r"log_every_steps|total_(steps|epochs)|eval_only|figures|microbatches|(.*\.)?init_from|resume|(mesh|checkpoint|eval)\..*"
+  r"|data\.(workers|threads|data_dir|root|max_bad)|model\.(remat|scan|dtype)|optimizer\.(max_skipped|ema_decay)"
+)
+
+
+def _leaves(tree: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+  for key, value in tree.items():
+    yield from _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
+
+
+def same_run(folder: Path, config) -> None:
+  """Refuses to go on from a checkpoint of the run's own folder with another recipe; lists what differs freely.
+
+  Raises:
+    UserError: a key that changes the training differs.
+  """
+  before = dict(_leaves(checkpoint.read_description(folder).get("config", {})))
+  now = dict(_leaves(json.loads(json.dumps(config.to_dict(), default=str))))
+  differ = {n: (before[n], now[n]) for n in sorted(before.keys() & now.keys()) if before[n] != now[n]}
+  lines = {
+    n: f"{n}: {have!r} in the checkpoint, {want!r} in the config" for n, (have, want) in differ.items()
+  }
+  wrong = [line for name, line in lines.items() if not FREE.fullmatch(name)]
+  if wrong:
+    raise UserError(
+      f"{folder} was trained with another config:\n  "
+      + "\n  ".join(wrong)
+      + "\nUse another --workdir (with init_from "
+      "or resume to begin from this one), or the values of before"
+    )
+  if lines:
+    log.info("going on with another config than before:\n  %s", "\n  ".join(lines.values()))
 
 
 def write_config(config, workdir) -> None:

@@ -89,3 +89,11 @@ def put_batch(mesh: Mesh, batch: dict[str, np.ndarray], batch_size: int) -> dict
     return jax.make_array_from_callback((batch_size, *local.shape[1:]), sharding, shard)
 
   return {name: put(local) for name, local in batch.items()}
+
+
+def local_part(array: jax.Array) -> np.ndarray:
+  """The rows of a batch that this process holds, in order."""
+  shards = {
+    (shard.index[0].start or 0) if shard.index else 0: shard.data for shard in array.addressable_shards
+  }
+  return np.concatenate([np.atleast_1d(np.asarray(shards[start])) for start in sorted(shards)])

@@ -3,7 +3,6 @@
 `run` reads in the order things happen: mesh, data, objective, optimizer, state, restore, steps.
 """
 
-import collections
 import contextlib
 import functools
 import time
@@ -14,18 +13,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from ml_collections import ConfigDict
 from PIL import Image
 
-from beit_jax import checkpoint, convert, optim, record, sharding, train_state, trees
+from beit_jax import checkpoint, convert, optim, preemption, record, sharding, train_state, trees
 from beit_jax import config as config_lib
 from beit_jax import evaluate as evaluation
 from beit_jax.data import pipeline, sources
+from beit_jax.data.damage import Damage
 from beit_jax.errors import UserError
+from beit_jax.lock import only_writer
 from beit_jax.logs import Logger, log
-from beit_jax.objectives import OBJECTIVES, Objective
+from beit_jax.meter import Meter
+from beit_jax.objectives import OBJECTIVES
+from beit_jax.step import make_optimizer, make_schedules, make_train_step
 from beit_jax.train_state import TrainState
+
+BAD_IMAGES = "bad_images.jsonl"
 
 
 def run(config: ConfigDict, workdir: Path, name: str = "") -> dict[str, Any]:
@@ -42,13 +46,23 @@ def run(config: ConfigDict, workdir: Path, name: str = "") -> dict[str, Any]:
     log.info("%s: finished earlier, step %d (%s)", name or workdir, finished["step"], workdir / record.RESULT)
     return finished
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-  with jax.set_mesh(mesh):
-    if config.eval_only or not OBJECTIVES[config.objective].trains:
-      return evaluation.evaluate_only(config, workdir, name or workdir.name, mesh)
-    return _run(config, workdir, name or workdir.name, mesh)
+  try:
+    with jax.set_mesh(mesh):
+      if config.eval_only or not OBJECTIVES[config.objective].trains:
+        return evaluation.evaluate_only(config, workdir, name or workdir.name, mesh)
+      workdir.mkdir(parents=True, exist_ok=True)
+      with only_writer(workdir), preemption.Watch() as watch:
+        return _run(config, workdir, name or workdir.name, mesh, watch)
+  except OSError as error:
+    raise UserError(
+      f"{error.filename or workdir}: {error.strerror or error}. Checkpoints in {workdir} are as they were; give the "
+      "same command again when it is mended"
+    ) from error
 
 
-def _run(config: ConfigDict, workdir: Path, name: str, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+def _run(
+  config: ConfigDict, workdir: Path, name: str, mesh: jax.sharding.Mesh, watch: preemption.Watch
+) -> dict[str, Any]:
   began = time.monotonic()
 
   # Data and objective.
@@ -70,7 +84,7 @@ def _run(config: ConfigDict, workdir: Path, name: str, mesh: jax.sharding.Mesh) 
   init = functools.partial(objective.init, jax.random.fold_in(root, 0))
   param_shapes = jax.eval_shape(init)["params"]
   schedules = make_schedules(config, steps_per_epoch, total_steps)
-  tx = _optimizer(config, schedules, param_shapes, objective.depth)
+  tx = make_optimizer(config, schedules, param_shapes, objective.depth)
   decay = config.optimizer.ema_decay
   if not 0 <= decay < 1:
     raise UserError(f"config key 'optimizer.ema_decay': {decay} must lie in [0, 1)")
@@ -78,7 +92,6 @@ def _run(config: ConfigDict, workdir: Path, name: str, mesh: jax.sharding.Mesh) 
   frozen = jax.device_put(objective.frozen_params(mesh), sharding.replicated(mesh))
 
   # Restore: own folder > resume > init_from > scratch.
-  workdir.mkdir(parents=True, exist_ok=True)
   description = record.describe(config, objective, source)
   options = dict(keep=config.checkpoint.keep, asynchronous=config.checkpoint.asynchronous)
   with contextlib.ExitStack() as stack:
@@ -92,16 +105,21 @@ def _run(config: ConfigDict, workdir: Path, name: str, mesh: jax.sharding.Mesh) 
     )
 
     # Steps.
+    def due(step, every):
+      return bool(every) and step % every == 0 and step < total_steps
+
     train_step = make_train_step(
       objective, tx, config.microbatches, jax.random.fold_in(root, 1), shardings, decay
     )
     eval_step = evaluation.make_eval_step(objective, mesh)
-    batches = _train_batches(config, objective, source, mesh, start_step, total_steps)
-    logger = stack.enter_context(contextlib.closing(Logger(workdir, total_steps, name, start_step)))
-    (first, last), evaluated, pending = record.logged(workdir), {}, None
-    clock, clock_step = time.monotonic(), start_step
+    damage = Damage(source, config.data.max_bad, workdir / BAD_IMAGES)
+    batches = _train_batches(config, objective, source, mesh, start_step, total_steps, damage)
+    again = eval_source is not None and due(start_step, config.eval.every_steps) and start_step > 0
+    logger = Logger(workdir, total_steps, name, start_step, again=again or start_step == total_steps)
+    stack.enter_context(contextlib.closing(logger))
+    meter = Meter(config, logger, workdir, name, schedules, start_step)
 
-    def eval_now(step):
+    def evaluate(step):
       metrics = {}
       for prefix, params in (("", state.params), ("ema_", state.ema)):
         if params is not None:
@@ -116,60 +134,38 @@ def _run(config: ConfigDict, workdir: Path, name: str, mesh: jax.sharding.Mesh) 
       best.offer(step, metrics, state, description)
       return metrics
 
-    def settle(limit):
-      """Waits for all but the newest `limit` steps; a number that is none ends the run before it is saved."""
-      while len(in_flight) > limit:
-        at, loss, norm = in_flight.popleft()
-        if not np.isfinite([float(loss), float(norm)]).all():
-          raise UserError(
-            f"{name}: loss {loss}, gradient norm {norm} at step {at}: lower optimizer.learning_rate or set "
-            f"optimizer.clip_norm; a checkpoint in {saver.root} is from before that"
-          )
-
-    def flush():
-      """Logs the step before the newest, so that the host never waits for the device with nothing queued."""
-      nonlocal first, last, pending, clock, clock_step
-      if pending is None:
-        return
-      (step, metrics), pending = pending, None
-      last = {key: float(value) for key, value in jax.device_get(metrics).items()}
-      now = time.monotonic()
-      speed = (step - clock_step) * config.batch_size / max(now - clock, 1e-9)
-      last |= {"learning_rate": float(schedules["learning_rate"](step - 1)), "images_per_second": speed}
-      clock, clock_step, first = now, step, first or last
-      logger.write(step, last)
-      logger.progress(step, last)
-
+    evaluated = evaluate(start_step) if again else {}  # it may have been cut short
     # How far the host may run ahead. Batches would pile up on the device without a bound, and several CPU
     # devices in one process can block each other for good when two steps with collectives are under way.
     ahead = 0 if mesh.size > 1 and jax.default_backend() == "cpu" else 2
-    in_flight: collections.deque = collections.deque()
+    meter.restart(start_step)
     for step in range(start_step + 1, total_steps + 1):
-      state, metrics = train_step(state, frozen, next(batches))
-      in_flight.append((step, metrics["loss"], metrics["grad_norm"]))
-      settle(ahead)
+      batch = next(batches)
+      state, metrics = train_step(state, frozen, batch)
+      watch.nothing_to_save = False
       is_last = step == total_steps
-      if is_last or step == start_step + 1 or step % config.log_every_steps == 0:
-        flush()
-        pending = step, metrics
-      saving = is_last or (config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0)
-      evaluating = not is_last and config.eval.every_steps and step % config.eval.every_steps == 0
-      if is_last or saving or (eval_source and evaluating):
-        flush()
-        settle(0)
-        if eval_source and evaluating:
-          evaluated = eval_now(step)
-        if saving:
+      meter.push(step, metrics, batch, is_last or step == 1 or step % config.log_every_steps == 0)
+      meter.settle(ahead)
+      stopping = watch.requested(step)
+      evaluating = eval_source is not None and due(step, config.eval.every_steps)
+      surely = is_last or stopping or evaluating  # on disk before anything else is begun
+      if surely or due(step, config.checkpoint.every_steps) or saver.wanted():
+        meter.settle()
+        saver.save(step, state, description)
+        while surely and not saver.wait():
           saver.save(step, state, description)
-        clock, clock_step = time.monotonic(), step
-    if eval_source:
-      evaluated = eval_now(total_steps)
+        if surely:
+          watch.saved()
+        if evaluating:
+          evaluated = evaluate(step)
+        meter.restart(step)
+    if eval_source is not None:
+      evaluated = evaluate(total_steps)
     if config.figures:
       _write_figures(config, objective, state, frozen, eval_source, source, mesh, workdir, total_steps)
   seconds = round(time.monotonic() - began, 1)
-  result = dict(
-    step=total_steps, seconds=seconds, first=first, last=last, eval=evaluated, examples=len(source)
-  )
+  result = dict(step=total_steps, seconds=seconds, first=meter.first, last=meter.last, eval=evaluated)
+  result |= dict(examples=len(source), skipped_steps=meter.skipped, bad_images=len(damage.known))
   record.write_result(workdir, result)
   log.info("%s: done in %.0f s, %s", name, seconds, workdir)
   return result
@@ -198,94 +194,13 @@ class Best:
       best = {"metric": self._metric, "value": value}
       self._saver.forget_from(step)
       self._saver.save(step, state, {**description, "best": best})
+      while not self._saver.wait():
+        self._saver.save(step, state, {**description, "best": best})
       log.info("best so far: %s %.6g at step %d, kept in %s", self._metric, value, step, self._saver.root)
 
   def close(self) -> None:
     if self._saver is not None:
       self._saver.close()
-
-
-def make_train_step(
-  objective: Objective, tx, microbatches: int, root: jax.Array, shardings: TrainState, ema_decay: float = 0.0
-):
-  """(state, frozen, batch) -> (state, metrics), jitted, state donated: the same function for every objective.
-
-  The loss is sum / count over the global batch, microbatches included: gradients of sums are added and divided
-  once. Microbatch m takes rows m, m + M, ...: a regrouping that moves nothing between devices.
-  """
-
-  def gradients(state, frozen, batch, key):
-    def loss(params):
-      return objective.loss({"params": params, **state.collections}, frozen, batch, key, state.step)
-
-    (_, aux), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
-    return grads, aux
-
-  def train_step(state: TrainState, frozen, batch):
-    key = jax.random.fold_in(root, state.step)
-    if microbatches == 1:
-      grads, (sums, extra) = gradients(state, frozen, batch, key)
-    else:
-      parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, microbatches, *x.shape[1:]), 1, 0), batch)
-
-      def accumulate(total, part):
-        index, rows = part
-        grads, (sums, extra) = gradients(state, frozen, rows, jax.random.fold_in(key, index))
-        return jax.tree.map(jnp.add, total, (grads, sums)), extra
-
-      first = jax.tree.map(lambda x: x[0], parts)
-      shapes = jax.eval_shape(gradients, state, frozen, first, key)
-      zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (shapes[0], shapes[1][0]))
-      (grads, sums), extra = jax.lax.scan(accumulate, zeros, (jnp.arange(microbatches), parts))
-      extra = jax.tree.map(lambda x: x[-1], extra)
-    count = jnp.maximum(sums["loss"][1], 1.0)
-    grads = jax.tree.map(lambda g: g / count, grads)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    metrics = {name: total / jnp.maximum(n, 1.0) for name, (total, n) in sums.items()}
-    metrics["grad_norm"] = optax.tree.norm(grads)
-    ema = train_state.update_ema(state.ema, params, ema_decay)
-    return TrainState(state.step + 1, params, extra, opt_state, ema), metrics
-
-  return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
-
-
-def make_schedules(config: ConfigDict, steps_per_epoch: int, total_steps: int) -> dict[str, Any]:
-  """`learning_rate` and `weight_decay`, each (step, xp=numpy) -> value."""
-  o = config.optimizer
-  warmup = config_lib.duration(o, "warmup", steps_per_epoch, default=0)
-  if warmup > total_steps:
-    raise UserError(
-      f"config key 'optimizer.warmup_steps': {warmup} is more than the {total_steps} steps of the run"
-    )
-  cosine = functools.partial(optim.warmup_cosine, total_steps=total_steps)
-  rates = dict(peak=o.learning_rate, end=o.min_lr, warmup_steps=warmup, total_steps=total_steps)
-  if o.schedule not in ("cosine", "poly"):
-    raise UserError(
-      f"config key 'optimizer.schedule': {o.schedule!r} is unknown; there are 'cosine' and 'poly'"
-    )
-  poly = functools.partial(optim.warmup_poly, power=o.power, **rates)
-  end = o.weight_decay if o.weight_decay_end is None else o.weight_decay_end
-  return {
-    "learning_rate": poly if o.schedule == "poly" else functools.partial(optim.warmup_cosine, **rates),
-    "weight_decay": functools.partial(cosine, peak=o.weight_decay, end=end, warmup_steps=0),
-  }
-
-
-def _optimizer(config, schedules, param_shapes, depth):
-  o = config.optimizer
-  constant = o.weight_decay_end is None
-  return optim.make_optimizer(
-    param_shapes,
-    schedule=functools.partial(schedules["learning_rate"], xp=jnp),
-    weight_decay=o.weight_decay if constant else functools.partial(schedules["weight_decay"], xp=jnp),
-    betas=o.betas,
-    eps=o.eps,
-    clip_norm=o.clip_norm,
-    layer_decay=o.layer_decay,
-    depth=depth,
-    no_decay=o.no_decay,
-  )
 
 
 def _check_unused(config, objective) -> None:
@@ -311,7 +226,7 @@ def _check_batch(config, mesh) -> None:
 
 
 def _train_batches(
-  config, objective, source, mesh, start_step, total_steps
+  config, objective, source, mesh, start_step, total_steps, damage
 ) -> Iterator[dict[str, jax.Array]]:
   host = pipeline.train_batches(
     source,
@@ -323,6 +238,7 @@ def _train_batches(
     seed=config.seed,
     workers=config.data.workers,
     threads=config.data.threads,
+    damage=damage,
   )
   return (sharding.put_batch(mesh, batch, config.batch_size) for batch in host)
 
@@ -331,6 +247,7 @@ def _restore(config, objective, saver, state, shapes, shardings, description) ->
   latest = saver.latest()
   if latest is not None:
     record.same_model(saver.root / str(latest), description)
+    record.same_run(saver.root / str(latest), config)
     log.info("resuming from %s", saver.root / str(latest))
     return saver.restore(latest, shapes, shardings)
   if config.resume:

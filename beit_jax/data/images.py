@@ -4,6 +4,7 @@ The two-view crop follows unilm `beit/datasets.py` and `beit/transforms.py`: one
 Every function takes its randomness as an argument.
 """
 
+import functools
 import io
 import math
 from typing import Any
@@ -17,6 +18,8 @@ RESAMPLE = {
   "bicubic": Image.Resampling.BICUBIC,
   "lanczos": Image.Resampling.LANCZOS,
 }
+MAX_PIXELS = 2**26  # of an encoded picture, checked before it is decoded: 8,192 x 8,192
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # EPS would run a program
 RESIZES = ("short_side", "squash")
 CROPS = ("random_resized", "pad", "center")
 Box = tuple[int, int, int, int]  # left, top, right, bottom
@@ -32,6 +35,26 @@ def to_rgb(image: Image.Image) -> Image.Image:
   elif image.mode == "P" and "transparency" in image.info:
     image = image.convert("RGBA")
   return image.convert("RGB")
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+  Image.init()
+  return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _open(encoded: bytes) -> Image.Image:
+  """Reads the header only.
+
+  Raises:
+    ValueError: the picture is absurdly large. Pillow's errors, for whatever else is wrong.
+  """
+  if not encoded:
+    raise ValueError("the file is empty")
+  image = Image.open(io.BytesIO(encoded), formats=_formats())
+  if image.width * image.height > MAX_PIXELS:
+    raise ValueError(f"{image.width}x{image.height} pixels are more than {MAX_PIXELS:,}")
+  return image
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -50,7 +73,7 @@ def decode(image: Any) -> Image.Image:
   is dropped.
   """
   if isinstance(image, bytes):
-    return to_rgb(_upright(Image.open(io.BytesIO(image))))
+    return to_rgb(_upright(_open(image)))
   if isinstance(image, Image.Image):
     return image
   array = np.asarray(image)

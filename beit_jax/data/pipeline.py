@@ -8,8 +8,11 @@ the number of processes nor that of workers changes what an example looks like.
 
 import ctypes
 import functools
+import multiprocessing
+import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,9 +21,11 @@ import numpy as np
 from PIL import Image
 
 from beit_jax.data import images, randaugment
-from beit_jax.errors import UserError
+from beit_jax.data.damage import Damage
+from beit_jax.errors import BadImage, UserError
 
 HostBatch = dict[str, np.ndarray]
+TRIES = 100  # examples to try before giving up
 
 
 @functools.lru_cache(maxsize=4)
@@ -85,20 +90,25 @@ def decode(example: dict[str, Any], index: int, field: str = "image") -> Image.I
   """The picture of an example.
 
   Raises:
-    UserError: it cannot be decoded; names the file, or the example.
+    BadImage: it cannot be decoded; names the file, or the example.
   """
   try:
     return images.decode(example[field])
+  except Image.UnidentifiedImageError:
+    name = example.get("file", f"example {index}")
+    raise BadImage(
+      f"{name} cannot be decoded: no picture of a kind that is read; remove or repair it"
+    ) from None
   except Exception as error:  # Pillow's readers let through whatever a damaged file leads to
     name, reason = example.get("file", f"example {index}"), str(error) or type(error).__name__
-    raise UserError(f"{name} cannot be decoded: {reason}; remove or repair it") from None
+    raise BadImage(f"{name} cannot be decoded: {reason}; remove or repair it") from None
 
 
 class _Rows:
   """Random access to this process's rows of the global batches, in order; the unit that grain reads."""
 
-  def __init__(self, source, reader, *, rows, batch_size, steps, seed, train):
-    self._source, self._reader = source, reader
+  def __init__(self, source, reader, *, rows, batch_size, steps, seed, train, replace):
+    self._source, self._reader, self._tries = source, reader, TRIES if replace else 1
     self._rows, self._batch, self._steps = rows, batch_size, steps
     self._seed, self._train = seed, train
 
@@ -111,8 +121,7 @@ class _Rows:
     epoch, index = divmod(position, len(self._source))
     if self._train:
       index = int(_order(self._seed, epoch, len(self._source))[index])
-    example = self._source[index]
-    image = decode(example, index)
+    example, image, replaced = self._read(index)
     if self._train:
       arrays = self._reader.train(image, example, (self._seed, epoch, index))
     else:
@@ -120,18 +129,48 @@ class _Rows:
     return {
       **arrays,
       "example_key": np.array([epoch, index], np.uint32),
-      "valid": np.array(self._train or position < len(self._source)),
+      "valid": np.array(self._train or (position < len(self._source) and not replaced)),
+      "replaced": np.array(replaced),
     }
 
+  def _read(self, index: int) -> tuple[dict[str, Any], Image.Image, bool]:
+    """An example and its picture; where that cannot be read another one, always the same for an index."""
+    problem = None
+    for other in self._candidates(index):
+      try:
+        example = self._source[other]
+        return example, decode(example, other), other != index
+      except (BadImage, OSError) as error:
+        problem = problem or error
+    more = "" if self._tries == 1 else f"; nor could any of {self._tries} others that were tried in its place"
+    raise BadImage(f"{problem}{more}")
 
-def _die_with_parent(*_) -> None:
-  """Linux: workers get SIGKILL when the process that started them dies, however it dies."""
+  def _candidates(self, index: int) -> Iterator[int]:
+    """Not simply the next ones: a whole folder may be damaged."""
+    yield index
+    rng = np.random.default_rng((index, 4))
+    for _ in range(self._tries if self._tries > 1 else 0):
+      yield int(rng.integers(len(self._source)))
+
+
+def _as_worker(*_) -> None:
+  """A worker ignores the signals that are meant for its parent, and dies with that, however it dies."""
+  for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, signal.SIG_IGN)
   if sys.platform == "linux":
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # at once, but only if the parent is still alive now
+  threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+  parent = multiprocessing.parent_process()
+  if parent is not None:
+    parent.join()
+    os._exit(1)
 
 
 def _batches(
-  rows: _Rows, local_batch: int, start_step: int, workers: int, threads: int
+  rows: _Rows, local_batch: int, start_step: int, workers: int, threads: int, damage: Damage | None
 ) -> Iterator[HostBatch]:
   # Batching comes before `to_iter_dataset`: after it the order would depend on the number of workers.
   dataset = grain.MapDataset.source(rows).batch(local_batch)[start_step:]
@@ -141,14 +180,19 @@ def _batches(
     from absl import flags
 
     flags.FLAGS.mark_as_parsed()  # grain's workers refuse to start otherwise; we use no absl flags
-    multiprocessing = grain.multiprocessing.MultiprocessingOptions(num_workers=workers)
-    dataset = dataset.mp_prefetch(multiprocessing, worker_init_fn=_die_with_parent)
-  return iter(dataset)
+    processes = grain.multiprocessing.MultiprocessingOptions(num_workers=workers)
+    dataset = dataset.mp_prefetch(processes, worker_init_fn=_as_worker)
+  for batch in dataset:
+    replaced = batch.pop("replaced")
+    if damage is not None:
+      damage.note(batch["example_key"][:, 1], replaced)
+    yield batch
 
 
 def train_batches(
   source: Any, reader: Any, *,
   rows: np.ndarray, batch_size: int, total_steps: int, start_step: int, seed: int, workers: int = 0, threads: int = 1,
+  damage: Damage | None = None,
 ) -> Iterator[HostBatch]:  # fmt: skip
   """Host batches of steps start_step..total_steps-1.
 
@@ -156,19 +200,23 @@ def train_batches(
     reader: `Views`, or anything with its `train` and `eval`.
     rows: the rows of a global batch that this process reads.
     workers: processes that read; 0 = `threads` of this one.
+    damage: is told of examples that cannot be read; others take their place. Without it they are errors.
 
   Yields:
     {view: uint8 [b, H, W, 3], "example_key": uint32 [b, 2] = (epoch, index), "valid": bool [b] and, with labels,
     "label": int32 [b], or float32 [b, C] of 0 and 1 with several labels}, b = len(rows).
   """
-  table = _Rows(source, reader, rows=rows, batch_size=batch_size, steps=total_steps, seed=seed, train=True)
-  return _batches(table, len(rows), start_step, workers, threads)
+  options = dict(rows=rows, batch_size=batch_size, seed=seed, replace=damage is not None)
+  table = _Rows(source, reader, steps=total_steps, train=True, **options)
+  return _batches(table, len(rows), start_step, workers, threads, damage)
 
 
 def eval_batches(
-  source: Any, reader: Any, *, rows: np.ndarray, batch_size: int, workers: int = 0, threads: int = 1
-) -> Iterator[HostBatch]:
-  """Every example once, in order, centre-cropped; the last batch is padded with `valid` False."""
+  source: Any, reader: Any, *,
+  rows: np.ndarray, batch_size: int, workers: int = 0, threads: int = 1, damage: Damage | None = None,
+) -> Iterator[HostBatch]:  # fmt: skip
+  """Every example once, in order, centre-cropped; `valid` is False in the last batch's padding and for damaged ones."""
   steps = -(-len(source) // batch_size)
-  table = _Rows(source, reader, rows=rows, batch_size=batch_size, steps=steps, seed=0, train=False)
-  return _batches(table, len(rows), 0, workers, threads)
+  options = dict(rows=rows, batch_size=batch_size, seed=0, replace=damage is not None)
+  table = _Rows(source, reader, steps=steps, train=False, **options)
+  return _batches(table, len(rows), 0, workers, threads, damage)

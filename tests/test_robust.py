@@ -1,0 +1,390 @@
+"""Nothing is lost: bad numbers, bad images, bad checkpoints, another recipe, another writer, errors of the disk."""
+
+import io
+import json
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from beit_jax import checkpoint, lock, record, train, trees
+from beit_jax.data import damage, images, pipeline, sources
+from beit_jax.errors import BadImage, UserError
+from beit_jax.objectives import Classify
+from tests import tiny
+from tests.conftest import ROOT
+
+
+def _rows(workdir):
+  return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def _params(workdir, step=None):
+  return trees.flatten(checkpoint.load_params(checkpoint.find(workdir, step)))
+
+
+def _config(**changes):
+  return tiny.config(
+    "classify", **{"total_steps": 6, "checkpoint.every_steps": 1, "checkpoint.keep": 99, **changes}
+  )
+
+
+# Bad numbers.
+
+
+def _poison(monkeypatch, where, steps):
+  """NaN in the loss, the gradient or the batch at some steps (the updates made before)."""
+  original = Classify.loss
+
+  def loss(self, variables, frozen, batch, key, step):
+    bad = jnp.isin(step, jnp.array(steps))
+    if where == "batch":
+      batch = {**batch, "image": jnp.where(bad, jnp.nan, batch["image"].astype(jnp.float32))}
+    total, aux = original(self, variables, frozen, batch, key, step)
+    if where == "loss":
+      sums, extra = aux
+      total = jnp.where(bad, jnp.nan, total)
+      aux = {**sums, "loss": (total, sums["loss"][1])}, extra
+    if where == "gradient":  # the derivative of the root at 0 is infinite, times 0
+      leaf = variables["params"]["head"]["kernel"]
+      total = total + jnp.sqrt(jnp.where(bad, jnp.sum(leaf * 0.0), 1.0)) - jnp.where(bad, 0.0, 1.0)
+    return total, aux
+
+  monkeypatch.setattr(Classify, "loss", loss)
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient", "batch"])
+def test_a_step_that_is_not_finite_is_skipped(where, monkeypatch, tmp_path):
+  _poison(monkeypatch, where, [2])
+  result = train.run(_config(total_steps=4, **{"optimizer.ema_decay": 0.5}), tmp_path)
+  assert result["skipped_steps"] == 1 and result["step"] == 4
+  rows = _rows(tmp_path)
+  assert [row["step"] for row in rows if "skipped_step" in row] == [3]
+  assert [row["step"] for row in rows if "loss" in row] == [1, 2, 4]
+  assert all(np.isfinite(row["loss"]) for row in rows if "loss" in row)
+  before, after, later = (_params(tmp_path, step) for step in (2, 3, 4))
+  assert all(np.array_equal(before[name], after[name]) for name in before)
+  assert not all(np.array_equal(before[name], later[name]) for name in before)
+  rest = [trees.flatten(checkpoint.load_params(checkpoint.find(tmp_path, step), "rest")) for step in (2, 3)]
+  differ = [name for name in rest[0] if not np.array_equal(rest[0][name], rest[1][name])]
+  assert differ == ["step"]
+  averages = [
+    trees.flatten(checkpoint.load_params(checkpoint.find(tmp_path, step), "ema")) for step in (2, 3)
+  ]
+  assert all(np.array_equal(averages[0][name], averages[1][name]) for name in averages[0])
+
+
+def test_five_in_a_row_stop_the_run_with_the_batch(monkeypatch, tmp_path):
+  _poison(monkeypatch, "loss", [1, 3, 4, 5, 6, 7])
+  with pytest.raises(UserError) as error:
+    train.run(_config(total_steps=20, **{"checkpoint.every_steps": 2}), tmp_path)
+  for fact in ("5 steps in a row", "bad_batch_8.npz", "optimizer.learning_rate"):
+    assert fact in str(error.value)
+  batch = np.load(tmp_path / "bad_batch_8.npz")
+  assert batch["image"].shape == (16, 16, 16, 3) and batch["example_key"].shape == (16, 2)
+  assert record.count(tmp_path, "skipped_step") == 6
+  assert max(checkpoint.steps(tmp_path / "checkpoints")) == 6
+
+
+# Bad images.
+
+
+def _picture(seed, size=(24, 20)):
+  buffer = io.BytesIO()
+  pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3)).astype(np.uint8)
+  Image.fromarray(pixels).save(buffer, "PNG")
+  return buffer.getvalue()
+
+
+def _bomb(side=50_000):
+  """A PNG whose header claims side x side pixels."""
+  import struct
+  import zlib
+
+  header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+  chunk = lambda kind, data: (
+    struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+  )
+  pixels = chunk(b"IDAT", zlib.compress(b"\0" * 1000))
+  return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + pixels + chunk(b"IEND", b"")
+
+
+def _jpeg(seed):
+  buffer = io.BytesIO()
+  Image.open(io.BytesIO(_picture(seed, (64, 64)))).save(buffer, "JPEG")
+  return buffer.getvalue()
+
+
+BROKEN = {
+  "empty": b"",
+  "text": b"<html>404</html>",
+  "truncated_png": _picture(0)[:300],
+  "truncated_jpeg": _jpeg(0)[:700],
+  "header_only": _picture(0)[:20],
+  "flipped": _picture(0)[:60] + bytes(b ^ 0xFF for b in _picture(0)[60:200]) + _picture(0)[200:],
+  "bomb": _bomb(),
+  "postscript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\nshowpage\n",
+  "zeros": bytes(4096),
+  "noise": np.random.default_rng(0).integers(0, 256, 4096).astype(np.uint8).tobytes(),
+}
+
+
+def _folder(root, count, broken):
+  for i in range(count):
+    folder = root / "train" / "ab"[i % 2]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{i:04d}.png").write_bytes(broken.get(i) if i in broken else _picture(i))
+  return {"data.source": "folder", "data.root": str(root), "data.num_examples": 8192, "eval.split": "train"}
+
+
+def test_two_per_cent_of_broken_images_of_ten_kinds(tmp_path, caplog):
+  """Trains to the end with the count, twice, bit-identical, also with data workers; evaluation leaves them out."""
+  broken = dict(zip(range(7, 500, 50), BROKEN.values(), strict=True))
+  changes = _folder(tmp_path / "data", 500, broken)
+  results = []
+  for name, workers in (("one", 0), ("two", 2)):
+    config = _config(total_steps=32, **{**changes, "data.workers": workers, "checkpoint.every_steps": None})
+    results.append(train.run(config, tmp_path / name))
+    known = [json.loads(line) for line in (tmp_path / name / "bad_images.jsonl").read_text().splitlines()]
+    assert sorted(row["index"] for row in known) == sorted(
+      i // 2 if i % 2 == 0 else 250 + i // 2 for i in broken
+    )
+    assert all(".png" in row["reason"] for row in known)
+  assert [result["bad_images"] for result in results] == [10, 10]
+  assert results[0]["eval"] == results[1]["eval"]
+  one, two = (_params(tmp_path / name) for name in ("one", "two"))
+  assert all(np.array_equal(one[name], two[name]) for name in one)
+  assert "0007.png cannot be decoded: the file is empty" in caplog.text
+
+
+def test_half_of_the_images_broken_stops_the_run(tmp_path):
+  changes = _folder(tmp_path / "data", 200, {i: b"no picture" for i in range(0, 200, 2)})
+  with pytest.raises(UserError) as error:
+    train.run(_config(total_steps=32, **changes), tmp_path / "run")
+  for fact in ("examples could not be read", "data.max_bad=0.05", "data/train/a/0", "bad_images.jsonl"):
+    assert fact in str(error.value)
+
+
+def test_another_takes_the_place(tmp_path):
+  changes = _folder(tmp_path, 8, {2: b""})
+  source = sources.FolderSource(changes["data.root"], "train", "")  # a: 0 2 4 6, b: 1 3 5 7
+  reader = pipeline.Views({"image": ((16, 16), "bicubic")}, tiny.config("classify").data.to_dict())
+  seen = damage.Damage(source, 1.0)
+  options = dict(rows=np.arange(8), batch_size=8)
+  whole = next(pipeline.eval_batches(source, reader, damage=seen, **options))
+  assert whole["valid"].tolist() == [True, False] + [True] * 6 and list(seen.known) == [1]
+  assert sum(np.array_equal(whole["image"][1], whole["image"][i]) for i in range(8)) == 2
+  with pytest.raises(BadImage, match="0002.png"):
+    next(pipeline.eval_batches(source, reader, **options))
+
+
+def test_nothing_but_broken_images(tmp_path):
+  changes = _folder(tmp_path, 6, {i: b"" for i in range(6)})
+  with pytest.raises(UserError, match="nor could any"):
+    train.run(_config(**{**changes, "batch_size": 6, "mesh.data": 1}), tmp_path / "run")
+
+
+def test_sizes_are_read_before_pixels():
+  with pytest.raises(Image.DecompressionBombError):
+    images.decode(BROKEN["bomb"])
+  with pytest.raises(ValueError, match="9000x9000 pixels are more than 67,108,864"):
+    images.decode(_bomb(9000))
+
+
+def test_share_must_be_one(tmp_path):
+  with pytest.raises(UserError, match="data.max_bad"):
+    train.run(_config(**{"data.max_bad": 2.0}), tmp_path)
+
+
+# Checkpoints.
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("robust") / "run"
+  train.run(_config(), workdir)
+  return workdir
+
+
+def _cases(path, rng):
+  """Ways to damage one file: cut off, flipped bits, a hole, more bytes, gone."""
+  data = path.read_bytes()
+  yield None
+  yield data + b"\0"
+  for size in {0, len(data) // 2, max(len(data) - 1, 0)}:
+    if size < len(data):
+      yield data[:size]
+  for _ in range(8):
+    if data:
+      at = int(rng.integers(len(data)))
+      yield data[:at] + bytes([data[at] ^ (1 << int(rng.integers(8)))]) + data[at + 1 :]
+      end = min(at + int(rng.integers(1, 64)), len(data))
+      yield data[:at] + data[end:]
+
+
+def _same_json(one, other):
+  try:
+    return json.loads(one) == json.loads(other)
+  except ValueError:
+    return False
+
+
+def test_every_damage_falls_back_to_the_checkpoint_before(run, tmp_path):
+  """Over 200 cases on the files of the newest checkpoint: never restored, never a restart."""
+  rng, count = np.random.default_rng(0), 0
+  workdir = tmp_path / "run"
+  shutil.copytree(run, workdir)
+  newest = workdir / "checkpoints" / "6"
+  for path in sorted(p for p in newest.rglob("*") if p.is_file()):
+    original = path.read_bytes()
+    for case in _cases(path, rng):
+      if case == original or (path.name == "digest.json" and case and _same_json(case, original)):
+        continue
+      path.unlink() if case is None else path.write_bytes(case)
+      assert checkpoint.fault(newest) is not None, (path, case)
+      assert checkpoint.find(workdir).name == "5", (path, case)
+      path.write_bytes(original)
+      count += 1
+  assert count >= 200
+  assert checkpoint.find(workdir).name == "6"
+
+
+def test_no_good_checkpoint_is_no_fresh_start(run, tmp_path):
+  workdir = tmp_path / "run"
+  shutil.copytree(run, workdir)
+  (workdir / "result.json").unlink()
+  for step in checkpoint.steps(workdir / "checkpoints"):
+    (workdir / "checkpoints" / str(step) / "description.json").write_text("{}")
+  for _ in range(2):  # and not at the second attempt either
+    with pytest.raises(UserError, match="no checkpoint of this run can be used"):
+      train.run(_config(), workdir)
+  assert len(checkpoint.steps(workdir / "checkpoints")) == 6
+
+
+def test_old_checkpoints_go_when_the_new_one_is_sealed(run, tmp_path, monkeypatch):
+  order = []
+  original = checkpoint._write_json
+  monkeypatch.setattr(
+    checkpoint,
+    "_write_json",
+    lambda path, value: (
+      original(path, value),
+      order.append((path.name, checkpoint.steps(path.parent.parent))),
+    ),
+  )
+  train.run(_config(total_steps=3, **{"checkpoint.keep": 1}), tmp_path)
+  assert ("digest.json", [1, 2]) in order and ("digest.json", [2, 3]) in order
+  assert checkpoint.steps(tmp_path / "checkpoints") == [3]
+
+
+def test_another_recipe_is_refused_and_other_logging_is_not(run, tmp_path, caplog):
+  workdir = tmp_path / "run"
+  shutil.copytree(run, workdir)
+  with pytest.raises(UserError) as error:
+    train.run(_config(**{"optimizer.learning_rate": 5e-4, "data.flip": False}), workdir)
+  for fact in ("optimizer.learning_rate: 0.001 in the checkpoint, 0.0005", "data.flip", "--workdir"):
+    assert fact in str(error.value)
+  result = train.run(_config(total_steps=7, log_every_steps=2, **{"data.threads": 1}), workdir)
+  assert result["step"] == 7 and "total_steps: 6 in the checkpoint, 7 in the config" in caplog.text
+
+
+# Writers and disks.
+
+
+def test_a_second_run_is_refused_and_a_dead_one_is_not(tmp_path, caplog):
+  script = (
+    "import sys, time, pathlib\nfrom beit_jax import lock\n"
+    "with lock.only_writer(pathlib.Path(sys.argv[1])):\n  print('held', flush=True)\n  time.sleep(600)\n"
+  )
+  other = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, cwd=ROOT)
+  try:
+    assert other.stdout.readline() == b"held\n"
+    assert lock.held(tmp_path)
+    with pytest.raises(UserError) as error:
+      train.run(_config(), tmp_path)
+    assert str(other.pid) in str(error.value) and "another run writes here" in str(error.value)
+  finally:
+    other.kill()
+    other.wait()
+  assert not lock.held(tmp_path)
+  with lock.only_writer(tmp_path):
+    pass
+  assert f"process {other.pid}" in caplog.text and "taken over" in caplog.text
+
+
+def _fail_saves(monkeypatch, error, times):
+  original, calls = checkpoint.Checkpointer._seal, []
+
+  def seal(self, step, description):
+    calls.append(step)
+    if len(calls) <= times:
+      self._manager.wait_until_finished()
+      shutil.rmtree(self.root / str(step))
+      raise error
+    original(self, step, description)
+
+  monkeypatch.setattr(checkpoint.Checkpointer, "_seal", seal)
+  return calls
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's event loop
+def test_a_passing_error_is_tried_again(monkeypatch, tmp_path, caplog):
+  calls = _fail_saves(monkeypatch, OSError(5, "Input/output error"), 2)
+  result = train.run(_config(**{"checkpoint.every_steps": 2}), tmp_path)
+  assert result["step"] == 6 and len(calls) >= 3 and "tried again" in caplog.text
+  assert max(checkpoint.steps(tmp_path / "checkpoints")) == 6
+
+
+def test_a_full_disk_stops_the_run_and_keeps_what_is_there(monkeypatch, tmp_path):
+  train.run(_config(total_steps=2), tmp_path)
+  _fail_saves(monkeypatch, OSError(28, "No space left on device"), 99)
+  with pytest.raises(UserError) as error:
+    train.run(_config(), tmp_path)
+  assert "No space left" in str(error.value) and "go on from the newest" in str(error.value)
+  assert checkpoint.find(tmp_path).name == "2"
+
+
+def test_a_workdir_that_cannot_be_made(tmp_path):
+  (tmp_path / "file").write_text("")
+  with pytest.raises(UserError, match="file"):
+    train.run(_config(), tmp_path / "file" / "run")
+
+
+def test_a_small_disk_for_real(tmp_path):
+  """A tmpfs of 2 MiB fills up: one clear error, and the checkpoints before it are whole."""
+  mount = tmp_path / "small"
+  mount.mkdir()
+  command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(mount)]
+  if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+    pytest.skip("file systems cannot be mounted here")
+  try:
+    with pytest.raises(UserError) as error:
+      train.run(_config(total_steps=40), mount / "run")
+    assert "space" in str(error.value).lower(), error.value
+    newest = checkpoint.find(mount / "run")
+    assert int(newest.name) >= 1 and jax.tree.leaves(checkpoint.load_params(newest))
+    subprocess.run(["mount", "-o", "remount,ro", str(mount)], check=True)
+    with pytest.raises(UserError, match="[Rr]ead-only"):
+      train.run(_config(total_steps=40), mount / "run")
+  finally:
+    subprocess.run(["umount", "-l", str(mount)], check=True)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_workdir_that_is_removed_under_way(monkeypatch, tmp_path):
+  original = checkpoint.Checkpointer.save
+
+  def save(self, step, *args):
+    if step == 3:
+      shutil.rmtree(tmp_path / "run")
+    original(self, step, *args)
+
+  monkeypatch.setattr(checkpoint.Checkpointer, "save", save)
+  with pytest.raises(UserError, match="run"):
+    train.run(_config(), tmp_path / "run")
