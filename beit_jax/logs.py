@@ -30,9 +30,40 @@ def setup(workdir: Path | None = None) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     handlers.append(logging.FileHandler(workdir / "log.txt"))
   prefix = f"[{index}] " if index else ""
-  for handler in handlers:
-    handler.setFormatter(logging.Formatter(f"{prefix}%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S"))
+  for handler, clock in zip(handlers, ("%H:%M:%S", "%Y-%m-%d %H:%M:%S"), strict=False):
+    handler.setFormatter(logging.Formatter(f"{prefix}%(asctime)s %(levelname).1s %(message)s", clock))
     log.addHandler(handler)
+  for other in ("py.warnings", "absl", "jax", "orbax"):  # their warnings belong into the file too
+    logger = logging.getLogger(other)
+    for handler in [h for h in logger.handlers if getattr(h, "of_beit_jax", False)]:
+      logger.removeHandler(handler)
+    if len(handlers) > 1:
+      forward = _Forward(handlers[1])
+      logger.addHandler(forward)
+
+
+def only_file(message: str) -> None:
+  """One line for log.txt that nobody wants on the terminal."""
+  record = logging.LogRecord(log.name, logging.INFO, __file__, 0, message, None, None)
+  for handler in log.handlers:
+    if isinstance(handler, logging.FileHandler):
+      handler.handle(record)
+
+
+class _Forward(logging.Handler):
+  """Sends the warnings of another logger to one of our handlers, each message once."""
+
+  of_beit_jax = True
+
+  def __init__(self, target: logging.Handler):
+    super().__init__(logging.WARNING)
+    self._target, self._seen = target, set()
+
+  def emit(self, record: logging.LogRecord) -> None:
+    key = (record.name, record.getMessage())
+    if key not in self._seen and len(self._seen) < 1000:
+      self._seen.add(key)
+      self._target.handle(record)
 
 
 class Logger:

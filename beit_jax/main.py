@@ -9,13 +9,14 @@ with `--initialization_timeout` and `--heartbeat_timeout` in seconds (docs/scali
 """
 
 import json
+import logging
 import sys
 from pathlib import Path
 
 import jax
 
 from beit_jax import config as config_lib
-from beit_jax import distributed, logs, objectives, preemption, summary, train
+from beit_jax import distributed, logs, objectives, preemption, record, summary, train
 from beit_jax.errors import UserError
 
 PARTS = ("tokenizer", "encoder")  # frozen parts of a run, whose init_from may be another stage's
@@ -31,16 +32,20 @@ def main(argv: list[str]) -> int:
     path, _, variant = spec.partition(":")
     folder = Path(workdir or f"runs/{Path(path).stem}{'_' if variant else ''}{variant}")
     logs.setup(folder)
+    logs.only_file(record.environment())
+    logging.captureWarnings(True)
     if "stages" not in config:
       train.run(config, folder)
     else:
       run_stages(config, folder)
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)
+    logs.only_file(f"error: {error}")
     distributed.tell(str(error))
     return 2
   except preemption.Stopped as stopped:
     print(stopped, file=sys.stderr)
+    logs.only_file(str(stopped))
     return stopped.status
   except KeyboardInterrupt:
     distributed.tell("stopped by hand")

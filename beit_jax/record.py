@@ -1,9 +1,14 @@
 """What a run writes about itself, and reads again when it goes on: description, config, result."""
 
+import collections
 import importlib.metadata
 import json
+import os
 import platform
 import re
+import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +32,32 @@ PACKAGES = (
   "pillow",
 )
 RESULT = "result.json"
+
+
+def environment() -> str:
+  """Who runs what, with which versions, on what: for log.txt, to be understood a week later."""
+  root = Path(__file__).resolve().parent.parent
+  revision = "no git checkout"
+  if (root / ".git").exists():
+    git = lambda *words: subprocess.run(
+      ["git", "-C", str(root), *words], capture_output=True, text=True, timeout=10
+    ).stdout.strip()
+    try:
+      changed = len(git("status", "--porcelain", "--untracked-files=no").splitlines())
+      revision = git("rev-parse", "HEAD") + (f", {changed} files changed" if changed else "")
+    except (OSError, subprocess.SubprocessError) as error:
+      revision = f"unknown ({error})"
+  devices = collections.Counter(device.device_kind for device in jax.devices())
+  packages = " ".join(f"{name}={importlib.metadata.version(name)}" for name in PACKAGES)
+  lines = {
+    "command": shlex.join(sys.argv),
+    "host": f"{platform.node()}, process {os.getpid()} ({jax.process_index()} of {jax.process_count()})",
+    "beit_jax": f"{beit_jax.__version__}, {revision}",
+    "python": f"{platform.python_version()} on {platform.platform()}",
+    "packages": packages,
+    "devices": ", ".join(f"{count} x {kind}" for kind, count in devices.items()),
+  }
+  return "\n".join(f"{key}: {value}" for key, value in lines.items())
 
 
 def describe(config, objective, source) -> dict[str, Any]:

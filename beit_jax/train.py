@@ -5,6 +5,7 @@
 
 import contextlib
 import functools
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ from beit_jax.data import pipeline, sources
 from beit_jax.data.damage import Damage
 from beit_jax.errors import UserError
 from beit_jax.lock import only_writer
-from beit_jax.logs import Logger, log
+from beit_jax.logs import Logger, log, only_file
 from beit_jax.meter import Meter
 from beit_jax.objectives import OBJECTIVES
 from beit_jax.step import make_optimizer, make_schedules, make_train_step
@@ -100,6 +101,7 @@ def _run(
     best = stack.enter_context(contextlib.closing(Best(workdir, config.checkpoint.best)))
     start_step = int(state.step)
     record.write_config(config, workdir)
+    only_file(f"{name}: config {json.dumps(config.to_dict(), default=str)}")
     _announce(
       config, name, objective, param_shapes, len(source), steps_per_epoch, start_step, total_steps, mesh
     )

@@ -1,8 +1,10 @@
 """Signals and kills at bad moments, on real processes; the full size is `python -m tests.kills`."""
 
+import os
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
@@ -95,3 +97,19 @@ def test_four_kills_change_nothing(tmp_path):
 
 def test_a_kill_and_another_mesh(tmp_path):
   kills.harness(tmp_path, kills=2, seed=3, meshes=True)
+
+
+def test_a_data_worker_is_killed(tmp_path):
+  workdir = tmp_path / "run"
+  process = kills.start(workdir, "worker", workers=2, mesh=1, slow=0.0)
+  _wait(process, lambda: kills.logged_steps(workdir) >= 2)
+  workers = [pid for pid in kills.orphans("worker") if b"spawn_main" in _command(pid)]
+  os.kill(workers[0], signal.SIGKILL)
+  assert process.wait(60) in (0, 2)  # all may have been read already
+  text = (tmp_path / "output.txt").read_text()
+  assert process.returncode == 0 or "data workers was killed" in text and "Traceback" not in text
+  assert not kills.orphans("worker")
+
+
+def _command(pid):
+  return Path(f"/proc/{pid}/cmdline").read_bytes()

@@ -388,3 +388,15 @@ def test_a_workdir_that_is_removed_under_way(monkeypatch, tmp_path):
   monkeypatch.setattr(checkpoint.Checkpointer, "save", save)
   with pytest.raises(UserError, match="run"):
     train.run(_config(), tmp_path / "run")
+
+
+def test_the_log_can_be_understood_a_week_later(tmp_path):
+  """Command, host, revision, versions, devices, the whole config, warnings of others, the error: in log.txt."""
+  from beit_jax import main
+
+  arguments = [f"--config={ROOT}/tests/kills_config.py", f"--workdir={tmp_path}", "--config.total_steps=5"]
+  assert main.main([*arguments, "--config.data.workers=0", "--config.data.color_jitter=0.3"]) == 0
+  assert main.main([*arguments, "--config.optimizer.learning_rate=2e-3"]) == 2
+  text = (tmp_path / "log.txt").read_text()
+  for fact in ("command: ", "host: ", "jaxlib=", "devices: ", '"label_smoothing": 0.1', "color_jitter", "error: "):
+    assert fact in text, fact

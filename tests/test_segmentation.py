@@ -183,20 +183,24 @@ def test_images_that_all_differ_in_size_compile_eight_programs():
 
 
 @pytest.mark.slow
-def test_a_run_learns_and_loads(tmp_path):
-  """60 steps on scenes: better than any constant; the loaded model gives a class for every pixel."""
-  changes = {"total_steps": 60, "optimizer.learning_rate": 3e-3, "eval.num_examples": 24}
-  result = train.run(tiny.config("segment", **changes, figures=True), tmp_path)
+@pytest.mark.parametrize("head", ["upernet", "setr_pup"])
+def test_a_run_learns_and_loads(head, tmp_path):
+  """1,000 steps on scenes: better than any constant; the loaded model gives a class for every pixel."""
+  easy = {"segment.photometric": False, "segment.cat_max_ratio": 1.0, "segment.resize_ratio": (1.0, 1.0)}
+  rate = {"optimizer.learning_rate": 3e-3, "optimizer.warmup_steps": 20, "optimizer.weight_decay": 0.0}
+  changes = {**easy, **rate, "model.head": head, "data.num_examples": 512, "eval.num_examples": 24}
+  changes |= {"total_steps": 1000, "log_every_steps": 200}
+  config = tiny.config("segment", **changes, figures=True)
+  result = train.run(config, tmp_path)
   assert (tmp_path / "figures" / "segmentation.png").exists()
-  source = sources.make_source({**tiny.config("segment").data.to_dict(), "split": "test", "num_examples": 24})
+  source = sources.make_source({**config.data.to_dict(), "split": "test", "num_examples": 24})
   pixels = np.concatenate([source[i]["label_map"].ravel() for i in range(24)])
   shares = np.bincount(pixels, minlength=9) / len(pixels)
   constant = shares.max() / (shares > 0).sum()
-  assert result["eval"]["mIoU"] > 1.3 * constant and result["eval"]["aAcc"] > 0.3
-  assert result["last"]["loss"] < 0.8 * result["first"]["loss"]
+  assert result["eval"]["mIoU"] > 1.5 * constant and result["eval"]["aAcc"] > shares.max()
   loaded = beit_jax.load(tmp_path)
   assert loaded.kind == "segmenter" and loaded.collections["batch_stats"]
-  assert loaded(np.zeros((2, 20, 30, 3), np.uint8)).shape == (2, 16, 16, 9)
+  assert loaded(np.zeros((2, 20, 30, 3), np.uint8)).shape[-1] == 9
   again = train.run(tiny.config("segment", **changes, eval_only=True), tmp_path)
   assert again["eval"]["mIoU"] == pytest.approx(result["eval"]["mIoU"], abs=1e-6)
   assert (tmp_path / "per_class.csv").read_text().count("\n") == 10

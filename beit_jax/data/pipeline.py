@@ -182,7 +182,19 @@ def _batches(
     flags.FLAGS.mark_as_parsed()  # grain's workers refuse to start otherwise; we use no absl flags
     processes = grain.multiprocessing.MultiprocessingOptions(num_workers=workers)
     dataset = dataset.mp_prefetch(processes, worker_init_fn=_as_worker)
-  for batch in dataset:
+  iterator = iter(dataset)
+  while True:
+    try:
+      batch = next(iterator)
+    except StopIteration:
+      return
+    except RuntimeError as error:
+      if "Worker process was terminated" not in str(error):
+        raise
+      raise UserError(
+        f"one of the {workers} data workers was killed; if the machine ran out of memory, lower data.workers or "
+        "data.threads"
+      ) from None
     replaced = batch.pop("replaced")
     if damage is not None:
       damage.note(batch["example_key"][:, 1], replaced)
