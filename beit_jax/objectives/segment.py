@@ -160,7 +160,8 @@ class Segment(base.Objective):
       classes = jnp.arange(self.num_classes)
       guess = jnp.where(label == segmentation.IGNORE, segmentation.IGNORE, scores.argmax(-1))
       guess, label = guess[..., None] == classes, label[..., None] == classes
-      return jnp.stack([x.sum((0, 1, 2), dtype=jnp.int32) for x in (guess & label, guess, label)])
+      counts = jnp.stack([x.sum((0, 1, 2), dtype=jnp.int32) for x in (guess & label, guess, label)])
+      return jax.lax.with_sharding_constraint(counts, jax.sharding.PartitionSpec())  # whole, on every process
 
     return jax.jit(run)
 
