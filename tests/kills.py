@@ -90,7 +90,7 @@ def kill_once(workdir: Path, mark: str, rng: random.Random, in_save: bool, **opt
   while process.poll() is None and not reached():
     time.sleep(0.002)
   if not in_save:
-    time.sleep(rng.uniform(0, 1.5) if logged_steps(workdir) > lines else 0)
+    time.sleep(rng.uniform(0, 0.5) if logged_steps(workdir) > lines else 0)
   where = "save" if saving(workdir) else "step" if logged_steps(workdir) > lines else "start"
   if process.poll() is not None:
     assert process.returncode == 0, (workdir.parent / "output.txt").read_text()[-2000:]
@@ -147,7 +147,8 @@ def harness(folder: Path, kills: int, seed: int, meshes: bool) -> dict[str, int]
   while sum(counts.values()) < kills:
     done = sum(counts.values())
     options = dict(workers=rng.choice([0, 1, 2, 3]), mesh=rng.choice([2, 4, 8]) if meshes else 1)
-    where = kill_once(killed, mark, rng, in_save=done % 3 == 0, slow=0.1, **options)
+    in_save = done % 3 == 0
+    where = kill_once(killed, mark, rng, in_save=in_save, slow=0.1 if in_save else 0.0, **options)
     if where == "finished":  # compare, and begin anew
       compare(whole, killed, exact=not meshes)
       shutil.rmtree(killed)

@@ -8,15 +8,15 @@ def get_config():
     dict(
       objective="classify",
       batch_size=16,
-      total_steps=60,
+      total_steps=150,
       log_every_steps=1,
       mesh=dict(data=1),
       model=dict(variant="tiny", width=32, depth=2, num_heads=2, patch_size=4, drop_path_rate=0.1),
       optimizer=dict(learning_rate=1e-3, warmup_steps=5, layer_decay=0.9, ema_decay=0.9),
       loss=dict(mixup_alpha=0.8),
       data=dict(source="shapes", num_examples=200, render_size=16, image_size=16, workers=2, threads=1),
-      eval=dict(split="test", num_examples=40, batch_size=16, every_steps=20),
-      checkpoint=dict(every_steps=3, keep=2),
+      eval=dict(split="test", num_examples=40, batch_size=16, every_steps=50),
+      checkpoint=dict(every_steps=10, keep=2),
       figures=False,
     )
   )

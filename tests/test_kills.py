@@ -70,11 +70,11 @@ def test_sigterm_at_the_first_compile_in_a_step_a_save_and_an_evaluation(whole, 
   _end(process, signal.SIGTERM, 143)
 
   process = starts()
-  _wait(process, lambda: _sealed(workdir, 20))  # the evaluation follows
+  _wait(process, lambda: _sealed(workdir, 50))  # the evaluation follows
   _end(process, signal.SIGTERM, 143)
 
   process = starts()
-  _wait(process, lambda: kills.logged_steps(workdir) >= 30)
+  _wait(process, lambda: kills.logged_steps(workdir) >= 60)
   _end(process, signal.SIGINT, 130)
   assert not kills.orphans("terms")
   kills.finish(workdir, "terms", workers=0, mesh=1, slow=0.0)
