@@ -10,14 +10,20 @@ import difflib
 import importlib.util
 import inspect
 import math
+import os
+import re
 import sys
+import traceback
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from beit_jax import ranges
 from beit_jax.errors import UserError
+from beit_jax.ranges import show
 
 
 class Maybe(NamedTuple):
@@ -171,28 +177,43 @@ SECTIONS: dict[str, dict[str, Any]] = {
 def load_file(spec: str) -> ConfigDict:
   """`FILE[:variant]` -> what its `get_config` returns."""
   path, _, variant = spec.partition(":")
-  if not Path(path).is_file():
+  if not os.path.isfile(path):  # Path.is_file would raise for a name that is too long
     raise UserError(
-      f"--config={path}: no such file; the ready-made ones are in configs/, e.g. configs/quickstart.py"
+      f"--config={show(path)}: no such file; the ready-made ones are in configs/, e.g. configs/quickstart.py"
     )
   module_spec = importlib.util.spec_from_file_location(f"config_{Path(path).stem}", path)
+  if module_spec is None:
+    raise UserError(f"--config={path}: no Python file; a config is one with a get_config(variant) function")
   module = importlib.util.module_from_spec(module_spec)
   sys.path.insert(0, str(Path(path).resolve().parent))  # a config may import its neighbours
   try:
     module_spec.loader.exec_module(module)
   except (SyntaxError, ImportError) as error:
     raise UserError(f"--config={path}: {error}") from None
+  except Exception as error:
+    raise UserError(f"--config={path}: {_at_fault(error, path)}") from error
   finally:
     sys.path.pop(0)
-  if not hasattr(module, "get_config"):
+  if not callable(getattr(module, "get_config", None)):
     raise UserError(f"--config={path}: the file has no get_config(variant) function")
   takes_variant = bool(inspect.signature(module.get_config).parameters)
   if variant and not takes_variant:
     raise UserError(f"--config={spec}: {path} has no variants")
   try:
-    return module.get_config(variant) if takes_variant and variant else module.get_config()
-  except ValueError as error:
+    found = module.get_config(variant) if takes_variant and variant else module.get_config()
+  except (UserError, ValueError) as error:
     raise UserError(f"--config={spec}: {error}") from None
+  except Exception as error:
+    raise UserError(f"--config={spec}: {_at_fault(error, path)}") from error
+  if not isinstance(found, dict | ConfigDict):
+    raise UserError(f"--config={spec}: get_config gave {show(found)}; expected a ConfigDict")
+  return found
+
+
+def _at_fault(error: Exception, path: str) -> str:
+  """An error of a config file's own code, with the line of the file."""
+  lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+  return f"{f'line {lines[-1]}: ' if lines else ''}{type(error).__name__}: {error}"
 
 
 def parse_value(text: str) -> Any:
@@ -201,8 +222,10 @@ def parse_value(text: str) -> Any:
   if text.lower() in words:
     return words[text.lower()]
   try:
-    return ast.literal_eval(text)
-  except (ValueError, SyntaxError):
+    with warnings.catch_warnings():
+      warnings.simplefilter("ignore")  # of a text that begins like a number
+      return ast.literal_eval(text)
+  except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
     return text
 
 
@@ -214,22 +237,22 @@ def overlay(base: ConfigDict, changes: dict[str, Any], where: str) -> None:
 
 def _set(base: ConfigDict, key: str, value: Any, where: str) -> None:
   name = f"{where}.{key}" if where else key
-  if key not in base:
-    near = difflib.get_close_matches(key, list(base), 1, 0.5)
+  if not isinstance(key, str) or key not in base:
+    near = difflib.get_close_matches(str(key)[:100], list(base), 1, 0.5)
     hint = f", did you mean {near[0]!r}?" if near else ""
-    raise UserError(f"config key {name!r} is unknown{hint}; the keys here are: {', '.join(sorted(base))}")
+    raise UserError(f"config key {show(name)} is unknown{hint}; the keys here are: {', '.join(sorted(base))}")
   current = base[key]
   if isinstance(current, ConfigDict):
     if not isinstance(value, (dict, ConfigDict)):
       raise UserError(
-        f"config key {name!r} is a section with the keys {', '.join(sorted(current))}, got {value!r}"
+        f"config key {name!r} is a section with the keys {', '.join(sorted(current))}, got {show(value)}"
       )
     overlay(base[key], dict(value.items()), name)
     return
   wanted = base.get_type(key)
   if key in FREE_FORM:
     wanted = object
-  if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+  if wanted is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**1000:
     value = float(value)
   if wanted is tuple and isinstance(value, list):
     value = tuple(value)
@@ -238,7 +261,7 @@ def _set(base: ConfigDict, key: str, value: Any, where: str) -> None:
   good = isinstance(value, wanted) and not (isinstance(value, bool) and wanted in (int, float))
   if not good and not (value is None and key in OPTIONAL):
     raise UserError(
-      f"config key {name!r} must be of type {wanted.__name__}, found {value!r} ({type(value).__name__})"
+      f"config key {name!r} must be of type {wanted.__name__}, found {show(value)} ({type(value).__name__})"
     )
   with base.ignore_type():
     base[key] = value
@@ -273,10 +296,24 @@ def complete(run: ConfigDict, model_fields: dict[str, dict[str, Any]], where: st
 
   Args:
     model_fields: objective -> the keys of its `model` section with their defaults.
+
+  Raises:
+    UserError: an unknown key, a value of another type, or one out of its range.
   """
+  full = _lay(run, model_fields, where)
+  ranges.check(full.to_dict(), where)
+  return full
+
+
+def _lay(run: ConfigDict, model_fields: dict[str, dict[str, Any]], where: str) -> ConfigDict:
+  """`complete` without a look at the ranges."""
+  if not isinstance(run, dict | ConfigDict):
+    raise UserError(
+      f"config{' of stage ' + where if where else ''}: found {show(run)}, expected a ConfigDict"
+    )
   objective = run.get("objective", DEFAULTS["objective"])
-  if objective not in model_fields:
-    raise UserError(f"config key 'objective': {objective!r} is unknown; there are {sorted(model_fields)}")
+  if not isinstance(objective, str) or objective not in model_fields:
+    raise UserError(f"config key 'objective': {show(objective)} is unknown; there are {sorted(model_fields)}")
   full = ConfigDict(_fresh({**DEFAULTS, **SECTIONS[objective], "model": model_fields[objective]}))
   overlay(full, dict(run.items()), where)
   return full
@@ -290,9 +327,9 @@ def _fresh(defaults: dict[str, Any]) -> dict[str, Any]:
 
 def pair(size: Any, key: str) -> tuple[int, int]:
   """int or (height, width) -> (height, width)."""
-  pair_ = (size, size) if isinstance(size, int) else tuple(size)
-  if len(pair_) != 2 or not all(isinstance(n, int) and n > 0 for n in pair_):
-    raise UserError(f"config key {key!r} must be a positive int or (height, width), found {size!r}")
+  pair_ = tuple(size) if isinstance(size, tuple | list) else (size, size)
+  if len(pair_) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in pair_):
+    raise UserError(f"config key {key!r} must be a positive int or (height, width), found {show(size)}")
   return pair_
 
 
@@ -344,24 +381,38 @@ def load(spec: str, overrides: list[tuple[str, Any]], model_fields: dict[str, di
   """
   raw = load_file(spec)
   if "stages" not in raw:
-    config = complete(raw, model_fields)
+    config = _lay(raw, model_fields, "")
     for dotted, value in overrides:
       set_dotted(config, dotted, value)
+    ranges.check(config.to_dict())
     return config
-  config = ConfigDict({"stages": tuple(raw.stages), "summary": tuple(raw.get("summary", ())), "seed": 0})
-  for name in raw.stages:
+  names = raw["stages"]
+  if not isinstance(names, tuple | list) or not names:
+    raise UserError(f"--config={spec}: stages={show(names)} must be the names of one or more stages")
+  config = ConfigDict({"stages": tuple(names), "summary": raw.get("summary", ()), "seed": 0})
+  for name in names:
+    if not isinstance(name, str) or not re.fullmatch("[A-Za-z0-9_-]+", name) or name in config:
+      raise UserError(
+        f"--config={spec}: {show(name)} cannot name a stage: a word of letters, digits, _ and -, each but once, and "
+        "none of stages, summary and seed"
+      )
     if name not in raw:
       raise UserError(f"--config={spec}: stage {name!r} is listed but not defined")
-    config[name] = complete(raw[name], model_fields, name)
+    config[name] = _lay(raw[name], model_fields, name)
   unknown = set(raw) - set(config)
   if unknown:
-    raise UserError(f"--config={spec}: keys {sorted(unknown)} are neither stages nor settings")
+    raise UserError(f"--config={spec}: keys {sorted(map(str, unknown))} are neither stages nor settings")
   for dotted, value in overrides:
     if dotted.split(".")[0] in config:
       set_dotted(config, dotted, value)
     else:
-      for name in config.stages:
+      for name in names:
         set_dotted(config, f"{name}.{dotted}", value)
   for name in config.stages:
+    if name not in names:
+      raise UserError(f"config key 'stages': {show(name)} is none of the stages {', '.join(names)}")
+  ranges.check_summary(config.summary)
+  for name in names:
     config[name].seed += config.seed
+    ranges.check(config[name].to_dict(), name)
   return config

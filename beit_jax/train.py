@@ -1,6 +1,6 @@
 """The one training loop: every objective, one device or many.
 
-`run` reads in the order things happen: mesh, data, objective, optimizer, state, restore, steps.
+`run` reads in the order things happen: mesh, plan (data, objective, optimizer), state, restore, steps.
 """
 
 import contextlib
@@ -9,15 +9,16 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from ml_collections import ConfigDict
 from PIL import Image
 
-from beit_jax import checkpoint, convert, optim, preemption, record, sharding, train_state, trees
+from beit_jax import checkpoint, convert, optim, preemption, ranges, record, sharding, train_state, trees
 from beit_jax import config as config_lib
 from beit_jax import evaluate as evaluation
 from beit_jax.data import pipeline, sources
@@ -26,11 +27,12 @@ from beit_jax.errors import UserError
 from beit_jax.lock import only_writer
 from beit_jax.logs import Logger, log, only_file
 from beit_jax.meter import Meter
-from beit_jax.objectives import OBJECTIVES
+from beit_jax.objectives import OBJECTIVES, Objective
 from beit_jax.step import make_optimizer, make_schedules, make_train_step
 from beit_jax.train_state import TrainState
 
 BAD_IMAGES = "bad_images.jsonl"
+MAX_PARAMETERS = 2**35  # 128 GiB of float32: more is a slip of the pen
 
 
 def run(config: ConfigDict, workdir: Path, name: str = "") -> dict[str, Any]:
@@ -61,12 +63,22 @@ def run(config: ConfigDict, workdir: Path, name: str = "") -> dict[str, Any]:
     ) from error
 
 
-def _run(
-  config: ConfigDict, workdir: Path, name: str, mesh: jax.sharding.Mesh, watch: preemption.Watch
-) -> dict[str, Any]:
-  began = time.monotonic()
+class Plan(NamedTuple):
+  """A run before anything is computed; `schedules`: see `make_schedules`."""
 
-  # Data and objective.
+  source: Any
+  eval_source: Any
+  objective: Objective
+  reader: Any
+  param_shapes: Any
+  schedules: dict[str, Any]
+  tx: optax.GradientTransformation
+  steps_per_epoch: int
+  total_steps: int
+
+
+def prepare(config: ConfigDict, mesh: jax.sharding.Mesh) -> Plan:
+  """Data, objective, schedules, optimizer: whatever a config can get wrong is found here, before an array is made."""
   _check_batch(config, mesh)
   source = sources.make_source(config.data.to_dict())
   eval_source = evaluation.eval_source(config, tuple(source.class_names))
@@ -79,16 +91,30 @@ def _run(
       f"this run would make no update at all: {len(source)} examples are fewer than batch_size={config.batch_size}; "
       "lower batch_size or set total_steps"
     )
-
-  # Optimizer and state.
-  root = jax.random.key(config.seed)
-  init = functools.partial(objective.init, jax.random.fold_in(root, 0))
-  param_shapes = jax.eval_shape(init)["params"]
+  if total_steps > ranges.STEPS:
+    raise UserError(f"config key 'total_epochs': {total_steps} steps are more than {ranges.STEPS:,}")
   schedules = make_schedules(config, steps_per_epoch, total_steps)
-  tx = make_optimizer(config, schedules, param_shapes, objective.depth)
-  decay = config.optimizer.ema_decay
-  if not 0 <= decay < 1:
-    raise UserError(f"config key 'optimizer.ema_decay': {decay} must lie in [0, 1)")
+  shapes = jax.eval_shape(functools.partial(objective.init, jax.random.key(0)))["params"]
+  if trees.num_params(shapes) > MAX_PARAMETERS:
+    raise UserError(
+      f"config section 'model': {trees.num_params(shapes):,} parameters are more than {MAX_PARAMETERS:,}"
+    )
+  tx = make_optimizer(config, schedules, shapes, objective.depth)
+  reader = objective.reader()
+  return Plan(source, eval_source, objective, reader, shapes, schedules, tx, steps_per_epoch, total_steps)
+
+
+def _run(
+  config: ConfigDict, workdir: Path, name: str, mesh: jax.sharding.Mesh, watch: preemption.Watch
+) -> dict[str, Any]:
+  began = time.monotonic()
+
+  plan = prepare(config, mesh)
+  source, eval_source, objective = plan.source, plan.eval_source, plan.objective
+  param_shapes, schedules, tx = plan.param_shapes, plan.schedules, plan.tx
+  steps_per_epoch, total_steps = plan.steps_per_epoch, plan.total_steps
+  decay, root = config.optimizer.ema_decay, jax.random.key(config.seed)
+  init = functools.partial(objective.init, jax.random.fold_in(root, 0))
   state, shapes, shardings = train_state.create(init, tx, mesh, ema=decay > 0)
   frozen = jax.device_put(objective.frozen_params(mesh), sharding.replicated(mesh))
 
@@ -115,7 +141,7 @@ def _run(
     )
     eval_step = evaluation.make_eval_step(objective, mesh)
     damage = Damage(source, config.data.max_bad, workdir / BAD_IMAGES)
-    batches = _train_batches(config, objective, source, mesh, start_step, total_steps, damage)
+    batches = _train_batches(config, plan.reader, source, mesh, start_step, total_steps, damage)
     again = eval_source is not None and due(start_step, config.eval.every_steps) and start_step > 0
     logger = Logger(workdir, total_steps, name, start_step, again=again or start_step == total_steps)
     stack.enter_context(contextlib.closing(logger))
@@ -228,11 +254,11 @@ def _check_batch(config, mesh) -> None:
 
 
 def _train_batches(
-  config, objective, source, mesh, start_step, total_steps, damage
+  config, reader, source, mesh, start_step, total_steps, damage
 ) -> Iterator[dict[str, jax.Array]]:
   host = pipeline.train_batches(
     source,
-    objective.reader(),
+    reader,
     rows=sharding.local_rows(mesh, config.batch_size),
     batch_size=config.batch_size,
     total_steps=total_steps,

@@ -91,7 +91,7 @@ def kill_once(workdir: Path, mark: str, rng: random.Random, in_save: bool, **opt
     time.sleep(0.002)
   if not in_save:
     time.sleep(rng.uniform(0, 0.5) if logged_steps(workdir) > lines else 0)
-  where = "save" if saving(workdir) else "step" if logged_steps(workdir) > lines else "start"
+  where = "start" if logged_steps(workdir) == lines else "save" if saving(workdir) else "step"
   if process.poll() is not None:
     assert process.returncode == 0, (workdir.parent / "output.txt").read_text()[-2000:]
     return "finished"

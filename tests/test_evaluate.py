@@ -51,7 +51,7 @@ def _assert_same(found, wanted):
   assert found["eval"]["loss"] == pytest.approx(wanted["eval"]["loss"], rel=1e-6)
 
 
-@pytest.mark.parametrize("devices", [4, 8])
+@pytest.mark.parametrize("devices", [4, pytest.param(8, marks=pytest.mark.slow)])
 def test_every_mesh_counts_the_same(devices, weights, one_device, tmp_path):
   changes = {"mesh.data": devices, **SETTINGS}
   _assert_same(train.run(tiny.config("classify", init_from=str(weights), **changes), tmp_path), one_device[1])
@@ -73,6 +73,7 @@ train.run(tiny.config("classify", **changes), pathlib.Path(sys.argv[4]))
 """
 
 
+@pytest.mark.slow
 def test_two_processes_count_the_same(weights, one_device, tmp_path):
   with socket.socket() as probe:
     probe.bind(("localhost", 0))
@@ -141,6 +142,7 @@ MANY = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_several_labels_an_image(tmp_path):
   """Learnt by heart in 60 steps: mAP near 1; the files list classes and scores."""
   _many_labels(tmp_path / "data")
@@ -188,6 +190,7 @@ def _by_class(folder, split, names):
       )
 
 
+@pytest.mark.slow
 def test_classes_keep_their_numbers_in_another_split(tmp_path):
   """Trained on a, b, c; evaluated on a folder with b and c only: right; on one with d: refused."""
   _by_class(tmp_path / "data", "train", "abc")

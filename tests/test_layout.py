@@ -23,7 +23,7 @@ ROWS = (
   ("checkpoint", "transfer", "optim", "sliding"),
   ("train_state", "distributed", "preemption", "lock", "windows", "picture_files"),
   ("data", "sharding", "models", "augment", "pictures", "metrics", "config"),
-  ("masking", "losses", "logs", "rollcall"),
+  ("masking", "losses", "logs", "rollcall", "ranges"),
   ("trees", "errors"),
 )
 LEVEL = {name: level for level, row in enumerate(ROWS) for name in row}

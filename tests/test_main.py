@@ -207,7 +207,8 @@ def test_a_tokenizer_stage_can_be_skipped(tmp_path, tokenizer_run):
   assert sorted(p.name for p in (tmp_path / "run").iterdir() if p.is_dir()) == ["finetune", "pretrain"]
 
 
-@pytest.mark.parametrize("labelled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("labelled", [False, True])
 def test_own_images_of_any_kind(tmp_path, labelled):
   """configs/own_images.py on a folder of colour, grey, 16-bit, palette and odd-sized pictures."""
   rng = np.random.default_rng(0)

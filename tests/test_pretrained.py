@@ -25,6 +25,7 @@ def test_a_tokenizer_goes_there_and_back(tokenizer_run):
   assert pictures.shape == (3, 16, 16, 3) and 0 <= pictures.min() and pictures.max() <= 1
 
 
+@pytest.mark.slow
 def test_a_masked_image_model_and_a_classifier(tokenizer_run, tmp_path):
   config = tiny.config("beit", total_steps=3, **{"tokenizer.init_from": str(tokenizer_run)})
   train.run(config, tmp_path / "mim")

@@ -58,7 +58,12 @@ def _poison(monkeypatch, where, steps):
   monkeypatch.setattr(Classify, "loss", loss)
 
 
-@pytest.mark.parametrize("where", ["loss", "gradient", "batch"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+  "where", ["loss", pytest.param("gradient", marks=SLOW), pytest.param("batch", marks=SLOW)]
+)
 def test_a_step_that_is_not_finite_is_skipped(where, monkeypatch, tmp_path):
   _poison(monkeypatch, where, [2])
   result = train.run(_config(total_steps=4, **{"optimizer.ema_decay": 0.5}), tmp_path)
@@ -142,6 +147,7 @@ def _folder(root, count, broken):
   return {"data.source": "folder", "data.root": str(root), "data.num_examples": 8192, "eval.split": "train"}
 
 
+@pytest.mark.slow
 def test_two_per_cent_of_broken_images_of_ten_kinds(tmp_path, caplog):
   """Trains to the end with the count, twice, bit-identical, also with data workers; evaluation leaves them out."""
   broken = dict(zip(range(7, 500, 50), BROKEN.values(), strict=True))
@@ -266,6 +272,7 @@ def test_no_good_checkpoint_is_no_fresh_start(run, tmp_path):
   assert len(checkpoint.steps(workdir / "checkpoints")) == 6
 
 
+@pytest.mark.slow
 def test_old_checkpoints_go_when_the_new_one_is_sealed(run, tmp_path, monkeypatch):
   order = []
   original = checkpoint._write_json
@@ -282,6 +289,7 @@ def test_old_checkpoints_go_when_the_new_one_is_sealed(run, tmp_path, monkeypatc
   assert checkpoint.steps(tmp_path / "checkpoints") == [3]
 
 
+@pytest.mark.slow
 def test_another_recipe_is_refused_and_other_logging_is_not(run, tmp_path, caplog):
   workdir = tmp_path / "run"
   shutil.copytree(run, workdir)
@@ -332,6 +340,7 @@ def _fail_saves(monkeypatch, error, times):
   return calls
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's event loop
 def test_a_passing_error_is_tried_again(monkeypatch, tmp_path, caplog):
   calls = _fail_saves(monkeypatch, OSError(5, "Input/output error"), 2)
@@ -355,6 +364,7 @@ def test_a_workdir_that_cannot_be_made(tmp_path):
     train.run(_config(), tmp_path / "file" / "run")
 
 
+@pytest.mark.slow
 def test_a_small_disk_for_real(tmp_path):
   """A tmpfs of 2 MiB fills up: one clear error, and the checkpoints before it are whole."""
   mount = tmp_path / "small"
@@ -375,6 +385,7 @@ def test_a_small_disk_for_real(tmp_path):
     subprocess.run(["umount", "-l", str(mount)], check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_workdir_that_is_removed_under_way(monkeypatch, tmp_path):
@@ -390,6 +401,7 @@ def test_a_workdir_that_is_removed_under_way(monkeypatch, tmp_path):
     train.run(_config(), tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_the_log_can_be_understood_a_week_later(tmp_path):
   """Command, host, revision, versions, devices, the whole config, warnings of others, the error: in log.txt."""
   from beit_jax import main
@@ -398,5 +410,13 @@ def test_the_log_can_be_understood_a_week_later(tmp_path):
   assert main.main([*arguments, "--config.data.workers=0", "--config.data.color_jitter=0.3"]) == 0
   assert main.main([*arguments, "--config.optimizer.learning_rate=2e-3"]) == 2
   text = (tmp_path / "log.txt").read_text()
-  for fact in ("command: ", "host: ", "jaxlib=", "devices: ", '"label_smoothing": 0.1', "color_jitter", "error: "):
+  for fact in (
+    "command: ",
+    "host: ",
+    "jaxlib=",
+    "devices: ",
+    '"label_smoothing": 0.1',
+    "color_jitter",
+    "error: ",
+  ):
     assert fact in text, fact

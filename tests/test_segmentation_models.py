@@ -132,6 +132,7 @@ def test_golden_logits_and_losses():
   assert abs(float(correct) - (arrays["out/pred"] == label).sum()) <= (~clear).sum()
 
 
+@pytest.mark.slow
 def test_golden_gradients():
   arrays, *_, (_, grads) = _golden()
   wanted, found = _flat(arrays, "grad/"), trees.flatten(grads)
@@ -256,6 +257,7 @@ def _train_gradients(module, variables, image):
   return *result, trees.flatten(grads)
 
 
+@pytest.mark.slow
 def test_upernet_trains_alike_on_one_and_eight_devices(tiny_upernet):
   """SyncBN through the whole model: the same outputs and running statistics; every parameter gets a gradient."""
   module, variables, image = tiny_upernet
@@ -396,6 +398,7 @@ def test_setr_pup_against_torch(tiny_setr):
     np.testing.assert_allclose(found, wanted, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_setr_pup_trains(tiny_setr):
   module, variables, image, _ = tiny_setr
   _, stats, grads = jax.device_get(jax.jit(functools.partial(_train_gradients, module))(variables, image))
@@ -476,6 +479,7 @@ def test_starting_values():
   assert params["kernel"].std() == pytest.approx(0.01, rel=0.05) and not params["bias"].any()
 
 
+@pytest.mark.slow
 def test_bfloat16_ends_in_float32(tiny_upernet, tiny_setr):
   module, variables, image = tiny_upernet
   half = module.clone(encoder=TINY | dict(dtype="bfloat16"))

@@ -45,7 +45,7 @@ def _assert_same_run(workdir, other):
 
 
 @pytest.mark.parametrize(
-  "mesh", [pytest.param((8, 1), marks=pytest.mark.slow), pytest.param((4, 2), marks=pytest.mark.slow), (2, 4)]
+  "mesh", [pytest.param(mesh, marks=pytest.mark.slow) for mesh in ((8, 1), (4, 2), (2, 4))]
 )
 def test_the_mesh_does_not_change_the_run(mesh, whole_run, tokenizer_run, tmp_path, monkeypatch):
   monkeypatch.setattr(sharding, "MIN_FSDP_SIZE", 64)  # or nothing of this tiny model would be sharded
@@ -70,6 +70,7 @@ def test_fsdp_spreads_parameters_and_moments(monkeypatch):
     assert found[f"{prefix}/bias"].spec == jax.sharding.PartitionSpec()
 
 
+@pytest.mark.slow
 def test_accumulation_does_not_change_the_run(whole_run, tokenizer_run, tmp_path):
   """Also where images have different numbers of masked patches. No stochastic depth: its keys differ."""
   one, four = tmp_path / "one", tmp_path / "four"
@@ -224,7 +225,8 @@ def test_zero_updates_is_an_error(tmp_path):
     train.run(config, tmp_path)
 
 
-@pytest.mark.parametrize("reconstruction", ["l1", pytest.param("l2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("reconstruction", ["l1", "l2"])
 def test_other_reconstruction_losses_and_straight_through(reconstruction, tmp_path):
   changes = {"loss.reconstruction": reconstruction, "loss.straight_through": True, "total_steps": 2}
   result = train.run(tiny.config("dvae", **changes), tmp_path)
@@ -305,6 +307,7 @@ def test_averaged_weights_by_hand(tmp_path):
     np.testing.assert_array_equal(again[name], value, err_msg=name)
 
 
+@pytest.mark.slow
 def test_averages_asked_for_where_there_are_none(tmp_path):
   train.run(tiny.config("classify", total_steps=2), tmp_path)
   with pytest.raises(UserError, match="no averaged weights"):
@@ -313,6 +316,7 @@ def test_averages_asked_for_where_there_are_none(tmp_path):
   assert beit_jax.load(tmp_path, ema=True).kind == "classifier"
 
 
+@pytest.mark.slow
 def test_the_best_state_is_kept(tmp_path):
   """Evaluated after every step; workdir/best holds the lowest loss seen, across a resume."""
   changes = {
@@ -335,6 +339,7 @@ def test_the_best_state_is_kept(tmp_path):
   assert beit_jax.load(tmp_path / "best").description["best"] == kept["best"]
 
 
+@pytest.mark.slow
 def test_a_run_begun_anew_may_be_better_at_an_earlier_step(tmp_path):
   """Checkpoints deleted, best kept, another metric: what was best before does not count, nor stand in the way."""
   changes = {"eval.every_steps": 1, "checkpoint.best": "loss", "total_steps": 3}
@@ -396,6 +401,7 @@ def test_a_decay_of_averages_outside_its_range(decay, tmp_path):
     train.run(tiny.config("classify", **{"optimizer.ema_decay": decay}), tmp_path)
 
 
+@pytest.mark.slow
 def test_fine_tuning_a_plain_vit(tmp_path):
   """A supervised or DINO ViT, a file in timm's names: absolute positions, no tables, k biases; a fresh head."""
   encoder = dict(image_size=(16, 16), patch_size=2, width=32, depth=2, num_heads=2, weight_init="finetune")

@@ -7,6 +7,7 @@ Every function takes its randomness as an argument.
 import functools
 import io
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,9 @@ RESAMPLE = {
   "lanczos": Image.Resampling.LANCZOS,
 }
 MAX_PIXELS = 2**26  # of an encoded picture, checked before it is decoded: 8,192 x 8,192
+MAX_WEBP_PIXELS = 3 * 2**24  # its decoder holds four copies
+MAX_ASPECT = 64  # of an evaluated picture; of a narrower one the central part is seen
+STRIP = 2**20  # pixels that are scaled at a time
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # EPS would run a program
 RESIZES = ("short_side", "squash")
 CROPS = ("random_resized", "pad", "center")
@@ -28,13 +32,20 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom
 def to_rgb(image: Image.Image) -> Image.Image:
   """Any Pillow mode -> RGB. 16-bit and float greys are scaled to 8 bits, which `convert` would clip."""
   if image.mode.startswith("I") or image.mode == "F":
-    values = np.asarray(image).astype(np.float64)
-    if values.max(initial=0) > 255:
-      values = values / 257.0  # 65535 -> 255
-    image = Image.fromarray(values.clip(0, 255).round().astype(np.uint8), "L")
+    deep = any(part.max(initial=0) > 255 for part in _strips(image))
+    grey = [(part / 257.0 if deep else part).clip(0, 255).round().astype(np.uint8) for part in _strips(image)]
+    image = Image.fromarray(np.concatenate(grey), "L")  # 65535 -> 255
   elif image.mode == "P" and "transparency" in image.info:
     image = image.convert("RGBA")
   return image.convert("RGB")
+
+
+def _strips(image: Image.Image) -> Iterator[np.ndarray]:
+  """A one-channel picture as float64, some rows at a time: as a whole it could be half a GiB. NaN is 0."""
+  rows = max(STRIP // image.width, 1)
+  for top in range(0, image.height, rows):
+    part = image.crop((0, top, image.width, min(top + rows, image.height)))
+    yield np.nan_to_num(np.asarray(part).astype(np.float64), posinf=np.inf, neginf=-np.inf)
 
 
 @functools.cache
@@ -43,7 +54,7 @@ def _formats() -> tuple[str, ...]:
   return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def _open(encoded: bytes) -> Image.Image:
+def open_picture(encoded: bytes) -> Image.Image:
   """Reads the header only.
 
   Raises:
@@ -52,8 +63,9 @@ def _open(encoded: bytes) -> Image.Image:
   if not encoded:
     raise ValueError("the file is empty")
   image = Image.open(io.BytesIO(encoded), formats=_formats())
-  if image.width * image.height > MAX_PIXELS:
-    raise ValueError(f"{image.width}x{image.height} pixels are more than {MAX_PIXELS:,}")
+  limit = MAX_WEBP_PIXELS if image.format == "WEBP" else MAX_PIXELS
+  if image.width * image.height > limit:
+    raise ValueError(f"{image.width}x{image.height} pixels are more than {limit:,}")
   return image
 
 
@@ -73,7 +85,7 @@ def decode(image: Any) -> Image.Image:
   is dropped.
   """
   if isinstance(image, bytes):
-    return to_rgb(_upright(_open(image)))
+    return to_rgb(_upright(open_picture(image)))
   if isinstance(image, Image.Image):
     return image
   array = np.asarray(image)
@@ -91,8 +103,8 @@ def random_resized_box(
     if 0 < w <= width and 0 < h <= height:
       top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
       return left, top, left + w, top + h
-  w = min(width, round(height * ratio[1]))
-  h = min(height, round(width / ratio[0]))
+  w = min(width, max(round(height * ratio[1]), 1))
+  h = min(height, max(round(width / ratio[0]), 1))
   return _central(width, height, w, h)
 
 
@@ -162,6 +174,11 @@ def eval_size(
 def eval_views(image: Any, views: Views, *, crop_pct: float, resize: str = "short_side") -> dict:
   """Resized to `eval_size`, then a centre crop of the view's size: {name: uint8 [H, W, 3]}."""
   image = decode(image)
+  longest = MAX_ASPECT * min(
+    image.size
+  )  # a line of pixels would be resized to a picture that no memory holds
+  if max(image.size) > longest:
+    image = image.crop(_central(*image.size, *(min(side, longest) for side in image.size)))
   result = {}
   for name, ((height, width), interpolation) in views.items():
     size = eval_size((image.height, image.width), (height, width), crop_pct, resize)[::-1]

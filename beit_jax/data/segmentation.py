@@ -4,7 +4,6 @@ Follows mmseg 0.11's pipeline as unilm configures it for ADE20K: random resize (
 fill (`cat_max_ratio`), flip, photometric distortion, padding. Label maps are only ever resized with "nearest".
 """
 
-import io
 from typing import Any
 
 import numpy as np
@@ -27,16 +26,19 @@ def decode_labels(encoded: Any, name: str) -> np.ndarray:
     array = np.asarray(encoded)
     return array[..., 0] if array.ndim == 3 else array
   try:
-    image = Image.open(io.BytesIO(encoded))
+    image = images.open_picture(encoded)
     image.load()
+  except Image.UnidentifiedImageError:
+    raise UserError(f"{name}: the label map cannot be decoded: no picture of a kind that is read") from None
   except Exception as error:  # whatever a damaged file leads to
-    raise UserError(f"{name}: the label map cannot be decoded: {error or type(error).__name__}") from None
+    reason = str(error) or type(error).__name__
+    raise UserError(f"{name}: the label map cannot be decoded: {reason}") from None
   if image.mode not in ("L", "P", "1", "I", "I;16"):
     raise UserError(
       f"{name}: the label map has mode {image.mode}: a picture in colours; expected one channel of class numbers (an "
       "8-bit grey or palette PNG)"
     )
-  return np.asarray(image).astype(np.int32 if image.mode.startswith("I") else np.uint8)
+  return np.asarray(image).astype(np.int32 if image.mode.startswith("I") else np.uint8, copy=False)
 
 
 def to_classes(
@@ -131,6 +133,10 @@ class Maps:
 
   def __init__(self, size: tuple[int, int], num_classes: int, data: dict[str, Any], segment: dict[str, Any]):
     self._size, self._data, self._segment = size, data, segment
+    if data["interpolation"] not in images.RESAMPLE:
+      raise UserError(
+        f"config key 'data.interpolation': {data['interpolation']!r} is unknown; there are {', '.join(images.RESAMPLE)}"
+      )
     self._rule = {name: segment[name] for name in ("reduce_zero_label", "ignore_label")}
     self._rule["num_classes"] = num_classes
     self._fill = tuple(int(255 * m + 0.5) for m in data["mean"])

@@ -4,24 +4,28 @@ Sums: every metric is a pair (sum, count), so that it can be added over microbat
 divided last. The first of a training step is "loss"; its sum is what is differentiated.
 """
 
+import contextlib
 import dataclasses
 import difflib
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from flax.errors import FlaxError
 from ml_collections import ConfigDict
 
 from beit_jax import config as config_lib
-from beit_jax import convert, transfer, trees
+from beit_jax import convert, ranges, transfer, trees
 from beit_jax.data import pipeline
 from beit_jax.data.images import Views
 from beit_jax.errors import UserError
 from beit_jax.models import beit
 from beit_jax.pretrained import Pretrained
 
+MAX_PATCHES = 64 * 64  # with relative positions: their index has the square of that many entries
 Sums = dict[str, tuple[jax.Array, jax.Array]]
 Variables = dict[str, Any]
 
@@ -161,6 +165,16 @@ class Objective:
     return {}
 
 
+@contextlib.contextmanager
+def building() -> Iterator[None]:
+  """Around the initialisation of a module whose fields are the config's: what it raises becomes a UserError."""
+  try:
+    yield
+  except (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, FlaxError) as error:
+    reason = f"{type(error).__name__}: {ranges.show(str(error))[1:-1]}"
+    raise UserError(f"config section 'model': no model can be built as it says ({reason})") from error
+
+
 def module_fields(module: type, *, without: tuple[str, ...] = ()) -> dict[str, Any]:
   """Linen dataclass fields with their defaults: the schema of a config section."""
   skip = {"parent", "name", *without}
@@ -204,6 +218,16 @@ def encoder_fields(model: ConfigDict, image_size: tuple[int, int], *, pretrain: 
     raise UserError(
       f"config key 'data.image_size': {image_size} is not divisible by model.patch_size={patch}; choose e.g. "
       f"{tuple(max(round(side / patch), 1) * patch for side in image_size)}"
+    )
+  patches = math.prod(side // patch for side in image_size)
+  if fields["rel_pos"] != "none" and patches > MAX_PATCHES:
+    raise UserError(
+      f"config key 'data.image_size': {image_size} has {patches:,} patches of model.patch_size={patch}; with relative "
+      f"positions {MAX_PATCHES:,} are the most there can be (model.rel_pos='none' has no such limit)"
+    )
+  if int(fields["width"] * fields["mlp_ratio"]) < 1:
+    raise UserError(
+      f"config key 'model.mlp_ratio': {fields['mlp_ratio']} of model.width={fields['width']} is not even one unit"
     )
   if fields["width"] % fields["num_heads"]:
     raise UserError(

@@ -95,7 +95,8 @@ class Beit(base.Objective):
     }
 
   def init(self, key):
-    return self.module.init(key, jnp.zeros((1, *self.image_size, 3)))
+    with base.building():
+      return self.module.init(key, jnp.zeros((1, *self.image_size, 3)))
 
   def frozen_params(self, mesh):
     return self.tokenizer.params

@@ -44,13 +44,6 @@ class Classify(base.Objective):
     if model.pool not in ("mean", "cls"):
       raise UserError(f"config key 'model.pool': {model.pool!r} is unknown; there are 'mean' and 'cls'")
     options = config.loss
-    parts = {f"loss.{name}": options[name] for name in ("label_smoothing", "mix_prob", "mix_switch_prob")}
-    for key, value in {**parts, "data.random_erasing": config.data.random_erasing}.items():
-      if not 0 <= value <= 1:
-        raise UserError(f"config key '{key}': {value} must lie in [0, 1]")
-    for key in ("mixup_alpha", "cutmix_alpha"):
-      if options[key] < 0:
-        raise UserError(f"config key 'loss.{key}': {options[key]} must not be negative; 0 turns it off")
     self.multi_label = source.multi_label
     self.eval_metrics = ("loss", "mAP") if self.multi_label else ("loss", "acc1", "acc5")
     self.mixing = options.mixup_alpha > 0 or options.cutmix_alpha > 0
@@ -73,7 +66,8 @@ class Classify(base.Objective):
     return {"image": (self.image_size, self.config.data.interpolation)}
 
   def init(self, key):
-    return self.module.init(key, jnp.zeros((1, *self.image_size, 3)))
+    with base.building():
+      return self.module.init(key, jnp.zeros((1, *self.image_size, 3)))
 
   def _image(self, batch, *, train):
     """Normalised pixels; in training jittered (unless RandAugment did that on the host) and partly erased."""

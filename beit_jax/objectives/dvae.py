@@ -37,9 +37,6 @@ class Dvae(base.Objective):
       raise UserError(
         f"config key 'loss.reconstruction': {config.loss.reconstruction!r} is unknown; there are {RECONSTRUCTIONS}"
       )
-    for key in ("temperature", "temperature_end"):
-      if config.loss[key] <= 0:
-        raise UserError(f"config key 'loss.{key}': {config.loss[key]} must be positive")
 
   @classmethod
   def model_fields(cls):
@@ -49,7 +46,8 @@ class Dvae(base.Objective):
     return {"token_image": (self.token_image_size, self.config.data.token_interpolation)}
 
   def init(self, key):
-    return self.module.init(key, jnp.zeros((1, *self.token_image_size, 3)))
+    with base.building():
+      return self.module.init(key, jnp.zeros((1, *self.token_image_size, 3)))
 
   def schedules(self, step):
     """(temperature, KL weight) at `step`: cosine annealing; linear rise from 0."""

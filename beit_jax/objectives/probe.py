@@ -33,27 +33,31 @@ class Probe(base.Objective):
       raise UserError(f"config key 'data': probes need data with one label an image ({source.description})")
     self.num_classes = source.num_classes
     if config.encoder.init_from:
-      fields, self.encoder_params = self._load(config.encoder.init_from)
+      fields, self._loaded = self._load(config.encoder.init_from)
     else:
       fields = base.encoder_fields(config.model, self.image_size, pretrain=True)
-      self.encoder_params = None
+      self._loaded = None
     fields |= dict(final_norm=False, use_mask_token=False, drop_path_rate=0.0, dtype=config.model.dtype)
     self.encoder = Beit(**fields)
     self.blocks = list(range(self.encoder.depth))
     self.eval_metrics = ("loss", "acc1", *(f"acc1_{i:02d}" for i in self.blocks))
     shapes = jax.eval_shape(self._init_encoder)
-    if self.encoder_params is None:
-      self.encoder_params = jax.jit(self._init_encoder)()
+    if self._loaded is None:
       log.info("encoder: random, %d parameters", trees.num_params(shapes))
     else:
       grid = self.encoder.grid_size
-      params = {"encoder": self.encoder_params}
+      params = {"encoder": self._loaded}
       found = transfer.encoder_params(params, {"encoder": shapes}, grid, grid, log.info)
-      self.encoder_params = trees.unflatten(found)["encoder"]
+      self._loaded = trees.unflatten(found)["encoder"]
+
+  @functools.cached_property
+  def encoder_params(self):
+    return jax.jit(self._init_encoder)() if self._loaded is None else self._loaded
 
   def _init_encoder(self):
     key = jax.random.fold_in(jax.random.key(self.config.seed), 7)
-    return self.encoder.init(key, jnp.zeros((1, *self.image_size, 3)))["params"]
+    with base.building():
+      return self.encoder.init(key, jnp.zeros((1, *self.image_size, 3)))["params"]
 
   def _load(self, path):
     pretrained = convert.load(path)

@@ -50,6 +50,11 @@ class Segment(base.Objective):
     fields["out_indices"] = tuple(model.out_indices) or _taps(encoder["depth"])
     self.module = BeitForSemanticSegmentation(encoder, **{**fields, "num_classes": self.num_classes})
     self.stride = pair(options.stride, "segment.stride") if options.stride else self.image_size
+    if any(step > side for step, side in zip(self.stride, self.image_size, strict=True)):
+      raise UserError(
+        f"config key 'segment.stride': {options.stride} is more than the windows of data.image_size={self.image_size}: "
+        "what lies between them would not be seen"
+      )
     self.sliding = sliding.Sliding(
       module=self.module,
       image_size=self.image_size,
@@ -77,7 +82,8 @@ class Segment(base.Objective):
     )
 
   def init(self, key):
-    return self.module.init(key, jnp.zeros((1, *self.image_size, 3)))
+    with base.building():
+      return self.module.init(key, jnp.zeros((1, *self.image_size, 3)))
 
   def _image(self, pixels):
     return self.sliding.normalize(pixels)
