@@ -44,7 +44,7 @@ def get_config():
     batch_size=8,
     total_steps=400,
     model={**cifar10.MODEL, "channels": 32, "aux_channels": 32},
-    optimizer=dict(learning_rate=1e-3, min_lr=0.0, schedule="poly", warmup_steps=50, layer_decay=0.9),
+    optimizer=dict(learning_rate=3e-3, min_lr=0.0, schedule="poly", warmup_steps=50, layer_decay=0.9),
     data={**DATA, "label_key": "segmentation_mask", "num_classes": 11},
     segment=dict(
       ignore_label=11,
