@@ -10,6 +10,8 @@ from pathlib import Path
 
 import jax
 
+from beit_jax.errors import UserError
+
 log = logging.getLogger("beit_jax")
 
 
@@ -18,6 +20,9 @@ def setup(workdir: Path | None = None) -> None:
 
   Of several processes, which a call with a workdir asks for, number 0 says everything; the others warn, with their
   number before each line.
+
+  Raises:
+    UserError: the workdir cannot be written to.
   """
   index = jax.process_index() if workdir is not None else 0
   log.setLevel(logging.WARNING if index else logging.INFO)
@@ -27,8 +32,11 @@ def setup(workdir: Path | None = None) -> None:
     handler.close()
   handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
   if workdir is not None and index == 0:
-    workdir.mkdir(parents=True, exist_ok=True)
-    handlers.append(logging.FileHandler(workdir / "log.txt"))
+    try:
+      workdir.mkdir(parents=True, exist_ok=True)
+      handlers.append(logging.FileHandler(workdir / "log.txt"))
+    except (OSError, ValueError) as error:
+      raise UserError(f"--workdir={workdir}: nothing can be written there ({error})") from None
   prefix = f"[{index}] " if index else ""
   for handler, clock in zip(handlers, ("%H:%M:%S", "%Y-%m-%d %H:%M:%S"), strict=False):
     handler.setFormatter(logging.Formatter(f"{prefix}%(asctime)s %(levelname).1s %(message)s", clock))

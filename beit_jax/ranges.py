@@ -103,7 +103,7 @@ TABLE: tuple[tuple[str, Rule], ...] = (
     (lambda v: all(map(_is_pattern, v)), "must be regular expressions that Python's re understands"),
   ),
   (r"(data|eval)\.num_examples", whole(1, 2**24)),
-  (r"data\.render_size", whole(1, 1024)),
+  (r"data\.render_size", whole(1, 512)),
   (r"(data|model)\.num_classes", whole(1, 2**20)),
   (r"data\.(token_)?image_size", _sides(1, 8192)),
   (r"data\.crop_scale", several(2, share(zero=False), "two numbers in (0, 1]", rising=True)),

@@ -40,12 +40,12 @@ class Limits:
     try:
       yield
     finally:
+      self.count += 1
+      self._slowest = max(self._slowest, (time.process_time() - began, what))
       for (number, timer, _), handler in zip(timers, before, strict=True):
         signal.setitimer(timer, 0)
         signal.signal(number, handler)
     seconds = time.process_time() - began
-    self._slowest = max(self._slowest, (seconds, what))
-    self.count += 1
     assert seconds < self._seconds, f"{self._name}, {what}: {seconds:.1f} s"
     assert self.growth < GROWTH, f"{self._name}, {what}: {self.growth / 2**20:.0f} MiB above the base"
 

@@ -8,7 +8,9 @@ All that was asked for (about half an hour on two cores; weights are fuzzed in t
 A case is a function of its number: `BEIT_FUZZ_FIRST=1234 BEIT_FUZZ_IMAGES=1 pytest -k images` does number 1234 again.
 """
 
+import contextlib
 import copy
+import functools
 import io
 import json
 import os
@@ -28,6 +30,7 @@ from PIL import Image
 
 from beit_jax import config as config_lib
 from beit_jax import convert, objectives, ranges, sharding, train, train_state
+from beit_jax import main as main_lib
 from beit_jax import step as step_lib
 from beit_jax.data import images, pipeline, segmentation
 from beit_jax.errors import BadImage, UserError
@@ -38,7 +41,7 @@ from tests.limits import Limits
 
 IMAGES, CONFIGS, COMMANDS, FIRST = (
   int(os.environ.get(f"BEIT_FUZZ_{name}", default))
-  for name, default in (("IMAGES", 500), ("CONFIGS", 100), ("COMMANDS", 3), ("FIRST", 0))
+  for name, default in (("IMAGES", 300), ("CONFIGS", 60), ("COMMANDS", 3), ("FIRST", 0))
 )
 
 
@@ -235,47 +238,52 @@ def _damaged(rng, pictures):
   return name, data
 
 
-def _read(rng, data):
-  """Through everything that reads pictures. Whether it is one."""
+def _read(rng, data, case):
+  """Through everything that reads pictures, each with the limits of `case(what)`. Whether it is a picture."""
   found = None
-  try:
-    found = pipeline.decode({"image": data, "file": "x.jpg"}, 0)
-  except BadImage as error:
-    assert "x.jpg cannot be decoded: " in str(error)
-  try:
-    labels = segmentation.decode_labels(data, "x.png")
-    assert labels.ndim == 2 and labels.dtype in (np.uint8, np.int32)
-  except UserError as error:
-    assert str(error).startswith("x.png: the label map ")
+  with case("decode"):
+    try:
+      found = pipeline.decode({"image": data, "file": "x.jpg"}, 0)
+    except BadImage as error:
+      assert "x.jpg cannot be decoded: " in str(error)
+  with case("label map"):
+    try:
+      labels = segmentation.decode_labels(data, "x.png")
+      assert labels.ndim == 2 and labels.dtype in (np.uint8, np.int32)
+    except UserError as error:
+      assert str(error).startswith("x.png: the label map ")
   if found is None:
     return False
   assert found.mode == "RGB" and min(found.size) > 0
-  how = rng.choice(sorted(images.RESAMPLE))
-  views, crop = {"one": ((16, 16), how), "two": ((8, 16), "bicubic")}, rng.choice(images.CROPS)
+  views, crop = {"view": ((16, 16), rng.choice(sorted(images.RESAMPLE)))}, rng.choice(images.CROPS)
   options = dict(scale=(0.08, 1.0), ratio=rng.choice(((3 / 4, 4 / 3), (0.1, 0.2), (10.0, 20.0))), flip=True)
-  train_views = images.train_views(found, np.random.default_rng(0), views, crop=crop, **options)
-  eval_views = images.eval_views(found, views, crop_pct=0.875, resize=rng.choice(images.RESIZES))
-  for made in (train_views, eval_views):
-    assert {name: (view.shape, view.dtype) for name, view in made.items()} == {
-      "one": ((16, 16, 3), np.uint8),
-      "two": ((8, 16, 3), np.uint8),
-    }
+  with case(f"{crop} of {found.size}"):
+    made = images.train_views(found, np.random.default_rng(0), views, crop=crop, **options)
+  assert made["view"].shape == (16, 16, 3) and made["view"].dtype == np.uint8
+  with case(f"evaluation of {found.size}"):
+    made = images.eval_views(found, views, crop_pct=0.875, resize=rng.choice(images.RESIZES))
+  assert made["view"].shape == (16, 16, 3) and made["view"].dtype == np.uint8
   return True
+
+
+def _case(limits, picture, what):
+  return limits.case(f"{picture}, {what}")
 
 
 def test_images():
   """With warnings as errors, as everywhere in these tests, and ignored, as in a run."""
   pictures = _whole_pictures()
   for name, data in pictures.items():
-    assert _read(random.Random(0), data), name
+    assert _read(random.Random(0), data, contextlib.nullcontext), name
   limits, good = Limits("images"), 0
   for i in range(FIRST, FIRST + IMAGES):
     rng = random.Random(f"images {i}")
     name, data = _damaged(rng, pictures)
-    with limits.case(f"{i}: {name}, {len(data)} bytes"), warnings.catch_warnings():
+    case = functools.partial(_case, limits, f"{i}: {name}, {len(data)} bytes")
+    with warnings.catch_warnings():
       warnings.simplefilter(rng.choice(("error", "ignore")))
-      good += _read(rng, data)
-  limits.report(readable=good)
+      good += _read(rng, data, case)
+  limits.report(pictures=IMAGES, readable=good)
   assert IMAGES < 100 or 0.05 < good / IMAGES < 0.95  # the harness does hit something, and not everything
 
 
@@ -292,10 +300,9 @@ def test_the_largest_pictures_there_may_be(mode):
   Image.new(mode, (side, side)).save(buffer, format, **options)
   data = buffer.getvalue()
   del buffer
-  _read(random.Random(0), _picture("PNG"))
-  limits = Limits(f"a large picture, {mode}", seconds=20)
-  with limits.case(mode):
-    assert _read(random.Random(0), data)
+  _read(random.Random(0), _picture("PNG"), contextlib.nullcontext)
+  limits = Limits(f"a large picture, {mode}")
+  assert _read(random.Random(0), data, limits.case)
   limits.report()
 
 
@@ -373,9 +380,9 @@ def _near(rng, value):
 
 
 def _mutated(rng, bases):
-  name = rng.choice(sorted(bases))
+  name = rng.choice([name for name in bases if "default" not in name or rng.random() < 0.3])
   run, done = copy.deepcopy(bases[name]), []
-  paths = list(_sections(run))
+  paths = [path for path in _sections(run) if rng.random() < 0.8 or len(path) > 1]
   for _ in range(rng.choice((1, 1, 2, 3))):
     *parents, last = rng.choice(paths)
     node = run
@@ -385,7 +392,7 @@ def _mutated(rng, bases):
       continue
     if rng.random() < 0.05:
       last = rng.choice(("nothing", "mode1", "", "a.b", 5, None, "__class__", "items", *WORDS))
-    value = _near(rng, node.get(last)) if rng.random() < 0.5 else rng.choice((*PLAIN, *WORDS))
+    value = _near(rng, node.get(last)) if rng.random() < 0.7 else rng.choice((*PLAIN, *WORDS))
     node[last] = value
     done.append(f"{'.'.join(map(str, (*parents, last)))}={ranges.show(value, 60)}")
   return f"{name} with {', '.join(done)}", run
@@ -428,21 +435,22 @@ def _bases(tokenizer):
   return found
 
 
-def _up_to_the_first_step(run, workdir, trace):
-  """Whether a run would begin. With `trace` its first example is read and its step traced."""
+def _begin(run, workdir):
+  """The completed config of a run, which has been stopped where its first array would be made."""
   config = config_lib.complete(run, objectives.model_fields())
-  try:
+  with contextlib.suppress(Reached):
     train.run(config, workdir)
-  except Reached:
-    pass
-  if trace and objectives.OBJECTIVES[config.objective].trains:
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    with jax.set_mesh(mesh):
-      _trace(config, train.prepare(config, mesh), mesh)
-  return True
+  return config
 
 
-def _trace(config, plan, mesh):
+def _trace(config):
+  """The first example is read, and the steps of training and evaluation are traced."""
+  mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+  with jax.set_mesh(mesh):
+    _trace_steps(config, train.prepare(config, mesh), mesh)
+
+
+def _trace_steps(config, plan, mesh):
   objective, source = plan.objective, plan.source
   image = pipeline.decode(source[0], 0)
   plan.reader.eval(image, source[0])
@@ -455,7 +463,7 @@ def _trace(config, plan, mesh):
   init = lambda: objective.init(jax.random.key(0))
   decay = config.optimizer.ema_decay
   _, shapes, shardings = train_state.abstract(init, plan.tx, mesh, ema=decay > 0)
-  frozen = objective.frozen_params(mesh)
+  frozen = jax.eval_shape(lambda: objective.frozen_params(mesh))
   step = step_lib.make_train_step(
     objective, plan.tx, config.microbatches, jax.random.key(1), shardings, decay
   )
@@ -465,22 +473,26 @@ def _trace(config, plan, mesh):
 
 def test_configs(no_arrays, tokenizer_run, tmp_path):
   bases = _bases(str(tokenizer_run))
-  for name, run in bases.items():
-    assert _up_to_the_first_step(copy.deepcopy(run), tmp_path / name, trace="default" not in name), name
-  limits, begun, traced = Limits("configs"), 0, 0
+  for run in bases.values():
+    _begin(copy.deepcopy(run), tmp_path / "base")
+  limits, traces, begun = Limits("configs"), Limits("configs, steps traced", seconds=60), 0
   for i in range(FIRST, FIRST + CONFIGS):
     rng = random.Random(f"configs {i}")
     what, run = _mutated(rng, bases)
     trace = rng.random() < 0.3 and "default" not in what
-    with limits.case(f"{i}: {what}"):
-      try:
-        begun += _up_to_the_first_step(run, tmp_path / f"{i}", trace)
-        traced += trace
-      except UserError as error:
-        assert 10 < len(str(error)) < 5000 and "Traceback" not in str(error)
+    try:
+      with limits.case(f"{i}: {what}"):
+        config = _begin(run, tmp_path / f"{i}")
+      begun += 1
+      if trace and objectives.OBJECTIVES[config.objective].trains:
+        with traces.case(f"{i}: {what}"):
+          _trace(config)
+    except UserError as error:
+      assert 10 < len(str(error)) < 5000 and "Traceback" not in str(error)
     if i % 100 == 99:
       jax.clear_caches()
-  limits.report(begun=begun, traced=traced)
+  limits.report(begun=begun)
+  traces.report()
 
 
 @pytest.mark.parametrize(
@@ -609,7 +621,7 @@ def test_commands(tmp_path):
     program, arguments = _command(random.Random(f"commands {i}"), config, tmp_path)
     done = subprocess.run(
       [sys.executable, "-m", f"beit_jax.{program}", *arguments],
-      cwd=tmp_path, env=environment, capture_output=True, text=True, errors="replace", timeout=60,
+      cwd=tmp_path, env=environment, capture_output=True, text=True, errors="replace", timeout=120,
     )  # fmt: skip
     what = json.dumps([program, *(ranges.show(text) for text in arguments)])
     assert "Traceback" not in done.stderr + done.stdout, (i, what, done.stderr[-2000:])
@@ -622,3 +634,9 @@ def test_commands(tmp_path):
   print(
     f"\ncommands: {len(statuses)}, with status {', '.join(f'{s}: {statuses.count(s)}' for s in (0, 1, 2))}"
   )
+
+
+@pytest.mark.parametrize("place", ["/dev/null/x", "/proc/x", __file__, "x" * 300])
+def test_workdirs_that_cannot_be(place, capsys):
+  assert main_lib.main([f"--config={ROOT}/configs/segment_shapes.py", f"--workdir={place}"]) == 2
+  assert "nothing can be written there" in capsys.readouterr().err

@@ -17,6 +17,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from beit_jax.errors import UserError
 
 MAX = 10.0  # magnitudes lie in [0, MAX]
+MAX_OPS = 100
 BICUBIC = Image.Resampling.BICUBIC
 Fill = tuple[int, int, int]
 
@@ -115,10 +116,13 @@ def parse(spec: str) -> Policy:
       found = {}
       break
     found[match[1]] = float(match[2])
-  policy = Policy(int(found.get("n", 2)), found.get("m", MAX), found.get("mstd", 0.0), found.get("p", 0.5))
+  num_ops = found.get("n", 2)
+  policy = Policy(
+    int(min(num_ops, MAX_OPS + 1)), found.get("m", MAX), found.get("mstd", 0.0), found.get("p", 0.5)
+  )
   good = (
-    policy.num_ops > 0
-    and policy.num_ops == found.get("n", 2)
+    0 < policy.num_ops <= MAX_OPS
+    and policy.num_ops == num_ops
     and policy.magnitude <= MAX
     and policy.magnitude_std < 100
     and policy.prob <= 1

@@ -4,6 +4,7 @@ Letters: B batch, H W image in pixels, h w grid in patches, N = h*w patches, T =
 D width, K heads, P patch size.
 """
 
+import functools
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -66,6 +67,7 @@ class PatchEmbed(nn.Module):
     return x @ kernel.astype(self.dtype).reshape(-1, self.width) + bias.astype(self.dtype)
 
 
+@functools.lru_cache(maxsize=4)  # every block asks
 def relative_position_index(grid_size: tuple[int, int]) -> np.ndarray:
   """Row of the bias table for every pair of tokens: int32 [T, T], cls first.
 
@@ -73,14 +75,15 @@ def relative_position_index(grid_size: tuple[int, int]) -> np.ndarray:
   rows of the table are cls -> patch, patch -> cls, cls -> cls. (unilm RelativePositionBias)
   """
   height, width = grid_size
-  coords = np.stack(np.meshgrid(np.arange(height), np.arange(width), indexing="ij"), -1).reshape(-1, 2)
-  delta = coords[:, None] - coords[None]  # [N, N, 2]
+  below, beside = (np.subtract.outer(np.arange(n), np.arange(n)) + n - 1 for n in grid_size)
   rows = (2 * height - 1) * (2 * width - 1) + 3
-  index = np.empty((len(coords) + 1,) * 2, np.int32)
-  index[1:, 1:] = (delta[..., 0] + height - 1) * (2 * width - 1) + delta[..., 1] + width - 1
+  index = np.empty((height * width + 1,) * 2, np.int32)
+  between = below[:, None, :, None] * (2 * width - 1) + beside[:, None]  # [h, w, h, w]
+  index[1:, 1:] = between.reshape(height * width, -1)
   index[0, :] = rows - 3
   index[:, 0] = rows - 2
   index[0, 0] = rows - 1
+  index.setflags(write=False)
   return index
 
 
