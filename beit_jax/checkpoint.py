@@ -137,9 +137,12 @@ def _may_pass(error: Exception) -> bool:
 
 
 def _brief(error: Exception) -> str:
-  """Its first line; TensorStore's errors are pages long."""
-  lines = str(error).strip().splitlines() or [type(error).__name__]
-  return lines[0] if len(lines[0]) <= 300 else f"{lines[0][:300]}..."
+  """What the system says, then the first line; TensorStore's errors are pages long and say it last."""
+  text = str(error).strip() or type(error).__name__
+  line = text.splitlines()[0]
+  line = line if len(line) <= 300 else f"{line[:300]}..."
+  said = re.search(r"No space left on device|Disk quota exceeded|Read-only file system|Permission denied", text)
+  return line if said is None or said[0] in line else f"{said[0]}: {line}"
 
 
 class Checkpointer:

@@ -12,6 +12,8 @@ from beit_jax.errors import UserError
 
 Rule = tuple[Callable[[Any], bool], str]  # is a value good, and what it must be or do otherwise
 STEPS = 2**31 - 1  # the step is an int32
+MAX_TEXT = 4096
+SOUND = f"must be finite numbers, or text of up to {MAX_TEXT:,} characters without null"
 LARGEST = 1e38  # of float32, nearly
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -127,7 +129,10 @@ TABLE: tuple[tuple[str, Rule], ...] = (
   (r"segment\.scales", several(None, number(0.01, 10), "one or more numbers in [0.01, 10]")),
   (r"segment\.programs", whole(1, 1000)),
   (r"knn\.temperature", number(0.02, 1000)),  # exp(1 / temperature) has to be a float32
-  (r"knn\.blocks", (lambda v: all(map(_is_whole, v)), "must be numbers of blocks, counted from 0")),
+  (
+    r"model\.out_indices|knn\.blocks",
+    (lambda v: all(map(_is_whole, v)), "must be numbers of blocks, counted from 0"),
+  ),
   (r"model\.width", whole(1, 2**14)),
   (r"model\.depth", whole(1, 64)),
   (r"model\.(num_heads|patch_size)", whole(1, 1024)),
@@ -139,7 +144,7 @@ TABLE: tuple[tuple[str, Rule], ...] = (
   (r"model\.vocab_size", whole(2, 2**20)),
   (r"model\.n_hid", whole(4, 8192)),
   (r"model\.(n_init|channels|aux_channels)", whole(1, 8192)),
-  (r"model\.n_blk_per_group", whole(1, 16)),
+  (r"model\.n_blk_per_group", whole(1, 8)),
   (r"model\.group_count", whole(1, 6)),
 )
 
@@ -150,10 +155,12 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 
 def _is_sound(value: Any) -> bool:
-  """No infinity, no NaN, and no text that the system would cut off."""
+  """No infinity, no NaN, no text that the system would cut off, none longer than a path can be."""
   if isinstance(value, tuple | list):
     return all(map(_is_sound, value))
-  return math.isfinite(value) if isinstance(value, float) else not (isinstance(value, str) and "\0" in value)
+  if isinstance(value, str):
+    return len(value) <= MAX_TEXT and "\0" not in value
+  return not isinstance(value, float) or math.isfinite(value)
 
 
 def check(run: dict[str, Any], where: str = "") -> None:
@@ -166,7 +173,7 @@ def check(run: dict[str, Any], where: str = "") -> None:
     if value is None:
       continue
     rules = [rule for pattern, rule in TABLE if re.fullmatch(pattern, key)]
-    for good, text in (*rules, (_is_sound, "must be finite numbers, or text without null characters")):
+    for good, text in (*rules, (_is_sound, SOUND)):
       if not good(value):
         raise UserError(f"config key '{where + '.' if where else ''}{key}': {show(value)} {text}")
 

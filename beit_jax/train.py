@@ -28,11 +28,11 @@ from beit_jax.lock import only_writer
 from beit_jax.logs import Logger, log, only_file
 from beit_jax.meter import Meter
 from beit_jax.objectives import OBJECTIVES, Objective
+from beit_jax.objectives.base import check_size
 from beit_jax.step import make_optimizer, make_schedules, make_train_step
 from beit_jax.train_state import TrainState
 
 BAD_IMAGES = "bad_images.jsonl"
-MAX_PARAMETERS = 2**35  # 128 GiB of float32: more is a slip of the pen
 
 
 def run(config: ConfigDict, workdir: Path, name: str = "") -> dict[str, Any]:
@@ -95,10 +95,7 @@ def prepare(config: ConfigDict, mesh: jax.sharding.Mesh) -> Plan:
     raise UserError(f"config key 'total_epochs': {total_steps} steps are more than {ranges.STEPS:,}")
   schedules = make_schedules(config, steps_per_epoch, total_steps)
   shapes = jax.eval_shape(functools.partial(objective.init, jax.random.key(0)))["params"]
-  if trees.num_params(shapes) > MAX_PARAMETERS:
-    raise UserError(
-      f"config section 'model': {trees.num_params(shapes):,} parameters are more than {MAX_PARAMETERS:,}"
-    )
+  check_size(shapes)
   tx = make_optimizer(config, schedules, shapes, objective.depth)
   reader = objective.reader()
   return Plan(source, eval_source, objective, reader, shapes, schedules, tx, steps_per_epoch, total_steps)

@@ -211,10 +211,12 @@ def test_other_pixel_statistics_are_refused(whole_run, tmp_path):
 
 
 def test_collapse_alarm(tmp_path, caplog):
-  changes = {"collapse.min_usage": 1.1, "collapse.after_steps": 1, "total_steps": 2}
+  config = tiny.config("dvae", total_steps=2, **{"collapse.after_steps": 1})
+  config.collapse.min_usage = 1.1  # more than there can be
   with pytest.raises(CollapseError, match="codebook has collapsed"):
-    train.run(tiny.config("dvae", **changes), tmp_path / "stop")
-  train.run(tiny.config("dvae", **changes, **{"collapse.stop": False}), tmp_path / "go")
+    train.run(config, tmp_path / "stop")
+  config.collapse.stop = False
+  train.run(config, tmp_path / "go")
   assert "codebook has collapsed" in caplog.text
 
 

@@ -26,6 +26,7 @@ from beit_jax.models import beit
 from beit_jax.pretrained import Pretrained
 
 MAX_PATCHES = 64 * 64  # with relative positions: their index has the square of that many entries
+MAX_PARAMETERS = 2**35  # 128 GiB of float32: more is a slip of the pen
 Sums = dict[str, tuple[jax.Array, jax.Array]]
 Variables = dict[str, Any]
 
@@ -173,6 +174,13 @@ def building() -> Iterator[None]:
   except (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, FlaxError) as error:
     reason = f"{type(error).__name__}: {ranges.show(str(error))[1:-1]}"
     raise UserError(f"config section 'model': no model can be built as it says ({reason})") from error
+
+
+def check_size(shapes: Any) -> None:
+  """Refuses a tree of parameters that nobody has the memory for."""
+  count = trees.num_params(shapes)
+  if count > MAX_PARAMETERS:
+    raise UserError(f"config section 'model': {count:,} parameters are more than {MAX_PARAMETERS:,}")
 
 
 def module_fields(module: type, *, without: tuple[str, ...] = ()) -> dict[str, Any]:

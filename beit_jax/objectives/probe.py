@@ -42,6 +42,7 @@ class Probe(base.Objective):
     self.blocks = list(range(self.encoder.depth))
     self.eval_metrics = ("loss", "acc1", *(f"acc1_{i:02d}" for i in self.blocks))
     shapes = jax.eval_shape(self._init_encoder)
+    base.check_size(shapes)
     if self._loaded is None:
       log.info("encoder: random, %d parameters", trees.num_params(shapes))
     else:
