@@ -141,7 +141,9 @@ def _brief(error: Exception) -> str:
   text = str(error).strip() or type(error).__name__
   line = text.splitlines()[0]
   line = line if len(line) <= 300 else f"{line[:300]}..."
-  said = re.search(r"No space left on device|Disk quota exceeded|Read-only file system|Permission denied", text)
+  said = re.search(
+    r"No space left on device|Disk quota exceeded|Read-only file system|Permission denied", text
+  )
   return line if said is None or said[0] in line else f"{said[0]}: {line}"
 
 
