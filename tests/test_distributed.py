@@ -3,6 +3,7 @@
 import http.server
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -438,29 +439,48 @@ CONFIG = """
 from tests import tiny
 
 def get_config():
-  changes = {"mesh.data": 8, "total_steps": 10, "checkpoint.every_steps": 5, "eval.every_steps": 5}
+  changes = {"mesh.data": 8, "total_steps": 13, "checkpoint.every_steps": 5, "eval.every_steps": 5}
   return tiny.raw("classify", **changes)
 """
 
 
+def _train(config, workdir, count, *flags):
+  """`python -m beit_jax.main` in `count` processes of 8 / count devices: (their standard errors, rows of metrics)."""
+  command = ["-m", "beit_jax.main", f"--config={config}", f"--workdir={workdir}", *flags]
+  env = {"JAX_NUM_CPU_DEVICES": str(8 // count), "JAX_DEFAULT_MATMUL_PRECISION": "float32"}
+  results = _start(command, range(count), count, timeout=600, env=env)
+  assert [status for status, _ in results] == [0] * count, results
+  lines = (workdir / "metrics.jsonl").read_text().splitlines()
+  return [error for _, error in results], [json.loads(line) for line in lines]
+
+
 @SLOW
 def test_two_processes_train_as_one_does(tmp_path):
-  """2 x 4 devices against 1 x 8, through `python -m beit_jax.main`: losses, checkpoints, one voice."""
+  """2 x 4 devices against 1 x 8, through `python -m beit_jax.main`: losses, checkpoints, one voice.
+
+  What two have saved, one and four go on from alike.
+  """
   config = tmp_path / "config.py"
   config.write_text(textwrap.dedent(CONFIG))
   rows = {}
   for count in (1, 2):
-    workdir = tmp_path / str(count)
-    command = ["-m", "beit_jax.main", f"--config={config}", f"--workdir={workdir}"]
-    env = {"JAX_NUM_CPU_DEVICES": str(8 // count), "JAX_DEFAULT_MATMUL_PRECISION": "float32"}
-    results = _start(command, range(count), count, timeout=600, env=env)
-    assert [status for status, _ in results] == [0] * count, results
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    rows[count] = [json.loads(line) for line in lines]
-    assert (workdir / "checkpoints" / "10" / "digest.json").exists()
-  assert " I " in results[0][1] and " I " not in results[1][1]
-  assert len(rows[1]) == len(rows[2]) == 12  # 10 steps, 2 evaluations
-  for one, two in zip(rows[1], rows[2], strict=True):
+    errors, rows[count] = _train(config, tmp_path / str(count), count)
+    assert (tmp_path / str(count) / "checkpoints" / "13" / "digest.json").exists()
+  assert " I " in errors[0] and " I " not in errors[1]
+  assert len(rows[1]) == len(rows[2]) == 16  # 13 steps, 3 evaluations
+  _same_losses(rows[1], rows[2])
+  for count in (1, 4):
+    workdir = tmp_path / f"2_then_{count}"
+    shutil.copytree(tmp_path / "2", workdir)
+    shutil.rmtree(workdir / "checkpoints" / "13")
+    (workdir / "result.json").unlink()
+    errors, rows[count] = _train(config, workdir, count)
+    assert f"resuming from {workdir / 'checkpoints' / '10'}" in errors[0]
+    _same_losses(rows[count], rows[2])
+
+
+def _same_losses(some, others):
+  for one, two in zip(some, others, strict=True):
     key = "loss" if "loss" in one else "eval_loss"
     assert one["step"] == two["step"] and one[key] == pytest.approx(two[key], rel=1e-6)
 
