@@ -214,12 +214,12 @@ def train_views(
     factor = _spare(box, views)
   pixels, factor = picture.shrunk(factor)
   if crop == "pad":
-    pixels = resize(pixels, (0, 0, *picture.size), first, "bicubic")
+    (pixels,) = resize(pixels, (0, 0, *picture.size), [(first, "bicubic")])
     pixels = np.pad(pixels, [(side // 8, side // 8) for side in first] + [(0, 0)])
   elif factor > 1:
     box = tuple(side / factor for side in box)
-  made = {name: resize(pixels, box, size, how) for name, (size, how) in views.items()}
-  return {name: mirrored(view) for name, view in made.items()} if flipped else made
+  made = resize(pixels, box, views.values())
+  return dict(zip(views, map(mirrored, made) if flipped else made, strict=True))
 
 
 def _spare(box: Box, views: Views) -> int:

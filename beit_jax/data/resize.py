@@ -5,8 +5,11 @@ are no wheels of it for Linux on ARM; there Pillow resizes, and a run says so.
 """
 
 import functools
+import math
 import platform
 import sys
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -26,7 +29,9 @@ RESAMPLE = {
   "lanczos": Image.Resampling.LANCZOS,
 }
 FILTERS = {"bilinear": "bilinear", "bicubic": "catmull_rom", "lanczos": "lanczos3"}
+RGB = fast and fast.PixelType.U8x3
 Box = tuple[float, float, float, float]  # left, top, right, bottom
+Target = tuple[tuple[int, int], str]  # (H, W), interpolation
 
 
 @functools.cache
@@ -54,29 +59,40 @@ def _options(interpolation: str):
   return fast.ResizeOptions(resize_alg=algorithm)
 
 
-def resize(pixels: np.ndarray, box: Box, size: tuple[int, int], interpolation: str) -> np.ndarray:
-  """The box of uint8 [h, w, 3], resized to size (H, W): uint8 [H, W, 3]. What lies outside the box has no influence.
+def resize(pixels: np.ndarray, box: Box, targets: Iterable[Target]) -> list[np.ndarray]:
+  """The box of uint8 [h, w, 3], resized to every target: uint8 [H, W, 3]. What lies outside the box has no influence.
 
   A box that cuts through pixels has them at their share.
   """
   left, top, right, bottom = box
   x, y = int(left), int(top)
-  crop = pixels[y : int(np.ceil(bottom)), x : int(np.ceil(right))]
+  crop = pixels[y : math.ceil(bottom), x : math.ceil(right)]
   height, width = crop.shape[:2]
   inner = (left - x, top - y, right - x, bottom - y)
-  whole = inner == (0, 0, width, height)
-  if whole and (height, width) == tuple(size):
-    return np.ascontiguousarray(crop)
-  if fast is None:
-    image = Image.fromarray(crop).resize(size[::-1], RESAMPLE[interpolation], None if whole else inner)
-    return np.asarray(image)
+  part = None if inner == (0, 0, width, height) else inner
+  convert = _pillow if fast is None else _fast
+  source, made = None, []
+  for size, interpolation in targets:
+    if part is None and (height, width) == tuple(size):
+      made.append(np.ascontiguousarray(crop))
+      continue
+    if source is None:
+      source = Image.fromarray(crop) if fast is None else fast.ImageData(width, height, RGB, crop.tobytes())
+    made.append(convert(source, part, size, interpolation))
+  return made
+
+
+def _pillow(source: Image.Image, part: Box | None, size: tuple[int, int], interpolation: str) -> np.ndarray:
+  return np.asarray(source.resize(size[::-1], RESAMPLE[interpolation], part))
+
+
+def _fast(source: Any, part: Box | None, size: tuple[int, int], interpolation: str) -> np.ndarray:
   options = _options(interpolation)
-  if not whole:
+  if part is not None:
     options = options.copy()
-    options.crop_box = fast.CropBox(inner[0], inner[1], right - left, bottom - top)
-  kind = fast.PixelType.U8x3
-  target = fast.ImageData(size[1], size[0], kind)
-  fast.Resizer().resize(fast.ImageData(width, height, kind, crop.tobytes()), target, options)
+    options.crop_box = fast.CropBox(part[0], part[1], part[2] - part[0], part[3] - part[1])
+  target = fast.ImageData(size[1], size[0], RGB)
+  fast.Resizer().resize(source, target, options)  # one for each call: threads must not share one
   return np.frombuffer(target.get_buffer(), np.uint8).reshape(*size, 3)
 
 
