@@ -27,6 +27,9 @@ setup(
     "absl-py>=2",
     "numpy>=2,<3",
     "pillow>=11",
+    "simplejpeg>=1.9,<2",
+    # No wheels of it for Linux on ARM, where Pillow takes its place (beit_jax/data/resize.py).
+    "cykooz-resizer>=4.0.1,<5; sys_platform != 'linux' or platform_machine != 'aarch64'",
     "tensorboardX>=2.6,<3",
   ],
   extras_require={

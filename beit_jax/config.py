@@ -89,6 +89,7 @@ DEFAULTS: dict[str, Any] = dict(
     token_interpolation="lanczos",
     crop_pct=0.875,  # of evaluation
     resize="short_side",  # of evaluation: "short_side" | "squash"
+    scaled_decode=False,  # JPEGs to fewer pixels where a training crop has more than enough; faster, other pixels
     max_bad=0.05,  # share of images that cannot be read; another takes their place, above this the run stops
     workers=0,  # processes; 0 = threads of this one
     threads=4,

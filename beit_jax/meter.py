@@ -2,6 +2,7 @@
 
 import collections
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,14 @@ class Meter:
 
   def restart(self, step: int) -> None:
     """Leaves what came between (an evaluation, a save) out of the speed."""
-    self._clock, self._clock_step = time.monotonic(), step
+    self._clock, self._clock_step, self._waited = time.monotonic(), step, 0.0
+
+  def take(self, batches: Iterator[Any]) -> Any:
+    """The next batch; the time that takes is logged as `data_wait`, a share of all time."""
+    began = time.monotonic()
+    batch = next(batches)
+    self._waited += time.monotonic() - began
+    return batch
 
   def push(self, step: int, metrics: dict[str, jax.Array], batch: Any, wanted: bool) -> None:
     """`wanted`: that the step's metrics be logged."""
@@ -62,8 +70,10 @@ class Meter:
   def _log(self, step: int, metrics: dict[str, jax.Array]) -> None:
     row = {key: float(value) for key, value in jax.device_get(metrics).items()}
     now = time.monotonic()
-    speed = (step - self._clock_step) * self._config.batch_size / max(now - self._clock, 1e-9)
+    seconds = max(now - self._clock, 1e-9)
+    speed = (step - self._clock_step) * self._config.batch_size / seconds
     row |= {"learning_rate": float(self._rate(step - 1)), "images_per_second": speed}
+    row |= {"data_wait": min(self._waited / seconds, 1.0)}
     self.restart(step)
     self.first, self.last = self.first or row, row
     self._logger.write(step, row)

@@ -30,8 +30,17 @@ PACKAGES = (
   "tensorflow-datasets",
   "numpy",
   "pillow",
+  "simplejpeg",
+  "cykooz-resizer",
 )
 RESULT = "result.json"
+
+
+def version(package: str) -> str:
+  try:
+    return importlib.metadata.version(package)
+  except importlib.metadata.PackageNotFoundError:
+    return "not installed"
 
 
 def environment() -> str:
@@ -48,7 +57,7 @@ def environment() -> str:
     except (OSError, subprocess.SubprocessError) as error:
       revision = f"unknown ({error})"
   devices = collections.Counter(device.device_kind for device in jax.devices())
-  packages = " ".join(f"{name}={importlib.metadata.version(name)}" for name in PACKAGES)
+  packages = " ".join(f"{name}={version(name)}" for name in PACKAGES)
   lines = {
     "command": shlex.join(sys.argv),
     "host": f"{platform.node()}, process {os.getpid()} ({jax.process_index()} of {jax.process_count()})",
@@ -67,7 +76,7 @@ def describe(config, objective, source) -> dict[str, Any]:
     preset=config.model.get("preset", ""),
     dataset=source.description,
     config=config.to_dict(),
-    packages={name: importlib.metadata.version(name) for name in PACKAGES},
+    packages={name: version(name) for name in PACKAGES},
     python=platform.python_version(),
     **objective.describe(),
   )

@@ -165,7 +165,7 @@ def _run(
     ahead = 0 if mesh.size > 1 and jax.default_backend() == "cpu" else 2
     meter.restart(start_step)
     for step in range(start_step + 1, total_steps + 1):
-      batch = next(batches)
+      batch = meter.take(batches)
       state, metrics = train_step(state, frozen, batch)
       watch.nothing_to_save = False
       is_last = step == total_steps

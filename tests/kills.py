@@ -27,7 +27,7 @@ from beit_jax import checkpoint, trees
 
 ROOT = Path(__file__).resolve().parent.parent
 MARK = "BEIT_JAX_KILLS"  # in the environment of every process of a run, so that orphans are found
-TIMINGS = ("images_per_second",)
+TIMINGS = ("images_per_second", "data_wait")
 
 
 def start(workdir: Path, mark: str, *, workers: int, mesh: int, slow: float) -> subprocess.Popen:

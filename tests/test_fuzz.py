@@ -244,7 +244,9 @@ def _read(rng, data, case):
   with case("decode"):
     try:
       found = pipeline.decode({"image": data, "file": "x.jpg"}, 0)
+      pixels = found.pixels()
     except BadImage as error:
+      found = None
       assert "x.jpg cannot be decoded: " in str(error)
   with case("label map"):
     try:
@@ -254,7 +256,8 @@ def _read(rng, data, case):
       assert str(error).startswith("x.png: the label map ")
   if found is None:
     return False
-  assert found.mode == "RGB" and min(found.size) > 0
+  assert pixels.dtype == np.uint8 and pixels.shape == (*found.size[::-1], 3) and min(found.size) > 0
+  del pixels
   views, crop = {"view": ((16, 16), rng.choice(sorted(images.RESAMPLE)))}, rng.choice(images.CROPS)
   options = dict(scale=(0.08, 1.0), ratio=rng.choice(((3 / 4, 4 / 3), (0.1, 0.2), (10.0, 20.0))), flip=True)
   with case(f"{crop} of {found.size}"):

@@ -130,7 +130,7 @@ def test_metrics_figures_and_description(whole_run):
   rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
   steps = [row["step"] for row in rows if "loss" in row]
   assert steps == list(range(1, 11))
-  for key in ("loss", "learning_rate", "grad_norm", "images_per_second", "mim_acc"):
+  for key in ("loss", "learning_rate", "grad_norm", "images_per_second", "mim_acc", "data_wait"):
     assert key in rows[0]
   assert rows[0]["learning_rate"] == 0.0  # a warm-up starts at 0
   assert rows[0]["loss"] == pytest.approx(np.log(16), abs=0.1)

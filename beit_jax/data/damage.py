@@ -67,7 +67,7 @@ def why(source: Any, index: int) -> str:
   from beit_jax.data import pipeline  # which imports this module
 
   try:
-    pipeline.decode(source[index], index)
+    pipeline.decode(source[index], index).pixels()
   except (BadImage, OSError) as error:
     return str(error)
   return f"example {index} could not be read a moment ago, and can now"

@@ -1,9 +1,11 @@
-"""Decoding, cropping and resizing on the host: Pillow and NumPy, uint8 out.
+"""Decoding, cropping and resizing on the host, uint8 out.
 
 The two-view crop follows unilm `beit/datasets.py` and `beit/transforms.py`: one random box, resized twice.
-Every function takes its randomness as an argument.
+Every function takes its randomness as an argument. Training views are made for speed (`jpeg.py`, `resize.py`);
+evaluation resizes with Pillow, as those do whose numbers it is compared with.
 """
 
+import contextlib
 import functools
 import io
 import math
@@ -13,12 +15,10 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-RESAMPLE = {
-  "nearest": Image.Resampling.NEAREST,
-  "bilinear": Image.Resampling.BILINEAR,
-  "bicubic": Image.Resampling.BICUBIC,
-  "lanczos": Image.Resampling.LANCZOS,
-}
+from beit_jax.data import jpeg
+from beit_jax.data.resize import RESAMPLE, mirrored, resize
+from beit_jax.errors import BadImage
+
 MAX_PIXELS = 2**26  # of an encoded picture, checked before it is decoded: 8,192 x 8,192
 MAX_WEBP_PIXELS = 3 * 2**24  # its decoder holds four copies
 MAX_ASPECT = 64  # of an evaluated picture; of a narrower one the central part is seen
@@ -26,6 +26,7 @@ STRIP = 2**20  # pixels that are scaled at a time
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # EPS would run a program
 RESIZES = ("short_side", "squash")
 CROPS = ("random_resized", "pad", "center")
+ENOUGH = 1  # times the pixels of a view, to each side: what a picture decoded to fewer pixels must still have
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 
@@ -79,7 +80,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def decode(image: Any) -> Image.Image:
-  """Encoded bytes, a uint8 array [H, W, 3 or 1], or what this returned before -> Pillow image in RGB.
+  """Encoded bytes, a uint8 array [H, W, 3 or 1], a `Picture`, or what this returned before -> Pillow image in RGB.
 
   Encoded pictures are turned upright as their EXIF orientation says; a damaged EXIF block says nothing. Transparency
   is dropped.
@@ -88,8 +89,69 @@ def decode(image: Any) -> Image.Image:
     return to_rgb(_upright(open_picture(image)))
   if isinstance(image, Image.Image):
     return image
+  if isinstance(image, Picture):
+    return Image.fromarray(image.pixels())
   array = np.asarray(image)
   return to_rgb(Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array))
+
+
+@contextlib.contextmanager
+def _blamed_on(name: str) -> Iterator[None]:
+  try:
+    yield
+  except Image.UnidentifiedImageError:
+    raise BadImage(
+      f"{name} cannot be decoded: no picture of a kind that is read; remove or repair it"
+    ) from None
+  except Exception as error:  # Pillow's readers let through whatever a damaged file leads to
+    reason = str(error) or type(error).__name__
+    raise BadImage(f"{name} cannot be decoded: {reason}; remove or repair it") from None
+
+
+class Picture:
+  """A picture of which the header has been read. A plain JPEG is decoded when its pixels are asked for.
+
+  Args:
+    image: as for `decode`, whose pixels these are to the bit.
+    name: for errors.
+
+  Attributes:
+    size: (width, height), upright.
+
+  Raises:
+    BadImage: it cannot be decoded; names it. So do the methods.
+  """
+
+  def __init__(self, image: Any, name: str = "the picture"):
+    self._name, self._encoded, self._turn = name, b"", None
+    with _blamed_on(name):
+      header = open_picture(image) if isinstance(image, bytes) else None
+      if header is not None and jpeg.is_plain(header):
+        self._encoded, self._turn, self._stored = image, jpeg.turn(header), header.size
+        self.size = self._stored[::-1] if self._turn and self._turn[0] else self._stored
+        return
+      plain = isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] == (3,)
+      self._array = image if plain else np.asarray(decode(image))
+    self.size = (self._array.shape[1], self._array.shape[0])
+
+  def pixels(self) -> np.ndarray:
+    """uint8 [H, W, 3]."""
+    return self.shrunk(1)[0]
+
+  def shrunk(self, factor: int) -> tuple[np.ndarray, int]:
+    """Decoded to the factor-th part of each side if that saves work: (uint8 [ceil(H / f), ceil(W / f), 3], f).
+
+    factor: 1, 2, 4 or 8; f is that, or less.
+    """
+    if not self._encoded:
+      return self._array, 1
+    while self._turn and any(side % factor for side in self.size):  # the cut edge would be at the wrong side
+      factor //= 2
+    pixels = jpeg.decode(self._encoded, self._stored, factor)
+    if pixels is not None:
+      return jpeg.turned(pixels, self._turn), factor
+    with _blamed_on(self._name):
+      return np.asarray(decode(self._encoded)), 1
 
 
 def random_resized_box(
@@ -113,40 +175,58 @@ def _central(width: int, height: int, w: int, h: int) -> Box:
   return left, top, left + w, top + h
 
 
-def _resize(
-  image: Image.Image, box: Box, size: tuple[int, int], interpolation: str, flip: bool
-) -> np.ndarray:
-  """Crop, then resize to size (H, W) if need be, then flip: uint8 [H, W, 3]."""
-  image = image if box == (0, 0, *image.size) else image.crop(box)
-  if image.size != (size[1], size[0]):
-    image = image.resize((size[1], size[0]), RESAMPLE[interpolation])
-  array = np.asarray(image)
-  return np.ascontiguousarray(array[:, ::-1]) if flip else array
-
-
 Views = dict[str, tuple[tuple[int, int], str]]  # name -> ((H, W), interpolation)
 
 
 def train_views(
-  image: Any, rng: np.random.Generator, views: Views, *, crop: str, scale, ratio, flip: bool
+  image: Any,
+  rng: np.random.Generator,
+  views: Views,
+  *,
+  crop: str,
+  scale,
+  ratio,
+  flip: bool,
+  scaled: bool = False,
 ) -> dict:
-  """One random box and flip, resized to every view: {name: uint8 [H, W, 3]}. `image`: as for `decode`.
+  """One random box and flip, resized to every view: {name: uint8 [H, W, 3]}. `image`: as for `Picture`, or one.
 
-  crop: "random_resized"; "pad" (reflect-free: zero padding by an eighth, then a random crop, for small images);
-  "center" (none: the largest central box of the first view's shape).
+  Args:
+    crop: "random_resized"; "pad" (reflect-free: zero padding by an eighth, then a random crop, for small images);
+      "center" (none: the largest central box of the first view's shape).
+    scaled: decode JPEGs to fewer pixels where the box has more than enough; the box is the same.
+
+  Raises:
+    BadImage: the picture cannot be decoded.
   """
-  image = decode(image)
+  picture = image if isinstance(image, Picture) else Picture(image)
+  first, factor = next(iter(views.values()))[0], 1
   if crop == "random_resized":
-    box = random_resized_box(rng, *image.size, scale, ratio)
+    box = random_resized_box(rng, *picture.size, scale, ratio)
   elif crop == "pad":
-    height, width = next(iter(views.values()))[0]
-    image = image if image.size == (width, height) else image.resize((width, height), RESAMPLE["bicubic"])
-    left, top = (int(rng.integers(0, 2 * (side // 8) + 1)) - side // 8 for side in (width, height))
-    box = (left, top, left + width, top + height)  # Pillow fills what lies outside with zeros
+    height, width = first
+    left, top = (int(rng.integers(0, 2 * (side // 8) + 1)) for side in (width, height))
+    box = (left, top, left + width, top + height)
   else:
-    box = _largest_box(image.size, next(iter(views.values()))[0])
-  mirrored = flip and rng.random() < 0.5
-  return {name: _resize(image, box, size, how, mirrored) for name, (size, how) in views.items()}
+    box = _largest_box(picture.size, first)
+  flipped = flip and rng.random() < 0.5
+  if scaled and crop != "pad":
+    factor = _spare(box, views)
+  pixels, factor = picture.shrunk(factor)
+  if crop == "pad":
+    (pixels,) = resize(pixels, (0, 0, *picture.size), [(first, "bicubic")])
+    pixels = np.pad(pixels, [(side // 8, side // 8) for side in first] + [(0, 0)])
+  elif factor > 1:
+    box = tuple(side / factor for side in box)
+  made = resize(pixels, box, views.values())
+  return dict(zip(views, map(mirrored, made) if flipped else made, strict=True))
+
+
+def _spare(box: Box, views: Views) -> int:
+  """By how much a box may shrink for `ENOUGH` to be left for every view."""
+  wide, high = box[2] - box[0], box[3] - box[1]
+  room = min(min(wide / width, high / height) for (height, width), _ in views.values())
+  return next((factor for factor in jpeg.SHRINKS if factor * ENOUGH <= room), 1)
 
 
 def _largest_box(image_size: tuple[int, int], view: tuple[int, int], crop_pct: float = 1.0) -> Box:
@@ -183,5 +263,5 @@ def eval_views(image: Any, views: Views, *, crop_pct: float, resize: str = "shor
   for name, ((height, width), interpolation) in views.items():
     size = eval_size((image.height, image.width), (height, width), crop_pct, resize)[::-1]
     resized = image if image.size == size else image.resize(size, RESAMPLE[interpolation])
-    result[name] = _resize(resized, _central(*size, width, height), (height, width), interpolation, False)
+    result[name] = np.asarray(resized.crop(_central(*size, width, height)))
   return result

@@ -20,7 +20,7 @@ import grain
 import numpy as np
 from PIL import Image
 
-from beit_jax.data import images, randaugment
+from beit_jax.data import images, randaugment, resize
 from beit_jax.data.damage import Damage
 from beit_jax.errors import BadImage, UserError
 
@@ -54,6 +54,7 @@ class Views:
         raise UserError(f"config key 'data.{key}': {value!r} is unknown; there are {', '.join(names)}")
     if not 0 < options["crop_pct"] <= 1:
       raise UserError(f"config key 'data.crop_pct': {options['crop_pct']} must lie in (0, 1]")
+    resize.check()
     if options["rand_augment"]:
       randaugment.parse(options["rand_augment"])
       if len(views) > 1:
@@ -61,20 +62,23 @@ class Views:
           "config key 'data.rand_augment': the views of an example would no longer show the same; it is for fine-tuning"
         )
 
-  def train(self, image: Image.Image, example: dict[str, Any], key: tuple[int, ...]) -> HostBatch:
-    """`key`, ints, is all the randomness there is."""
+  def train(self, image: images.Picture, example: dict[str, Any], key: tuple[int, ...]) -> HostBatch:
+    """`key`, ints, is all the randomness there is.
+
+    Raises:
+      BadImage: the picture turns out to be damaged.
+    """
     o = self._options
     rng = np.random.default_rng((*key, 2))
-    views = images.train_views(
-      image, rng, self._views, crop=o["crop"], scale=o["crop_scale"], ratio=o["crop_ratio"], flip=o["flip"]
-    )
+    options = dict(crop=o["crop"], scale=o["crop_scale"], ratio=o["crop_ratio"], flip=o["flip"])
+    views = images.train_views(image, rng, self._views, scaled=o.get("scaled_decode", False), **options)
     if o["rand_augment"]:
       rng, fill = np.random.default_rng((*key, 3)), randaugment.fill_colour(o["mean"])
       augment = lambda view: randaugment.rand_augment(Image.fromarray(view), rng, o["rand_augment"], fill)  # noqa: E731
       views = {name: np.asarray(augment(view)) for name, view in views.items()}
     return {**views, **self._label(example)}
 
-  def eval(self, image: Image.Image, example: dict[str, Any]) -> HostBatch:
+  def eval(self, image: images.Picture, example: dict[str, Any]) -> HostBatch:
     o = self._options
     views = images.eval_views(image, self._views, crop_pct=o["crop_pct"], resize=o["resize"])
     return {**views, **self._label(example)}
@@ -86,22 +90,13 @@ class Views:
     return {"label": label if label.ndim else label.astype(np.int32)}
 
 
-def decode(example: dict[str, Any], index: int, field: str = "image") -> Image.Image:
-  """The picture of an example.
+def decode(example: dict[str, Any], index: int, field: str = "image") -> images.Picture:
+  """The picture of an example; its pixels may be damaged all the same, which shows when they are asked for.
 
   Raises:
     BadImage: it cannot be decoded; names the file, or the example.
   """
-  try:
-    return images.decode(example[field])
-  except Image.UnidentifiedImageError:
-    name = example.get("file", f"example {index}")
-    raise BadImage(
-      f"{name} cannot be decoded: no picture of a kind that is read; remove or repair it"
-    ) from None
-  except Exception as error:  # Pillow's readers let through whatever a damaged file leads to
-    name, reason = example.get("file", f"example {index}"), str(error) or type(error).__name__
-    raise BadImage(f"{name} cannot be decoded: {reason}; remove or repair it") from None
+  return images.Picture(example[field], str(example.get("file", f"example {index}")))
 
 
 class _Rows:
@@ -121,11 +116,7 @@ class _Rows:
     epoch, index = divmod(position, len(self._source))
     if self._train:
       index = int(_order(self._seed, epoch, len(self._source))[index])
-    example, image, replaced = self._read(index)
-    if self._train:
-      arrays = self._reader.train(image, example, (self._seed, epoch, index))
-    else:
-      arrays = self._reader.eval(image, example)
+    arrays, replaced = self._read(index, (self._seed, epoch, index))
     return {
       **arrays,
       "example_key": np.array([epoch, index], np.uint32),
@@ -133,17 +124,26 @@ class _Rows:
       "replaced": np.array(replaced),
     }
 
-  def _read(self, index: int) -> tuple[dict[str, Any], Image.Image, bool]:
-    """An example and its picture; where that cannot be read another one, always the same for an index."""
+  def _read(self, index: int, key: tuple[int, ...]) -> tuple[HostBatch, bool]:
+    """An example's arrays; where its picture cannot be read those of another one, always the same for an index."""
     problem = None
     for other in self._candidates(index):
       try:
-        example = self._source[other]
-        return example, decode(example, other), other != index
-      except (BadImage, OSError) as error:
+        example = self._example(other)
+        image = decode(example, other)
+        reader = self._reader
+        arrays = reader.train(image, example, key) if self._train else reader.eval(image, example)
+        return arrays, other != index
+      except BadImage as error:
         problem = problem or error
     more = "" if self._tries == 1 else f"; nor could any of {self._tries} others that were tried in its place"
     raise BadImage(f"{problem}{more}")
+
+  def _example(self, index: int) -> dict[str, Any]:
+    try:
+      return self._source[index]
+    except OSError as error:
+      raise BadImage(str(error)) from error
 
   def _candidates(self, index: int) -> Iterator[int]:
     """Not simply the next ones: a whole folder may be damaged."""

@@ -141,7 +141,7 @@ class Maps:
     self._rule["num_classes"] = num_classes
     self._fill = tuple(int(255 * m + 0.5) for m in data["mean"])
 
-  def labels(self, example: dict[str, Any], image: Image.Image, index: int) -> np.ndarray:
+  def labels(self, example: dict[str, Any], image: images.Picture, index: int) -> np.ndarray:
     """uint8 [H, W] of the image's size.
 
     Raises:
@@ -149,18 +149,19 @@ class Maps:
     """
     name = str(example.get("label_file", example.get("file", f"example {index}")))
     labels = decode_labels(example["label_map"], name)
-    if labels.shape != (image.height, image.width):
+    width, height = image.size
+    if labels.shape != (height, width):
       raise UserError(
-        f"{name}: the label map is {labels.shape[1]}x{labels.shape[0]} pixels, its image {image.width}x{image.height}"
+        f"{name}: the label map is {labels.shape[1]}x{labels.shape[0]} pixels, its image {width}x{height}"
       )
     return to_classes(labels, name, **self._rule)
 
-  def train(self, image: Image.Image, example: dict[str, Any], key: tuple[int, ...]) -> HostBatch:
+  def train(self, image: images.Picture, example: dict[str, Any], key: tuple[int, ...]) -> HostBatch:
     rng, s = np.random.default_rng((*key, 2)), self._segment
     labels = self.labels(example, image, key[-1])
     factor = rng.uniform(*s["resize_ratio"])
     size = rescale_size(image.size, tuple(side * factor for side in s["resize"]))
-    image = image.resize(size, images.RESAMPLE[self._data["interpolation"]])
+    image = images.decode(image).resize(size, images.RESAMPLE[self._data["interpolation"]])
     labels = np.asarray(Image.fromarray(labels).resize(size, Image.Resampling.NEAREST))
     top, left, height, width = crop_box(rng, labels, self._size, s["cat_max_ratio"])
     pixels = np.asarray(image)[top : top + height, left : left + width]
@@ -171,11 +172,11 @@ class Maps:
       pixels = distort(rng, np.ascontiguousarray(pixels))
     return self._pad(pixels, labels)
 
-  def eval(self, image: Image.Image, example: dict[str, Any]) -> HostBatch:
+  def eval(self, image: images.Picture, example: dict[str, Any]) -> HostBatch:
     """A central crop after the resize of evaluation; for figures (`windows.py` evaluates whole images)."""
     labels = self.labels(example, image, 0)
     size = rescale_size(image.size, self._segment["resize"])
-    pixels = np.asarray(image.resize(size, images.RESAMPLE[self._data["interpolation"]]))
+    pixels = np.asarray(images.decode(image).resize(size, images.RESAMPLE[self._data["interpolation"]]))
     labels = np.asarray(Image.fromarray(labels).resize(size, Image.Resampling.NEAREST))
     top, left = (max((side - limit) // 2, 0) for side, limit in zip(labels.shape, self._size, strict=True))
     part = np.s_[top : top + self._size[0], left : left + self._size[1]]
@@ -195,4 +196,4 @@ def whole(source: Any, reader: Maps, index: int) -> tuple[np.ndarray, np.ndarray
   """One example as it is: image uint8 [H, W, 3] and label map uint8 [H, W]."""
   example = source[index]
   image = decode(example, index)
-  return np.asarray(image), reader.labels(example, image, index)
+  return image.pixels(), reader.labels(example, image, index)

@@ -1,7 +1,6 @@
 """Several processes: all there, with the same software and the same config; their findings in one report."""
 
 import contextlib
-import importlib.metadata
 import json
 import platform
 from typing import Any
@@ -39,7 +38,7 @@ def identity(machine: Machine) -> dict[str, str]:
       yield from leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, str(value))]
 
   same = {"beit_jax": beit_jax.__version__, "python": platform.python_version()}
-  same |= {name: importlib.metadata.version(name) for name in record.PACKAGES}
+  same |= {name: record.version(name) for name in record.PACKAGES}
   same |= {"--workdir": str(machine.workdir)}
   for run in machine.runs:
     same |= leaves(run.config.to_dict(), f"{run.name}." if run.name else "")

@@ -60,6 +60,7 @@ def _trouble(machine: Machine, run: Run, source: Any, index: int) -> tuple[bool,
   try:
     example = source[index]
     image = pipeline.decode(example, index)
+    image.pixels()
   except (BadImage, OSError) as error:
     return True, str(error)
   except Exception as error:
