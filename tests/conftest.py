@@ -34,17 +34,22 @@ QUICK_COMPILES = "JAX_DISABLE_MOST_OPTIMIZATIONS"  # subprocesses read it
 OPTIMISED = {
   "test_augment",
   "test_convert_peers",
+  "test_convert_segmentation",
   "test_full_size",
+  "test_kills",
   "test_models",
   "test_optim",
   "test_segmentation_models",
+  "test_transfer",
 }
 
-# One compilation cache for the session and its subprocesses: most tests run the same few programs.
+# One compilation cache for all workers and subprocesses: most tests run the same few programs.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
   os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="beit_jax_cache_")
   atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
   jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
 
 ROOT = Path(__file__).parent.parent
 
