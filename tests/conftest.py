@@ -1,4 +1,8 @@
-"""8 fake CPU devices, full float32 products, key reuse checked; tiny configs and helpers for all tests."""
+"""8 fake CPU devices, full float32 products, programs compiled quickly and once; fixtures for all tests.
+
+Several workers run the tests (pytest-xdist): this file is read by the process that starts them, whose environment they
+inherit, then by each of them.
+"""
 
 import atexit
 import logging
@@ -12,23 +16,52 @@ import pytest
 
 # Eight devices on two cores: their collectives block threads of XLA's pools, whose size NPROC sets, and XLA ends the
 # process when a participant is 40 s late, which a busy machine can bring about.
-os.environ["XLA_FLAGS"] = (
-  f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_collective_call_warn_stuck_timeout_seconds=120"
+TIMEOUTS = (
+  "--xla_cpu_collective_call_warn_stuck_timeout_seconds=120"
   " --xla_cpu_collective_call_terminate_timeout_seconds=900"
-).strip()
+)
+if TIMEOUTS not in os.environ.get("XLA_FLAGS", ""):
+  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {TIMEOUTS}".strip()
 os.environ.setdefault("NPROC", "64")
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "float32")
 
-# One compilation cache for the session and its subprocesses: most tests run the same few programs.
+# XLA's optimisations take two thirds of the time of most tests, whose programs then run for milliseconds.
+QUICK_COMPILES = "JAX_DISABLE_MOST_OPTIMIZATIONS"  # subprocesses read it
+# Files that compare numbers with other implementations: compiled as for a user.
+OPTIMISED = {
+  "test_augment",
+  "test_convert_peers",
+  "test_convert_segmentation",
+  "test_full_size",
+  "test_kills",
+  "test_models",
+  "test_optim",
+  "test_segmentation_models",
+  "test_transfer",
+}
+
+# One compilation cache for all workers and subprocesses: most tests run the same few programs.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
   os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="beit_jax_cache_")
   atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
   jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
 
 ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _optimisations(request):
+  """Off but for OPTIMISED; what was compiled the other way is forgotten."""
+  quick = request.module.__name__.rpartition(".")[2] not in OPTIMISED
+  if quick != (os.environ.get(QUICK_COMPILES) == "1"):
+    os.environ[QUICK_COMPILES] = str(int(quick))
+    jax.config.update(QUICK_COMPILES.lower(), quick)
+    jax.clear_caches()
 
 
 @pytest.fixture(autouse=True)

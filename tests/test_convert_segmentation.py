@@ -4,6 +4,7 @@ Without PyTorch the comparisons with transformers are skipped; `.ci/run` install
 """
 
 import dataclasses
+import functools
 import json
 import logging
 import re
@@ -53,13 +54,19 @@ def _redraw(name, leaf, rng):
   return noise * np.float32(np.prod(leaf.shape[:-1]) ** -0.5 if name.endswith("kernel") else 0.2)
 
 
+@functools.cache
+def _shapes(size, **fields):
+  """(the segmenter, the shapes of its variables); tracing it takes most of the time of a test."""
+  module = make_module("segmenter", {**fields, "encoder": dict(fields["encoder"])})
+  return module, jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, *size, 3)))
+
+
 def _random(*, size=(64, 64), head="upernet", taps=(0, 1, 2, 3), channels=None, **encoder):
   """A segmenter with random weights and statistics."""
-  encoder = {**ENCODER, "image_size": size, **encoder}
+  encoder = tuple({**ENCODER, "image_size": size, **encoder}.items())
   fields = dict(num_classes=5, out_indices=taps, channels=channels, aux_channels=6, head=head)
-  module = make_module("segmenter", dict(encoder=encoder, **fields))
+  module, shapes = _shapes(size, encoder=encoder, **fields)
   rng = np.random.default_rng(0)
-  shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, *size, 3)))
   variables = dict(trees.named_map(lambda name, leaf: _redraw(name, leaf, rng), shapes))
   description = dict(labels=list("abcde"), palette=PALETTE, reduce_zero_label=True)
   params = variables.pop("params")
