@@ -95,6 +95,7 @@ def read(text: str) -> Program:
   """The collectives and the FLOPs of one step of one device, out of `compiled.as_text()`."""
   entry, computations = parse(text)
   moved: dict[str, Moved] = {}
+  channels: set[str] = set()
   loops: set[int] = set()
   flops: dict[str, int] = {}
   traffic: dict[str, float] = {}
@@ -121,6 +122,10 @@ def read(text: str) -> Program:
     for i in computations.get(name, ()):
       kind = next((k for k in KINDS if i.opcode in (k, f"{k}-start")), None)
       if kind is not None:
+        channel = re.search(r"channel_id=(\d+)", i.rest)
+        if channel and channel.group(1) in channels:
+          continue  # a TPU runs one in several pieces, among fusions that compute meanwhile
+        channels.add(channel.group(1) if channel else i.name)
         one = moved.setdefault(_kind(kind, name, i), Moved())
         one.count += times
         one.unknown += 0 if known else times
@@ -261,10 +266,11 @@ def _of_fusion(body: list[Instruction], given: list[float], made: float) -> tupl
   for i in body:
     number = re.match(r"(\d+)\)", i.rest) if i.opcode == "parameter" else None
     uses = users.get(i.name, [])
-    if number and uses and given[int(number.group(1))]:
+    first = [use for use in uses if _operands(use)[0] == i.name]
+    if number and uses == first and uses and given[int(number.group(1))]:
       if all(use.opcode == "dynamic-slice" for use in uses):
         given[int(number.group(1))] = sum(size(use.shape) for use in uses)
-      elif all(use.opcode == "dynamic-update-slice" and _operands(use)[0] == i.name for use in uses):
+      elif all(use.opcode == "dynamic-update-slice" for use in uses):
         given[int(number.group(1))] = 0.0
   root = next((i for i in body if i.is_root), None)
   if root is not None and root.opcode == "dynamic-update-slice" and made:
