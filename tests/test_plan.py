@@ -18,6 +18,7 @@ from beit_jax.models.beit import VARIANTS, BeitForMaskedImageModeling, preset_fi
 from beit_jax.models.dvae import Dvae
 from beit_jax.plan import __main__ as plan
 from beit_jax.plan import abstract, flops, hlo, roofline, search, topology
+from beit_jax.plan import compile as compile_
 from tests import tiny
 
 LIBTPU = pytest.mark.skipif(
@@ -55,7 +56,8 @@ def test_slices_have_names(text, name, devices, hosts):
     ("v5e:16", "2 sides"),
     ("v5e:2x2x2", "2 sides"),
     ("v4:8x8", "3 sides"),
-    ("v5e:3x3", "even"),
+    ("v5e:3x4", "even"),
+    ("v5e:4x3", "even"),
     ("v5e:0x4", "none or too many"),
     ("v5e:1000x1000", "too many"),
     ("cpu:4x4", "1 side,"),
@@ -420,6 +422,25 @@ def test_the_tpu_compiler(flags_of, capsys):
   assert wide["found"]["flops_per_device"] * 4 == pytest.approx(
     wide["found"]["flops_per_image"]["step"] * 16, rel=0.1
   )
+
+
+@LIBTPU
+@pytest.mark.slow
+def test_the_tpu_compiler_refuses_what_is_too_large(flags_of, capsys):
+  argv = flags_of("--topology=v5e:1x1", "--config.run.batch_size=524288", "--examples=1000000", "--tries=0")
+  made = _plan(argv, 2, capsys)
+  assert not made["fits"] and made["found"]["memory"]["peak"] > made["hbm"] > 15 * topology.GIB
+
+
+def test_a_refusal_says_how_much():
+  message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 24.41G of 15.75G hbm. Exceeded it by 8.66G"
+  assert compile_.too_large(message) == {"peak": 24.41 * topology.GIB, "limit": 15.75 * topology.GIB}
+  message = (
+    "CompileTimeHbmOom: Ran out of memory on HBM, what HLO needs (305.82G) exceeds available HBM (15.75G)."
+  )
+  assert compile_.too_large(message) == {"peak": 305.82 * topology.GIB, "limit": 15.75 * topology.GIB}
+  assert compile_.too_large("RESOURCE_EXHAUSTED: vmem") == {}
+  assert compile_.too_large("INVALID_ARGUMENT: nothing of the kind") is None
 
 
 def test_without_libtpu_the_extra_is_named():

@@ -99,11 +99,13 @@ def too_large(message: str) -> dict[str, float] | None:
   """Bytes that the compiler would need and has, out of its refusal; None when it failed at something else."""
   if "RESOURCE_EXHAUSTED" not in message and "out of memory" not in message.lower():
     return None
-  found = re.search(r"[Uu]sed ([\d.]+)([KMGT]?)i?B? of ([\d.]+)([KMGT]?)i?B? hbm", message)
-  if not found:
-    return {}
-  used, unit, limit, other = found.groups()
-  return {"peak": float(used) * UNITS[unit], "limit": float(limit) * UNITS[other]}
+  number = r"([\d.]+)([KMGT]?)"
+  for form in (rf"Used {number} of {number} hbm", rf"\({number}\) exceeds available HBM \({number}\)"):
+    found = re.search(form, message)
+    if found:
+      used, unit, limit, other = found.groups()
+      return {"peak": float(used) * UNITS[unit], "limit": float(limit) * UNITS[other]}
+  return {}
 
 
 def compile_step(

@@ -20,7 +20,7 @@ def size(count: float) -> str:
 
 
 def _flops(count: float) -> str:
-  return f"{count / 1e12:,.2f} TFLOP" if count >= 1e11 else f"{count / 1e9:,.3f} GFLOP"
+  return f"{count / 1e12:,.2f} TFLOP" if count >= 1e12 else f"{count / 1e9:,.3f} GFLOP"
 
 
 def text(plan: dict[str, Any], where: Topology) -> str:
@@ -61,9 +61,8 @@ def _fits(found: dict[str, Any], limit: float | None) -> str:
   peak = found["memory"].get("peak")
   if limit is None:
     return f"nobody can say: these devices have no memory of their own; peak {size(peak)} a device"
-  return (
-    f"{'yes' if found['fits'] else 'NO'}, {size(peak) if peak else 'more than the'} of {size(limit)} a device"
-  )
+  needs = f"{size(peak)} of {size(limit)} a device" if peak else f"more than the {size(limit)} of a device"
+  return f"{'yes' if found['fits'] else 'NO'}, {needs}"
 
 
 def _work(plan: dict[str, Any], devices: int) -> Iterator[tuple[str, str]]:
