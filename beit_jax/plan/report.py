@@ -51,10 +51,10 @@ def _lines(plan: dict[str, Any], where: Topology) -> Iterator[tuple[str, str]]:
     yield "tried", f"{' '.join(tried['flags'])}: {_fits({**tried, 'memory': tried}, plan['hbm'])}"
   if not found["fits"]:
     works = next((" ".join(tried["flags"]) for tried in plan["tried"] if tried["fits"]), "")
-    yield (
-      "=>",
-      f"does not fit; it does with {works}" if works else "does not fit, nor does anything that was tried",
+    others = (
+      f"; it does with {works}" if works else ", nor does anything that was tried" if plan["tried"] else ""
     )
+    yield "=>", f"does not fit{others}"
 
 
 def _fits(found: dict[str, Any], limit: float | None) -> str:
