@@ -5,8 +5,8 @@ it by the same name. "cpu:8" is eight pretended devices of this machine, for try
 """
 
 import difflib
+import importlib.util
 import math
-import os
 import re
 from typing import Any, NamedTuple
 
@@ -108,7 +108,8 @@ def parse(text: str) -> Topology:
 
 def environment(topology: Topology) -> dict[str, str]:
   """What a process that compiles for it needs in its environment; nothing of it can be set once JAX is up."""
-  common = {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "2"}
+  # A program out of the compilation cache has no text and no memory analysis.
+  common = {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "2", "JAX_ENABLE_COMPILATION_CACHE": "false"}
   if topology.kind == "cpu":
     return common | {"JAX_NUM_CPU_DEVICES": str(topology.num_devices)}
   # Two processes with libtpu on one machine collide on a lock file, and there is no metadata server to ask.
@@ -126,20 +127,17 @@ def devices(topology: Topology) -> list[Any]:
   Raises:
     UserError: no libtpu, or it does not know the slice.
   """
-  import jax
+  import jax  # here: the process that only asks has no use for it
 
   if topology.kind == "cpu":
     found = jax.devices("cpu")
     if len(found) < topology.num_devices:
       raise UserError(f"--topology={topology.name}: this process has {len(found)} CPU devices")
     return found[: topology.num_devices]
-  import importlib.util
-
   if importlib.util.find_spec("libtpu") is None:
     raise UserError(f"--topology={topology.name} needs {LIBTPU}; --topology=cpu:8 works without")
   from jax.experimental import topologies
 
-  os.environ |= environment(topology)
   try:
     return list(topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices)
   except Exception as error:  # libtpu's own, of a type that JAX does not export
