@@ -131,7 +131,9 @@ TPU_TEXT = """HloModule jit_step, is_scheduled=true
   %all-gather-start = (f32[8,128]{1,0}, f32[128,128]{1,0}) all-gather-start(%y), channel_id=2, dimensions={0}
   %again = f32[128,128]{1,0} all-gather(%y), channel_id=2, dimensions={0}
   %all-gather-done = f32[128,128]{1,0} all-gather-done(%all-gather-start)
-  ROOT %r = (s32[], f32[8,128]{1,0:T(8,128)S(1)}, f32[6,128,128]{2,1,0:T(8,128)}) tuple(%i, %y, %w)
+  %two = s32[] constant(2)
+  %next = s32[] add(%i, %two)
+  ROOT %r = (s32[], f32[8,128]{1,0:T(8,128)S(1)}, f32[6,128,128]{2,1,0:T(8,128)}) tuple(%next, %y, %w)
 }
 
 %pick (p0: f32[6,128,128], p1: s32[]) -> f32[128,128] {
@@ -145,7 +147,7 @@ TPU_TEXT = """HloModule jit_step, is_scheduled=true
 %until (t2: (s32[], f32[8,128], f32[6,128,128])) -> pred[] {
   %t2 = (s32[], f32[8,128]{1,0:T(8,128)S(1)}, f32[6,128,128]{2,1,0:T(8,128)}) parameter(0)
   %j = s32[] get-tuple-element(%t2), index=0
-  %n = s32[] constant(6)
+  %n = s32[] constant(12)
   ROOT %less = pred[] compare(%j, %n), direction=LT
 }
 
@@ -372,7 +374,10 @@ def test_a_plan_without_data_tokenizer_or_accelerator(flags_of, capsys):
   assert found["flops_per_device"] * 4 == pytest.approx(found["flops_per_image"]["step"] * 16, rel=0.1)
   assert set(found["collectives"]) == {"all-reduce"}
   gradients = found["parameters"] * 4
-  assert gradients <= found["collectives"]["all-reduce"]["bytes"] < 1.5 * gradients
+  bytes_ = found["collectives"]["all-reduce"]["bytes"]
+  assert (
+    gradients <= bytes_ < 2 * gradients
+  )  # those of the position biases before they are gathered into a table
   assert found["memory"]["state"] == pytest.approx(3 * gradients, rel=0.01)
   assert made["roofline"] is None
 

@@ -95,7 +95,7 @@ def read(text: str) -> Program:
   """The collectives and the FLOPs of one step of one device, out of `compiled.as_text()`."""
   entry, computations = parse(text)
   moved: dict[str, Moved] = {}
-  channels: set[str] = set()
+  pieces: dict[str, tuple[int, bool, str, float]] = {}  # times, known, kind, bytes of each collective
   loops: set[int] = set()
   flops: dict[str, int] = {}
   traffic: dict[str, float] = {}
@@ -123,13 +123,10 @@ def read(text: str) -> Program:
       kind = next((k for k in KINDS if i.opcode in (k, f"{k}-start")), None)
       if kind is not None:
         channel = re.search(r"channel_id=(\d+)", i.rest)
-        if channel and channel.group(1) in channels:
-          continue  # a TPU runs one in several pieces, among fusions that compute meanwhile
-        channels.add(channel.group(1) if channel else i.name)
-        one = moved.setdefault(_kind(kind, name, i), Moved())
-        one.count += times
-        one.unknown += 0 if known else times
-        one.bytes += times * _bytes(kind, i, shapes)
+        piece = (times, known, _kind(kind, name, i), _bytes(kind, i, shapes))
+        # A TPU runs one in pieces, among fusions that compute meanwhile, and some of these in a loop that it outlasts.
+        key = channel.group(1) if channel else f"{name} {i.name}"
+        pieces[key] = min(pieces.get(key, piece), piece)
         continue
       trips = _trips(i, computations) if i.opcode == "while" else 1
       for called in _called(i):
@@ -150,6 +147,11 @@ def read(text: str) -> Program:
 
   total = work(entry)
   move(entry, 1, True)
+  for times, known, kind, each in pieces.values():
+    one = moved.setdefault(kind, Moved())
+    one.count += times
+    one.unknown += 0 if known else times
+    one.bytes += times * each
   return Program(dict(sorted(moved.items())), total, touch(entry), tuple(sorted(loops)))
 
 
@@ -166,13 +168,30 @@ def _trips(i: Instruction, computations: dict[str, list[Instruction]]) -> int | 
   known = re.search(r'"known_trip_count":\{"n":"(\d+)"', i.rest)
   if known:
     return int(known.group(1))
-  condition = re.search(r"condition=%?([\w.\-]+)", i.rest)
-  body = computations.get(condition.group(1), []) if condition else []
-  limits = [
-    re.match(r"(\d+)\)", j.rest) for j in body if j.opcode == "constant" and j.shape.startswith("s32[]")
-  ]
-  compares = [j for j in body if j.opcode == "compare" or "compare" in j.name]
-  return int(limits[0].group(1)) if len(limits) == 1 and limits[0] and len(compares) == 1 else None
+  # Loops that XLA makes of its own, of products with what is yet on its way: a counter from 0, nothing said of it.
+  condition, body = (
+    {j.name: j for j in computations.get(name.group(1), ())} if name else {}
+    for name in (re.search(rf"{role}=%?([\w.\-]+)", i.rest) for role in ("condition", "body"))
+  )
+  test = next((j for j in condition.values() if j.is_root and j.opcode == "compare"), None)
+  end = next((j for j in body.values() if j.is_root and j.opcode == "tuple"), None)
+  if test is None or end is None or "direction=LT" not in test.rest:
+    return None
+  counter, limit = (condition.get(name) for name in _operands(test))
+  place = (
+    re.search(r"index=(\d+)", counter.rest) if counter and counter.opcode == "get-tuple-element" else None
+  )
+  if place is None or _number(limit) is None:
+    return None
+  last = body.get(_operands(end)[int(place.group(1))])
+  steps = [_number(body.get(name)) for name in _operands(last)] if last and last.opcode == "add" else []
+  step = next((n for n in steps if n), None)
+  return -(-_number(limit) // step) if step else None
+
+
+def _number(i: Instruction | None) -> int | None:
+  found = re.match(r"(\d+)\)", i.rest) if i and i.opcode == "constant" else None
+  return int(found.group(1)) if found else None
 
 
 def _kind(kind: str, computation: str, i: Instruction) -> str:
