@@ -5,6 +5,7 @@ Axes: "data" and "fsdp". The batch is spread over both, parameters over "fsdp" o
 """
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -24,9 +25,9 @@ PARAM_RULES = (
 )
 
 
-def make_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
-  """Mesh of shape (data, fsdp) over all devices; -1 for `data` means all that are left."""
-  devices = jax.devices()
+def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
+  """Mesh of shape (data, fsdp) over all devices, or those given; -1 for `data` means all that are left."""
+  devices = jax.devices() if devices is None else list(devices)
   if fsdp < 1 or len(devices) % fsdp:
     raise UserError(f"mesh.fsdp={fsdp} does not divide the {len(devices)} devices there are")
   data = len(devices) // fsdp if data == -1 else data
@@ -66,6 +67,23 @@ def param_shardings(mesh: Mesh, shapes: Any) -> Any:
     return NamedSharding(mesh, PartitionSpec(*(["fsdp" if i == axis else None for i in range(leaf.ndim)])))
 
   return trees.named_map(leaf_sharding, shapes)
+
+
+def by_rows(function: Callable[..., Any]) -> Callable[..., Any]:
+  """`function` of arrays [B, ...], run by every device on its own rows; without a mesh it is `function`.
+
+  For what treats rows apart but XLA would not: a loop that goes on until the last row is ready asks all devices each
+  time round, and `top_k` gathers the whole batch.
+  """
+
+  def run(*args):
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or not set(AXES) <= set(mesh.axis_names):
+      return function(*args)
+    rows = PartitionSpec(AXES)
+    return jax.shard_map(function, in_specs=rows, out_specs=rows, check_vma=False)(*args)
+
+  return run
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:

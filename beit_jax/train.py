@@ -77,12 +77,18 @@ class Plan(NamedTuple):
   total_steps: int
 
 
-def prepare(config: ConfigDict, mesh: jax.sharding.Mesh) -> Plan:
-  """Data, objective, schedules, optimizer: whatever a config can get wrong is found here, before an array is made."""
+def prepare(config: ConfigDict, mesh: jax.sharding.Mesh, source: Any = None, load: Any = None) -> Plan:
+  """Data, objective, schedules, optimizer: whatever a config can get wrong is found here, before an array is made.
+
+  Args:
+    source, load: what stands in for the training data and for `convert.load`; there is then no evaluation.
+  """
   _check_batch(config, mesh)
-  source = sources.make_source(config.data.to_dict())
-  eval_source = evaluation.eval_source(config, tuple(source.class_names))
-  objective = OBJECTIVES[config.objective](config, source)
+  eval_source = None
+  if source is None:
+    source = sources.make_source(config.data.to_dict())
+    eval_source = evaluation.eval_source(config, tuple(source.class_names))
+  objective = OBJECTIVES[config.objective](config, source, load)
   _check_unused(config, objective)
   steps_per_epoch = len(source) // config.batch_size
   total_steps = config_lib.duration(config, "total", steps_per_epoch)

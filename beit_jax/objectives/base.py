@@ -37,6 +37,7 @@ class Objective:
   Args of the constructor:
     config: the run's complete config.
     source: the training data (for the number of classes).
+    load: instead of `convert.load`, path of a frozen part -> `Pretrained`, whose parameters may be shapes.
   """
 
   kind: str
@@ -44,8 +45,9 @@ class Objective:
   augmentations: tuple[str, ...] = ()  # of those on the device: "color_jitter", "random_erasing"
   trains = True  # otherwise there is nothing to optimise: the run is an evaluation
 
-  def __init__(self, config: ConfigDict, source: Any):
+  def __init__(self, config: ConfigDict, source: Any, load: Callable[[str], Pretrained] | None = None):
     self.config, self.source = config, source
+    self.load_frozen = load or convert.load
     data = config.data
     self.image_size = config_lib.pair(data.image_size, "data.image_size")
     self.token_image_size = config_lib.pair(data.token_image_size, "data.token_image_size")

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from beit_jax import augment, convert, losses, masking, pictures
+from beit_jax import augment, losses, masking, pictures, sharding
 from beit_jax.config import Maybe
 from beit_jax.errors import UserError
 from beit_jax.logs import log
@@ -21,15 +21,15 @@ class Beit(base.Objective):
   eval_metrics = ("loss", "mim_acc")
   augmentations = ("color_jitter",)
 
-  def __init__(self, config, source):
-    super().__init__(config, source)
+  def __init__(self, config, source, load=None):
+    super().__init__(config, source, load)
     path = config.tokenizer.init_from
     if not path or path.startswith("stage:"):
       raise UserError(
         f"config key 'tokenizer.init_from': {path!r} is no tokenizer; give the folder of a `dvae` run "
         "(configs/dvae.py trains one)"
       )
-    self.tokenizer = convert.load(path)
+    self.tokenizer = self.load_frozen(path)
     if self.tokenizer.kind != "tokenizer":
       raise UserError(
         f"config key 'tokenizer.init_from': {path} holds a {self.tokenizer.kind}, not a tokenizer"
@@ -85,7 +85,8 @@ class Beit(base.Objective):
           "use mask.kind='block'"
         )
     sampler = masking.MASKS[mask.kind]
-    return jax.vmap(lambda key: sampler(key, self.grid_size, mask.num_masked, **options))
+    sample = jax.vmap(lambda key: sampler(key, self.grid_size, mask.num_masked, **options))
+    return sharding.by_rows(sample)
 
   def views(self):
     data = self.config.data

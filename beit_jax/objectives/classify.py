@@ -28,8 +28,8 @@ class Classify(base.Objective):
   kind = "classifier"
   augmentations = ("color_jitter", "random_erasing")
 
-  def __init__(self, config, source):
-    super().__init__(config, source)
+  def __init__(self, config, source, load=None):
+    super().__init__(config, source, load)
     model = config.model
     found = source.num_classes
     if not source.has_labels or (not found and (not model.num_classes or source.multi_label)):

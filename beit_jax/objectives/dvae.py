@@ -24,8 +24,8 @@ class Dvae(base.Objective):
   kind = "tokenizer"
   eval_metrics = ("loss", "mae", "mse", "codebook_usage", "perplexity")
 
-  def __init__(self, config, source):
-    super().__init__(config, source)
+  def __init__(self, config, source, load=None):
+    super().__init__(config, source, load)
     self.module = DvaeModule(**dict(config.model))
     stride = self.module.stride
     if any(side % stride for side in self.token_image_size):

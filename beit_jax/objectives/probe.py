@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from beit_jax import augment, checkpoint, convert, losses, metrics, sharding, transfer, trees
+from beit_jax import augment, checkpoint, losses, metrics, sharding, transfer, trees
 from beit_jax.data import pipeline
 from beit_jax.errors import UserError
 from beit_jax.logs import log
@@ -27,8 +27,8 @@ class Probe(base.Objective):
 
   kind = "probe"
 
-  def __init__(self, config, source):
-    super().__init__(config, source)
+  def __init__(self, config, source, load=None):
+    super().__init__(config, source, load)
     if source.multi_label or not source.num_classes:
       raise UserError(f"config key 'data': probes need data with one label an image ({source.description})")
     self.num_classes = source.num_classes
@@ -61,7 +61,7 @@ class Probe(base.Objective):
       return self.encoder.init(key, jnp.zeros((1, *self.image_size, 3)))["params"]
 
   def _load(self, path):
-    pretrained = convert.load(path)
+    pretrained = self.load_frozen(path)
     if pretrained.kind not in ("backbone", "mim", "classifier"):
       raise UserError(f"config key 'encoder.init_from': a {pretrained.kind} has no BEiT encoder ({path})")
     fields = dict(pretrained.encoder_fields)
@@ -135,8 +135,8 @@ class LinearProbe(Probe):
 
   kind = "linear_probe"
 
-  def __init__(self, config, source):
-    super().__init__(config, source)
+  def __init__(self, config, source, load=None):
+    super().__init__(config, source, load)
     self.module = LinearProbes(self.num_classes)
 
   def init(self, key):
@@ -179,8 +179,8 @@ class Knn(Probe):
   kind = "knn"
   trains = False
 
-  def __init__(self, config, source):
-    super().__init__(config, source)
+  def __init__(self, config, source, load=None):
+    super().__init__(config, source, load)
     if not 0 < config.knn.k <= len(source) or config.knn.temperature <= 0:
       raise UserError(
         f"config key 'knn': k={config.knn.k} must lie in [1, {len(source)}] (the training images) and temperature="

@@ -29,8 +29,8 @@ class Segment(base.Objective):
   kind = "segmenter"
   eval_metrics = ("mIoU", "mAcc", "aAcc")
 
-  def __init__(self, config, source):
-    super().__init__(config, source)
+  def __init__(self, config, source, load=None):
+    super().__init__(config, source, load)
     model, options = config.model, config.segment
     self.num_classes = model.num_classes or config.data.num_classes
     if not self.num_classes:
