@@ -43,10 +43,31 @@ def sha256(path: Path) -> str:
     return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_whole(path: Path, text: str) -> None:
+  """The file is what it was or all of `text`, also after a kill or a power cut in between."""
   temporary = path.with_name(path.name + ".tmp")
-  temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+  with temporary.open("w") as file:
+    file.write(text)
+    file.flush()
+    os.fsync(file.fileno())
   os.replace(temporary, path)
+
+
+def _write_json(path: Path, value: Any) -> None:
+  write_whole(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
+
+
+def _flush(folder: Path) -> None:
+  """To the disk itself, before the digest says that all is there."""
+  for path in (*folder.rglob("*"), folder, folder.parent):
+    number = os.open(path, os.O_RDONLY)
+    try:
+      os.fsync(number)
+    except OSError:
+      if path.is_file():  # some file systems know this of files only
+        raise
+    finally:
+      os.close(number)
 
 
 def fault(folder: Path) -> str | None:
@@ -57,6 +78,8 @@ def fault(folder: Path) -> str | None:
     wanted = json.loads((folder / DIGEST).read_text())
   except ValueError:
     return f"damaged: {DIGEST} is not JSON"
+  if not isinstance(wanted, dict):
+    return f"damaged: {DIGEST} names no files"
   found = _digests(folder)
   for name in sorted(set(wanted) | set(found)):
     if wanted.get(name) != found.get(name):
@@ -191,8 +214,7 @@ class Checkpointer:
         raise UserError(
           "no checkpoint of this run can be used:\n  "
           + "\n  ".join(damaged)
-          + "\nPut good copies in their place, or "
-          f"move {self.root} away to begin anew"
+          + "\nPut good copies in their place, or begin anew in another --workdir"
         )
     for step, problem in faults.items():
       target = self._quarantine / f"{step}-{time.time_ns()}"
@@ -228,6 +250,7 @@ class Checkpointer:
       time.sleep(pause)
       _write_json(folder / DESCRIPTION, description)
       time.sleep(pause)
+      _flush(folder)
       _write_json(folder / DIGEST, _digests(folder))
       time.sleep(pause)
     if self._keep:
