@@ -8,6 +8,7 @@ import concurrent.futures
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -135,8 +136,20 @@ def load_params(folder: Path, item: str = "params") -> dict[str, Any]:
   """The parameters (or `ema`, or `rest`: step, collections, optimizer): nested NumPy, whatever devices wrote them."""
   handler = ocp.PyTreeCheckpointHandler()
   metadata = handler.metadata(folder / item).tree
+  _check_claim(
+    folder / item, sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(metadata))
+  )
   args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata)
   return handler.restore(folder / item, args=ocp.args.PyTreeRestore(restore_args=args))
+
+
+def _check_claim(folder: Path, claimed: int) -> None:
+  """Refuses a folder of a stranger whose arrays, by what it says, would fill the memory with nothing."""
+  there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+  if claimed > 2**28 and claimed > 1000 * there:  # weights hardly compress at all
+    raise UserError(
+      f"{folder} claims {claimed:,} bytes of arrays, in files of {there:,}; it is damaged or made to harm"
+    )
 
 
 def write_model(folder: Path, params: Any, description: dict[str, Any]) -> None:
