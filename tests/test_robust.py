@@ -568,12 +568,24 @@ def test_a_workdir_that_is_removed_under_way(monkeypatch, tmp_path):
 
   def save(self, step, *args):
     if step == 3:
+      self.wait()
       shutil.rmtree(tmp_path / "run")
     original(self, step, *args)
 
   monkeypatch.setattr(checkpoint.Checkpointer, "save", save)
-  with pytest.raises(UserError, match="run"):
+  with pytest.raises(UserError, match="run is no longer there"):
     train.run(_config(), tmp_path / "run")
+  assert not (tmp_path / "run").exists()  # nothing is made again, apart from what the run had written before
+
+
+def test_no_space_for_the_batches_of_data_workers(monkeypatch, tmp_path):
+  def fail(*_, **__):
+    raise OSError(28, "No space left on device")
+    yield
+
+  monkeypatch.setattr("grain.IterDataset.mp_prefetch", fail)
+  with pytest.raises(UserError, match="no space left in /dev/shm.*--shm-size"):
+    train.run(_config(**{"data.workers": 1}), tmp_path)
 
 
 @pytest.mark.slow
