@@ -8,6 +8,7 @@ import concurrent.futures
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -43,10 +44,31 @@ def sha256(path: Path) -> str:
     return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_whole(path: Path, text: str) -> None:
+  """The file is what it was or all of `text`, also after a kill or a power cut in between."""
   temporary = path.with_name(path.name + ".tmp")
-  temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+  with temporary.open("w") as file:
+    file.write(text)
+    file.flush()
+    os.fsync(file.fileno())
   os.replace(temporary, path)
+
+
+def _write_json(path: Path, value: Any) -> None:
+  write_whole(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
+
+
+def _flush(folder: Path) -> None:
+  """To the disk itself, before the digest says that all is there."""
+  for path in (*folder.rglob("*"), folder, folder.parent):
+    number = os.open(path, os.O_RDONLY)
+    try:
+      os.fsync(number)
+    except OSError:
+      if path.is_file():  # some file systems know this of files only
+        raise
+    finally:
+      os.close(number)
 
 
 def fault(folder: Path) -> str | None:
@@ -57,6 +79,8 @@ def fault(folder: Path) -> str | None:
     wanted = json.loads((folder / DIGEST).read_text())
   except ValueError:
     return f"damaged: {DIGEST} is not JSON"
+  if not isinstance(wanted, dict):
+    return f"damaged: {DIGEST} names no files"
   found = _digests(folder)
   for name in sorted(set(wanted) | set(found)):
     if wanted.get(name) != found.get(name):
@@ -112,8 +136,20 @@ def load_params(folder: Path, item: str = "params") -> dict[str, Any]:
   """The parameters (or `ema`, or `rest`: step, collections, optimizer): nested NumPy, whatever devices wrote them."""
   handler = ocp.PyTreeCheckpointHandler()
   metadata = handler.metadata(folder / item).tree
+  _check_claim(
+    folder / item, sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(metadata))
+  )
   args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata)
   return handler.restore(folder / item, args=ocp.args.PyTreeRestore(restore_args=args))
+
+
+def _check_claim(folder: Path, claimed: int) -> None:
+  """Refuses a folder of a stranger whose arrays, by what it says, would fill the memory with nothing."""
+  there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+  if claimed > 2**28 and claimed > 1000 * there:  # weights hardly compress at all
+    raise UserError(
+      f"{folder} claims {claimed:,} bytes of arrays, in files of {there:,}; it is damaged or made to harm"
+    )
 
 
 def write_model(folder: Path, params: Any, description: dict[str, Any]) -> None:
@@ -191,8 +227,7 @@ class Checkpointer:
         raise UserError(
           "no checkpoint of this run can be used:\n  "
           + "\n  ".join(damaged)
-          + "\nPut good copies in their place, or "
-          f"move {self.root} away to begin anew"
+          + "\nPut good copies in their place, or begin anew in another --workdir"
         )
     for step, problem in faults.items():
       target = self._quarantine / f"{step}-{time.time_ns()}"
@@ -207,6 +242,8 @@ class Checkpointer:
     items = {"params": state.params, "rest": rest} | ({} if state.ema is None else {"ema": state.ema})
     items = {name: ocp.args.StandardSave(item) for name, item in items.items()}
     try:
+      if not self.root.is_dir():  # Orbax would make it again, apart from all else that the run has written
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.root))
       if not self._manager.save(step, args=ocp.args.Composite(**items)):
         raise RuntimeError(f"{self.root}: step {step} was not saved; there are the steps {steps(self.root)}")
     except Exception as error:  # whatever the file system says
@@ -228,6 +265,7 @@ class Checkpointer:
       time.sleep(pause)
       _write_json(folder / DESCRIPTION, description)
       time.sleep(pause)
+      _flush(folder)
       _write_json(folder / DIGEST, _digests(folder))
       time.sleep(pause)
     if self._keep:

@@ -23,6 +23,7 @@ OVERLAY = (
   320,
   2048,
 )  # pixels of an overlay's long side; small pictures are enlarged, large ones made smaller
+MAX_SIDE = 2**15  # of what a checkpoint says of windows and sizes
 Facts = dict[str, Any]
 
 
@@ -42,7 +43,8 @@ def sliding_of(model: Pretrained) -> Sliding:
   try:
     said = {**usual, **said}
     stride, resize = ([int(n) for n in said[key]] for key in ("stride", "resize"))
-    good = said["mode"] in MODES and len(stride) == len(resize) == 2 and min(*stride, *resize) > 0
+    good = said["mode"] in MODES and len(stride) == len(resize) == 2 and 0 < min(*stride, *resize)
+    good = good and max(*stride, *resize) <= MAX_SIDE
   except (TypeError, ValueError, OverflowError):
     good = False
   if not good:

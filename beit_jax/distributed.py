@@ -10,6 +10,7 @@ own heartbeat finds hosts that vanish together with their network.
 
 import dataclasses
 import importlib.util
+import logging
 import os
 import re
 import sys
@@ -268,9 +269,10 @@ def shutdown() -> None:
 
 
 def run(main: Callable[[list[str]], int], argv: list[str]) -> None:
-  """`sys.exit(main(argv))` for one process of several.
+  """`sys.exit(main(argv))`, but at once where something went wrong.
 
-  A process that fails must not wait in JAX's exit handler, for minutes, for others that wait for it in a collective.
+  A process that fails must not wait in JAX's exit handler, for minutes, for others that wait for it in a collective,
+  nor for the threads that a failed save of Orbax leaves behind.
   """
   try:
     status = main(argv)
@@ -283,8 +285,9 @@ def run(main: Callable[[list[str]], int], argv: list[str]) -> None:
     _crew.stopped.wait(rollcall.GRACE)  # a broken collective is the consequence: who died is the news
     tell(f"{type(error).__name__}: {error}")
     status = 1
-  if not active():
+  if not active() and status == 0:
     sys.exit(status)
+  logging.shutdown()
   sys.stdout.flush()
   sys.stderr.flush()
   os._exit(status)

@@ -149,7 +149,7 @@ def evaluate_only(config: ConfigDict, workdir: Path, name: str, mesh: jax.shardi
   log.info("%s: %d examples  %s", name, len(source), "  ".join(f"{k} {v:.6g}" for k, v in metrics.items()))
   if jax.process_index() == 0:
     workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / "eval.json").write_text(json.dumps(result, indent=1) + "\n")
+    checkpoint.write_whole(workdir / "eval.json", json.dumps(result, indent=1) + "\n")
     for file in objective.report(rows, metrics, workdir):
       log.info("%s: %s", name, file)
   return result

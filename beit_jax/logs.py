@@ -19,7 +19,7 @@ def setup(workdir: Path | None = None) -> None:
   """Sends the package's log to standard error and, with a workdir, to workdir/log.txt. Idempotent.
 
   Of several processes, which a call with a workdir asks for, number 0 says everything; the others warn, with their
-  number before each line.
+  number before each line; they write workdir/log_<number>.txt.
 
   Raises:
     UserError: the workdir cannot be written to.
@@ -31,10 +31,10 @@ def setup(workdir: Path | None = None) -> None:
     log.removeHandler(handler)
     handler.close()
   handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
-  if workdir is not None and index == 0:
+  if workdir is not None:
     try:
       workdir.mkdir(parents=True, exist_ok=True)
-      handlers.append(logging.FileHandler(workdir / "log.txt"))
+      handlers.append(_File(workdir / (f"log_{index}.txt" if index else "log.txt")))
     except (OSError, ValueError) as error:
       raise UserError(f"--workdir={workdir}: nothing can be written there ({error})") from None
   prefix = f"[{index}] " if index else ""
@@ -56,6 +56,17 @@ def only_file(message: str) -> None:
   for handler in log.handlers:
     if isinstance(handler, logging.FileHandler):
       handler.handle(record)
+
+
+class _File(logging.FileHandler):
+  """On a full disk one line, not a stack trace for every message; what must not be lost raises by itself."""
+
+  failed = False
+
+  def handleError(self, record: logging.LogRecord) -> None:
+    if not self.failed:
+      self.failed = True
+      print(f"{self.baseFilename}: {sys.exc_info()[1]}", file=sys.stderr)
 
 
 class _Forward(logging.Handler):
@@ -85,17 +96,15 @@ class Logger:
     self._began = time.monotonic()
     if not self._active:
       return
-    from tensorboardX import SummaryWriter  # here: keeps `import beit_jax` light
-
     self._path = workdir / "metrics.jsonl"
     self._truncate(start_step, again)
     self._file = self._path.open("a")
-    self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
+    self._tensorboard = _TensorBoard(workdir / "tensorboard", start_step + 1)
 
   def _truncate(self, step: int, again: bool) -> None:
     """Forgets what an interrupted run logged after the step that was restored, and, `again`, that step's evaluation."""
     if self._path.exists():
-      rows = [line for line in self._path.read_text().splitlines() if _step_of(line) <= step]
+      rows = [line for line in self._path.read_text(errors="replace").splitlines() if _step_of(line) <= step]
       rows = [row for row in rows if not (again and _step_of(row) == step and '"eval_' in row)]
       temporary = self._path.with_suffix(".tmp")  # a kill in between leaves the old file or the new one
       temporary.write_text("".join(f"{row}\n" for row in rows))
@@ -110,7 +119,8 @@ class Logger:
     self._file.flush()
     for key, value in clean.items():
       if value is not None:
-        self._tensorboard.add_scalar(key, value, step)
+        self._tensorboard.add(step, key, value)
+    self._tensorboard.flush()
 
   def progress(self, step: int, metrics: Mapping[str, float]) -> None:
     """`pretrain 120/600 loss 4.512 310 img/s eta 1:32`, on one line of a terminal."""
@@ -129,8 +139,37 @@ class Logger:
       self._tensorboard.close()
 
 
+class _TensorBoard:
+  """Scalars in a file of TensorBoard's own form.
+
+  Not tensorboardX's SummaryWriter: that one's thread ends at the first error (a full disk), and whoever hands it more
+  waits for ever.
+  """
+
+  def __init__(self, folder: Path, first_step: int):
+    from tensorboardX import event_file_writer, summary  # here: keeps `import beit_jax` light
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+    folder.mkdir(exist_ok=True)
+    self._event, self._scalar = Event, summary.scalar
+    self._writer = event_file_writer.EventsWriter(str(folder / "events"))
+    start = SessionLog(
+      status=SessionLog.START
+    )  # what earlier files say of this step and later ones is forgotten
+    self._writer.write_event(Event(wall_time=time.time(), step=first_step, session_log=start))
+
+  def add(self, step: int, key: str, value: float) -> None:
+    self._writer.write_event(self._event(wall_time=time.time(), step=step, summary=self._scalar(key, value)))
+
+  def flush(self) -> None:
+    self._writer.flush()
+
+  def close(self) -> None:
+    self._writer.close()
+
+
 def _step_of(line: str) -> int:
   try:
     return int(json.loads(line)["step"])
-  except (ValueError, KeyError):  # a line cut off by a kill
+  except (ValueError, KeyError, TypeError):  # a line cut off by a kill
     return sys.maxsize

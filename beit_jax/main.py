@@ -11,12 +11,13 @@ with `--initialization_timeout` and `--heartbeat_timeout` in seconds (docs/scali
 import json
 import logging
 import sys
+import traceback
 from pathlib import Path
 
 import jax
 
+from beit_jax import checkpoint, distributed, logs, objectives, preemption, record, summary, train
 from beit_jax import config as config_lib
-from beit_jax import distributed, logs, objectives, preemption, record, summary, train
 from beit_jax.errors import UserError
 
 PARTS = ("tokenizer", "encoder")  # frozen parts of a run, whose init_from may be another stage's
@@ -51,6 +52,9 @@ def main(argv: list[str]) -> int:
     distributed.tell("stopped by hand")
     print("stopped; give the same command again to go on", file=sys.stderr)
     return 130
+  except Exception:
+    logs.only_file(traceback.format_exc())  # it goes to the terminal as well
+    raise
   return 0
 
 
@@ -83,8 +87,8 @@ def run_stages(config, folder: Path) -> None:
   text = summary.table(config.summary, results)
   if text:
     print(text)
-    (folder / "summary.txt").write_text(text + "\n")
-  (folder / "summary.json").write_text(json.dumps(results, indent=1) + "\n")
+    checkpoint.write_whole(folder / "summary.txt", text + "\n")
+  checkpoint.write_whole(folder / "summary.json", json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
-"""Being asked to stop: SIGTERM (clusters, `kill`) and SIGINT (Ctrl-C).
+"""Being asked to stop: SIGTERM (clusters, `kill`, notices of clouds) and SIGINT (Ctrl-C).
 
 The first signal lets the loop finish its step and save; where there is nothing to save, and at the second, the process
 leaves at once. The exit status is 128 + the signal: 143 or 130.
+
+Of several processes any one may be asked: JAX's own service takes SIGTERM, and all agree on a step after which they
+save and stop. SIGINT is handed on to it. A compilation or an evaluation under way is not interrupted then.
 """
 
 import logging
@@ -15,6 +18,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from beit_jax.logs import log
+from beit_jax.notices import Notices
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -44,22 +48,25 @@ class Watch:
   def __init__(self):
     self.nothing_to_save = True
     self._number, self._lock = 0, threading.Lock()
+    self._several, self._notices = jax.process_count() > 1, Notices()
+    self._agreed = not self._several  # that all processes stop now
     self._old: dict[int, object] = {}
 
   def __enter__(self) -> "Watch":
     if threading.current_thread() is threading.main_thread():
       self._reader, self._writer = socket.socketpair()
       self._writer.setblocking(False)
-      # With several processes jax's own service takes SIGTERM, and tells all of them.
-      mine = SIGNALS if jax.process_count() == 1 else SIGNALS[1:]
+      mine = SIGNALS[1:] if self._several else SIGNALS
       self._old = {number: signal.signal(number, lambda *_: None) for number in mine}
       self._old_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
       self._thread = threading.Thread(target=self._listen, daemon=True)
       self._thread.start()
+      self._notices.__enter__()
     return self
 
   def __exit__(self, *_) -> None:
     if self._old:
+      self._notices.__exit__()
       signal.set_wakeup_fd(self._old_fd)
       for number, handler in self._old.items():
         signal.signal(number, handler)
@@ -77,6 +84,8 @@ class Watch:
         if self._number or self.nothing_to_save:
           self._leave(number)
         self._number = number
+      if self._several:
+        os.kill(os.getpid(), signal.SIGTERM)
       log.warning(
         "%s: finishing the step and saving; a second signal leaves at once", signal.Signals(number).name
       )
@@ -90,10 +99,10 @@ class Watch:
     os._exit(128 + number)
 
   def requested(self, step: int) -> int:
-    """The signal on which to stop after this step, on all processes alike; 0 for none."""
-    if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
-      self._number = signal.SIGTERM
-    return self._number
+    """The signal on which to stop after this step, on all processes or on none; 0 for none."""
+    if self._several and multihost_utils.reached_preemption_sync_point(step):
+      self._agreed, self._number = True, self._number or signal.SIGTERM
+    return self._number if self._agreed else 0
 
   def saved(self) -> None:
     """To be called when everything is on disk.
@@ -103,5 +112,5 @@ class Watch:
     """
     with self._lock:
       self.nothing_to_save = True
-    if self._number:
+    if self._number and self._agreed:
       raise Stopped(self._number)

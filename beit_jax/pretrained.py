@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 import beit_jax
-from beit_jax import trees
+from beit_jax import ranges, trees
 from beit_jax.data import images as images_lib
 from beit_jax.errors import UserError
 from beit_jax.models.beit import Beit, BeitForImageClassification, BeitForMaskedImageModeling
@@ -42,7 +43,12 @@ def fingerprint(params: Any, collections: Any = None) -> str:
 
 
 def make_module(kind: str, fields: dict[str, Any]) -> nn.Module:
-  """The Linen module of a description's `kind` and `module` (JSON: lists stand for tuples)."""
+  """The Linen module of a description's `kind` and `module` (JSON: lists stand for tuples).
+
+  Raises:
+    UserError: a kind or a field that this version does not know, or a number outside its range: a stranger's
+      description must not make anyone compute for hours, or fill the memory.
+  """
 
   def thaw(value):
     if isinstance(value, dict):
@@ -53,12 +59,27 @@ def make_module(kind: str, fields: dict[str, Any]) -> nn.Module:
     raise UserError(
       "this run holds the heads of a linear probe without their encoder; load the encoder's run"
     )
-  if kind not in MODULES:
+  if not isinstance(kind, str) or kind not in MODULES:
     raise UserError(f"a checkpoint of kind {kind!r} is unknown to this version; it knows {sorted(MODULES)}")
+  _check_fields(kind, thaw(fields))
   try:
     return MODULES[kind](**thaw(fields))
   except TypeError as error:
     raise UserError(f"the {kind} of this checkpoint has fields this version does not know: {error}") from None
+
+
+def _check_fields(kind: str, fields: Any) -> None:
+  encoder = fields.get("encoder", {}) if isinstance(fields, dict) else None
+  if not isinstance(encoder, dict):
+    raise UserError(f"the {kind} of this checkpoint has no fields that describe it")
+  size = {"image_size": fields.get("image_size", encoder.get("image_size"))}
+  for part in (fields, encoder):
+    numbers = {name: value for name, value in part.items() if name not in ("encoder", "image_size")}
+    try:
+      ranges.check({"model": numbers, "data": size})
+    except (TypeError, UserError) as error:
+      text = re.sub("config key '(model|data).", "field '", str(error))
+      raise UserError(f"the {kind} of this checkpoint cannot be: {text}") from None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """What a run writes about itself, and reads again when it goes on: description, config, result."""
 
 import collections
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -108,18 +109,56 @@ def same_model(folder: Path, description: dict[str, Any]) -> None:
     )
 
 
+def rows(workdir: Path) -> list[dict[str, float]]:
+  """The rows of metrics.jsonl that are whole: a kill may have cut the last one off."""
+  try:
+    lines = (workdir / "metrics.jsonl").read_text(errors="replace").splitlines()
+  except FileNotFoundError:
+    return []
+  found = []
+  for line in lines:
+    with contextlib.suppress(ValueError):
+      found.append(json.loads(line))
+  return [row for row in found if isinstance(row, dict) and isinstance(row.get("step"), int)]
+
+
 def logged(workdir: Path) -> tuple[dict[str, float], dict[str, float]]:
   """The first and the last training metrics in metrics.jsonl."""
-  path = workdir / "metrics.jsonl"
-  rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-  rows = [row for row in rows if "loss" in row]
-  return (rows[0], rows[-1]) if rows else ({}, {})
+  found = [row for row in rows(workdir) if "loss" in row]
+  return (found[0], found[-1]) if found else ({}, {})
 
 
 def count(workdir: Path, key: str) -> int:
   """Rows of metrics.jsonl with this key."""
-  path = workdir / "metrics.jsonl"
-  return sum(key in json.loads(line) for line in path.read_text().splitlines()) if path.exists() else 0
+  return sum(key in row for row in rows(workdir))
+
+
+def may_begin(workdir: Path) -> None:
+  """Refuses to begin at step 0 where metrics.jsonl tells of checkpoints that are gone, and says what is begun again.
+
+  A run has a complete checkpoint before each evaluation, and the one before the last is complete when one is begun.
+
+  Raises:
+    UserError: the run had checkpoints.
+  """
+  found = rows(workdir)
+  reached = max((row["step"] for row in found), default=0)
+  if not reached or jax.process_index() != 0:
+    return
+  try:
+    every = json.loads((workdir / "config.json").read_text())["checkpoint"]["every_steps"]
+  except (OSError, ValueError, KeyError, TypeError):
+    every = None
+  evaluated = any(key.startswith("eval_") for row in found for key in row)
+  if evaluated or every and reached > 2 * every + checkpoint.ATTEMPTS:
+    raise UserError(
+      f"{workdir / 'metrics.jsonl'} tells of {reached} steps, and there is no complete checkpoint in "
+      f"{workdir / 'checkpoints'} any more: put the checkpoints back (look into {workdir / 'damaged'} too), take "
+      "another --workdir, or move metrics.jsonl away to begin at step 0"
+    )
+  log.warning(
+    "%s: the run before got to step %d, with no checkpoint yet; this one begins at step 0", workdir, reached
+  )
 
 
 # What may differ when a run goes on: none of it changes what is computed from a step on, but for the run's length.
@@ -134,13 +173,23 @@ def _leaves(tree: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
     yield from _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
 
 
-def same_run(folder: Path, config) -> None:
+def same_run(folder: Path, config, description: dict[str, Any]) -> None:
   """Refuses to go on from a checkpoint of the run's own folder with another recipe; lists what differs freely.
+
+  Data that are no longer the same ones (files added or removed) are only warned of: nobody can bring them back.
 
   Raises:
     UserError: a key that changes the training differs.
   """
-  before = dict(_leaves(checkpoint.read_description(folder).get("config", {})))
+  saved = checkpoint.read_description(folder)
+  data = [text.get("dataset", {}).get("num_examples") for text in (saved, description)]
+  if None not in data and data[0] != data[1]:
+    log.warning(
+      "the data set had %d examples before and has %d now: from here on the order of examples, and the length of an "
+      "epoch, are not those of the run so far",
+      *data,
+    )
+  before = dict(_leaves(saved.get("config", {})))
   now = dict(_leaves(json.loads(json.dumps(config.to_dict(), default=str))))
   differ = {n: (before[n], now[n]) for n in sorted(before.keys() & now.keys()) if before[n] != now[n]}
   lines = {
@@ -160,7 +209,8 @@ def same_run(folder: Path, config) -> None:
 
 def write_config(config, workdir) -> None:
   if jax.process_index() == 0:
-    (workdir / "config.json").write_text(json.dumps(config.to_dict(), indent=1, default=str) + "\n")
+    text = json.dumps(config.to_dict(), indent=1, default=str)
+    checkpoint.write_whole(workdir / "config.json", text + "\n")
 
 
 def finished(config, workdir) -> dict[str, Any] | None:
@@ -176,4 +226,4 @@ def finished(config, workdir) -> dict[str, Any] | None:
 
 def write_result(workdir: Path, result: dict[str, Any]) -> None:
   if jax.process_index() == 0:
-    (workdir / RESULT).write_text(json.dumps(result, indent=1) + "\n")
+    checkpoint.write_whole(workdir / RESULT, json.dumps(result, indent=1) + "\n")

@@ -1,7 +1,8 @@
 """Kills a real run with SIGKILL again and again, and compares what comes out with a run that was left alone.
 
-    python -m tests.kills --kills=30            # about 15 minutes on two cores
-    python -m tests.kills --kills=6 --meshes    # on another mesh after each kill: losses to 1e-5 instead of bits
+    python -m tests.kills --kills=30
+    python -m tests.kills --kills=10 --meshes         # another mesh after each kill: losses to 1e-5 instead of bits
+    python -m tests.kills --kills=10 --processes=2    # one or both of two are killed; the other must end by itself
 
 A third of the kills wait for a save to be under way (Orbax's temporary folder, or a step without its digest); the
 others come at a random moment from the start of the process to some seconds after its first step. The number of data
@@ -14,6 +15,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -21,21 +23,33 @@ import time
 import uuid
 from pathlib import Path
 
+import jax
 import numpy as np
 
-from beit_jax import checkpoint, trees
+from beit_jax import checkpoint, rollcall, trees
 
 ROOT = Path(__file__).resolve().parent.parent
 MARK = "BEIT_JAX_KILLS"  # in the environment of every process of a run, so that orphans are found
 TIMINGS = ("images_per_second", "data_wait")
+LIMIT = 30  # seconds for the processes that are left when one is killed
 
 
-def start(workdir: Path, mark: str, *, workers: int, mesh: int, slow: float) -> subprocess.Popen:
+def _without_torch(folder: Path) -> str:
+  """A folder for the search path where PyTorch cannot be imported: tensorboardX does so where it can, for seconds."""
+  folder.mkdir(exist_ok=True)
+  (folder / "torch.py").write_text("raise ImportError\n")
+  return str(folder)
+
+
+def start(
+  workdir: Path, mark: str, *, workers: int, mesh: int, slow: float, place: tuple[str, ...] = ()
+) -> subprocess.Popen:
+  """`place`: flags of one process of several, which have a device each."""
   env = {**os.environ, MARK: mark, "JAX_PLATFORMS": "cpu", checkpoint.SLOW_SAVE: str(slow)}
-  env |= {"JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "cache"), "PYTHONPATH": str(ROOT)}
-  env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
-  if mesh > 1:
-    env["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+  paths = f"{ROOT}{os.pathsep}{_without_torch(workdir.parent / 'path')}"
+  env |= {"JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "cache"), "PYTHONPATH": paths}
+  env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1", "XLA_FLAGS": ""}
+  env["JAX_NUM_CPU_DEVICES"] = "8" if mesh > 1 and not place else "1"
   command = [
     sys.executable,
     "-m",
@@ -43,9 +57,20 @@ def start(workdir: Path, mark: str, *, workers: int, mesh: int, slow: float) -> 
     f"--config={ROOT}/tests/kills_config.py",
     f"--workdir={workdir}",
   ]
-  command += [f"--config.data.workers={workers}", f"--config.mesh.data={mesh}"]
+  command += [f"--config.data.workers={workers}", f"--config.mesh.data={mesh}", *place]
   with (workdir.parent / "output.txt").open("a") as output:
     return subprocess.Popen(command, env=env, cwd=ROOT, stdout=output, stderr=output)
+
+
+def start_all(workdir: Path, mark: str, processes: int, **options) -> list[subprocess.Popen]:
+  """All processes of a run; several have a device each, and a mesh of these."""
+  if processes == 1:
+    return [start(workdir, mark, **options)]
+  with socket.create_server(("localhost", 0)) as free:
+    port = free.getsockname()[1]
+  together = (f"--coordinator=localhost:{port}", f"--num_processes={processes}", "--heartbeat_timeout=10")
+  options |= {"mesh": processes}
+  return [start(workdir, mark, place=(*together, f"--process_id={i}"), **options) for i in range(processes)]
 
 
 def orphans(mark: str) -> list[int]:
@@ -76,9 +101,14 @@ def logged_steps(workdir: Path) -> int:
   return path.read_text().count("\n") if path.exists() else 0
 
 
-def kill_once(workdir: Path, mark: str, rng: random.Random, in_save: bool, **options) -> str:
-  """Starts the run, kills it: "save", "step", "start", or "finished" where it was too fast."""
-  process = start(workdir, mark, **options)
+def kill_once(
+  workdir: Path, mark: str, rng: random.Random, in_save: bool, processes: int = 1, **options
+) -> str:
+  """Starts the run, kills it: "save", "step", "start", or "finished" where it was too fast.
+
+  Of several processes some are killed, and the others must end by themselves, soon.
+  """
+  started = start_all(workdir, mark, processes, **options)
   began, lines = time.monotonic(), logged_steps(workdir)
   if in_save:
     reached = lambda: logged_steps(workdir) > lines and saving(workdir)
@@ -87,16 +117,20 @@ def kill_once(workdir: Path, mark: str, rng: random.Random, in_save: bool, **opt
     reached = lambda: time.monotonic() > moment
   else:
     reached = lambda: logged_steps(workdir) > lines
-  while process.poll() is None and not reached():
+  while all(process.poll() is None for process in started) and not reached():
     time.sleep(0.002)
   if not in_save:
     time.sleep(rng.uniform(0, 0.5) if logged_steps(workdir) > lines else 0)
   where = "start" if logged_steps(workdir) == lines else "save" if saving(workdir) else "step"
-  if process.poll() is not None:
-    assert process.returncode == 0, (workdir.parent / "output.txt").read_text()[-2000:]
+  if any(process.poll() is not None for process in started):
+    _all_well(workdir, started)
     return "finished"
-  process.send_signal(signal.SIGKILL)
-  process.wait()
+  victims = rng.sample(started, rng.randint(1, processes))
+  for process in victims:
+    process.send_signal(signal.SIGKILL)
+  statuses = [process.wait(LIMIT) for process in started if process not in victims]
+  # JAX's own heartbeat may be the first to notice, and aborts.
+  assert all(status in (1, rollcall.LOST, -signal.SIGABRT) for status in statuses), statuses
   deadline = time.monotonic() + 30  # a worker that has just been started first imports what it needs
   while orphans(mark) and time.monotonic() < deadline:
     time.sleep(0.1)
@@ -104,18 +138,24 @@ def kill_once(workdir: Path, mark: str, rng: random.Random, in_save: bool, **opt
   return where
 
 
-def finish(workdir: Path, mark: str, **options) -> None:
-  process = start(workdir, mark, **options)
-  assert process.wait() == 0, (workdir.parent / "output.txt").read_text()[-2000:]
+def _all_well(workdir: Path, started: list[subprocess.Popen]) -> None:
+  for process in started:
+    assert process.wait() == 0, (workdir.parent / "output.txt").read_text()[-2000:]
+
+
+def finish(workdir: Path, mark: str, processes: int = 1, **options) -> None:
+  _all_well(workdir, start_all(workdir, mark, processes, **options))
 
 
 def outcome(workdir: Path) -> tuple[dict, list[dict], dict]:
-  """(every array of the final state, the rows of metrics.jsonl without timings, the evaluation)."""
-  folder = checkpoint.find(workdir)
+  """(every array of the final and the best state, the rows of metrics.jsonl without timings, the evaluation)."""
   arrays = {}
-  for item in ("params", "rest", "ema"):
-    leaves = trees.flatten(checkpoint.load_params(folder, item))
-    arrays |= {f"{item}/{name}": np.asarray(leaf) for name, leaf in leaves.items()}
+  for folder in (checkpoint.find(workdir), checkpoint.find(workdir / "best")):
+    for item in ("params", "rest", "ema"):
+      leaves = trees.flatten(checkpoint.load_params(folder, item))
+      arrays |= {
+        f"{folder.parent.parent.name}/{item}/{name}": np.asarray(leaf) for name, leaf in leaves.items()
+      }
   rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
   rows = [{key: value for key, value in row.items() if key not in TIMINGS} for row in rows]
   return arrays, rows, json.loads((workdir / "result.json").read_text())["eval"]
@@ -136,17 +176,20 @@ def compare(whole: Path, killed: Path, exact: bool) -> None:
   np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
 
 
-def harness(folder: Path, kills: int, seed: int, meshes: bool) -> dict[str, int]:
+def harness(folder: Path, kills: int, seed: int, meshes: bool = False, processes: int = 1) -> dict[str, int]:
   """Everything; how many kills came where."""
   rng, mark = random.Random(seed), uuid.uuid4().hex
   whole, killed = folder / "whole" / "run", folder / "killed" / "run"
   for path in (whole, killed):
     path.parent.mkdir(parents=True)
-  finish(whole, mark, workers=2, mesh=1, slow=0.0)
+  shared = dict(processes=processes)
+  finish(whole, mark, workers=2, mesh=1, slow=0.0, **shared)
+  shutil.copytree(whole.parent / "cache", killed.parent / "cache")  # of compiled programs
   counts = {"save": 0, "step": 0, "start": 0}
   while sum(counts.values()) < kills:
     done = sum(counts.values())
     options = dict(workers=rng.choice([0, 1, 2, 3]), mesh=rng.choice([2, 4, 8]) if meshes else 1)
+    options |= shared
     in_save = done % 3 == 0
     where = kill_once(killed, mark, rng, in_save=in_save, slow=0.1 if in_save else 0.0, **options)
     if where == "finished":  # compare, and begin anew
@@ -155,7 +198,7 @@ def harness(folder: Path, kills: int, seed: int, meshes: bool) -> dict[str, int]
       continue
     counts[where] += 1
     print(f"kill {done + 1}: {where}, {logged_steps(killed)} rows logged", flush=True)
-  finish(killed, mark, workers=1, mesh=1, slow=0.0)
+  finish(killed, mark, workers=1, mesh=1, slow=0.0, **shared)
   compare(whole, killed, exact=not meshes)
   assert not orphans(mark)
   return counts
@@ -166,10 +209,12 @@ def main() -> int:
   parser.add_argument("--kills", type=int, default=30)
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--meshes", action="store_true")
+  parser.add_argument("--processes", type=int, default=1)
   arguments = parser.parse_args()
+  jax.config.update("jax_platforms", "cpu")
   began = time.monotonic()
   with tempfile.TemporaryDirectory() as folder:
-    counts = harness(Path(folder), arguments.kills, arguments.seed, arguments.meshes)
+    counts = harness(Path(folder), arguments.kills, arguments.seed, arguments.meshes, arguments.processes)
   print(
     f"{arguments.kills} kills ({counts}), {time.monotonic() - began:.0f} s: the run came out as if left alone"
   )

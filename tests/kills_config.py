@@ -16,7 +16,7 @@ def get_config():
       loss=dict(mixup_alpha=0.8),
       data=dict(source="shapes", num_examples=200, render_size=16, image_size=16, workers=2, threads=1),
       eval=dict(split="test", num_examples=40, batch_size=16, every_steps=50),
-      checkpoint=dict(every_steps=10, keep=2),
+      checkpoint=dict(every_steps=10, keep=2, best="loss"),
       figures=False,
     )
   )

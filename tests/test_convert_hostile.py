@@ -3,16 +3,18 @@
 BEIT_FUZZ=20000 python -m pytest tests/test_convert_hostile.py -k random   # the full harness; the default is 300
 """
 
+import copy
 import json
 import os
 import pickletools
+import random
 import struct
 import zipfile
 
 import numpy as np
 import pytest
 
-from beit_jax import convert
+from beit_jax import checkpoint, convert
 from beit_jax.convert import pickles, safetensors, torchfile
 from beit_jax.errors import UserError
 from tests import reference
@@ -367,6 +369,166 @@ def test_random_damage(name, tmp_path):
         failures += 1
   limits.report(refused=failures)
   assert failures > FUZZ // 20  # the harness does hit something
+
+
+# Well-formed files with wrong contents, through everything that `load` does.
+
+ODD = (
+  *(
+    None,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    2,
+    3,
+    10**9,
+    10**30,
+    2**63,
+    1.5,
+    float("nan"),
+    float("inf"),
+    "",
+    "x",
+    "../x",
+  ),
+  *("a" * 1000, [], [0], [1, 2], [-1, -1], [10**9, 10**9], {}, {"a": 1}, [[1]], [None]),
+)
+
+
+def _places(tree, above=()):
+  for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+    yield (*above, key)
+    if isinstance(value, dict | list):
+      yield from _places(value, (*above, key))
+
+
+def _other(rng, tree):
+  """JSON with one to three values gone, renamed, near the right ones or odd."""
+  tree = copy.deepcopy(tree)
+  for _ in range(rng.choice((1, 1, 2, 3))):
+    *above, last = rng.choice(list(_places(tree)) or [(None,)])
+    node = tree
+    for key in above:
+      node = node[key]
+    if last is None:
+      break
+    value, what = node[last], rng.random()
+    if what < 0.2:
+      del node[last]
+    elif what < 0.35 and isinstance(node, dict):
+      node[rng.choice(("x", "kind", "module"))] = node.pop(last)
+    elif what < 0.7 and type(value) in (int, float) and abs(value) < 2**60:
+      node[last] = rng.choice((value * 2, value + 1, value - 1, -value, value * 1000))
+    elif what < 0.7 and isinstance(value, str | list):
+      node[last] = value[::-1]
+    else:
+      node[last] = copy.deepcopy(rng.choice(ODD))
+  return tree
+
+
+def _own_folder(model, path):
+  convert.save(model, path / "x", format="orbax")
+  described = json.loads((path / "x" / "description.json").read_text())
+
+  def damage(rng):
+    checkpoint._write_json(path / "x" / "description.json", _other(rng, described))
+    checkpoint._write_json(path / "x" / "digest.json", checkpoint._digests(path / "x"))
+    return path / "x"
+
+  return damage
+
+
+def _hf_folder(model, path):
+  convert.save(model, path / "x", format="hf")
+  texts = {
+    name: json.loads((path / "x" / f"{name}.json").read_text()) for name in ("config", "preprocessor_config")
+  }
+
+  def damage(rng):
+    name = rng.choice(sorted(texts))
+    text = _other(rng, texts[name])
+    if name == "config" and rng.random() < 0.6:
+      within = json.loads(texts[name]["beit_jax"])
+      ours = {"beit_jax": json.dumps(_other(rng, within))} if rng.random() < 0.5 else {}
+      text = {key: value for key, value in text.items() if key != "beit_jax"} | ours
+    for other in texts:
+      (path / "x" / f"{other}.json").write_text(json.dumps(text if other == name else texts[other]))
+    return path / "x"
+
+  return damage
+
+
+def _header(model, path):
+  convert.save(model, path / "x.safetensors", format="unilm")
+  data = (path / "x.safetensors").read_bytes()
+  (length,) = struct.unpack("<Q", data[:8])
+  header, tensors = json.loads(data[8 : 8 + length]), data[8 + length :]
+
+  def damage(rng):
+    other = _other(rng, header)
+    if rng.random() < 0.4:
+      within = _other(rng, json.loads(header["__metadata__"]["beit_jax"]))
+      other = {**header, "__metadata__": {"format": "pt", "beit_jax": json.dumps(within)}}
+    text = json.dumps(other).encode()
+    (path / "x.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + tensors)
+    return path / "x.safetensors"
+
+  return damage
+
+
+def _inner_pickle(_, path):
+  with zipfile.ZipFile(GOLDEN / "mim_plus.pth") as archive:
+    entries = {info.filename: archive.read(info) for info in archive.infolist()}
+
+  def damage(rng):
+    with zipfile.ZipFile(path / "x.pth", "w") as archive:
+      for name, data in entries.items():
+        if name.endswith("data.pkl"):
+          data = bytearray(data)
+          for _ in range(rng.choice((1, 1, 2, 4))):
+            at, count = rng.randrange(len(data)), rng.randrange(1, 9)
+            data[at : at + rng.choice((0, 1, count))] = rng.choice(
+              (rng.randbytes(1), b"", data[at : at + count])
+            )
+        archive.writestr(name, bytes(data))
+    return path / "x.pth"
+
+  return damage
+
+
+@pytest.mark.parametrize("make", [_own_folder, _hf_folder, _header, _inner_pickle])
+def test_random_contents(make, tmp_path):
+  """With right checksums, lengths and digests: a model or a UserError."""
+  convert.load(GOLDEN / "mim_plus.pth")
+  damage = make(convert.load(GOLDEN / "mim_plus.pth"), tmp_path / "given")
+  limits, failures = Limits(f"weights, {make.__name__}"), 0
+  for i in range(max(FUZZ // 10, 1)):
+    path = damage(random.Random(f"contents {i}"))
+    with limits.case(f"file {i}"):
+      try:
+        convert.load(path)
+      except UserError as error:
+        failures += 1
+        assert len(str(error)) < 10_000
+  limits.report(refused=failures)
+  assert failures > FUZZ // 100
+
+
+def test_a_description_that_claims_too_much(tmp_path):
+  """Depth, width and size are looked at before anything is made; claimed arrays before they are read."""
+  damage = _own_folder(convert.load(GOLDEN / "mim_plus.pth"), tmp_path / "given")
+  folder = damage(random.Random(0))
+  for key, value in (("depth", 10**9), ("width", 10**9), ("patch_size", 0), ("image_size", [10**6, 10**6])):
+    text = convert.load(GOLDEN / "mim_plus.pth").describe()
+    text["module"]["encoder"][key] = value
+    checkpoint._write_json(folder / "description.json", text)
+    checkpoint._write_json(folder / "digest.json", checkpoint._digests(folder))
+    with pytest.raises(UserError, match=f"field '{key}'"):
+      convert.load(folder)
+  with pytest.raises(UserError, match="claims 1,000,000,000,000 bytes of arrays"):
+    checkpoint._check_claim(folder / "params", 10**12)
 
 
 def _read_all(path):

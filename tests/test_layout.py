@@ -22,7 +22,7 @@ ROWS = (
   ("pretrained",),
   ("checkpoint", "transfer", "optim", "sliding"),
   ("train_state", "distributed", "preemption", "lock", "windows", "picture_files"),
-  ("data", "sharding", "models", "augment", "pictures", "metrics", "config"),
+  ("data", "sharding", "models", "augment", "pictures", "metrics", "config", "notices"),
   ("masking", "losses", "logs", "rollcall", "ranges"),
   ("trees", "errors"),
 )

@@ -240,3 +240,14 @@ def test_own_images_of_any_kind(tmp_path, labelled):
   ]
   assert main_lib.main(flags) == 0
   assert (tmp_path / "run" / "pretrain" / "figures" / "masked_image_modelling.png").exists()
+
+
+def test_a_run_that_failed_waits_for_no_thread():
+  """A save of Orbax that failed leaves some behind, which wait for ten minutes."""
+  script = (
+    "import sys, threading, time\nfrom beit_jax import distributed\n"
+    "def main(argv):\n  threading.Thread(target=time.sleep, args=(600,)).start()\n  print('said')\n  return 2\n"
+    "distributed.run(main, [])\n"
+  )
+  done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
+  assert (done.returncode, done.stdout) == (2, "said\n")

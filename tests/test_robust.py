@@ -2,7 +2,9 @@
 
 import io
 import json
+import logging
 import shutil
+import struct
 import subprocess
 import sys
 
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from beit_jax import checkpoint, lock, record, train, trees
+from beit_jax import checkpoint, lock, logs, record, train, trees
 from beit_jax.data import damage, images, pipeline, sources
 from beit_jax.errors import BadImage, UserError
 from beit_jax.objectives import Classify
@@ -114,7 +116,6 @@ def _picture(seed, size=(24, 20)):
 
 def _bomb(side=50_000):
   """A PNG whose header claims side x side pixels."""
-  import struct
   import zlib
 
   header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
@@ -307,7 +308,177 @@ def test_another_recipe_is_refused_and_other_logging_is_not(run, tmp_path, caplo
   assert result["step"] == 7 and "total_steps: 6 in the checkpoint, 7 in the config" in caplog.text
 
 
+@pytest.mark.slow
+def test_a_run_whose_checkpoints_are_gone_is_not_begun_again(run, tmp_path):
+  """The folder was renamed, deleted, or the only digest was: refused, twice, and the log is as it was."""
+  for gone in ("renamed", "unsealed"):
+    workdir = tmp_path / gone
+    shutil.copytree(run, workdir)
+    (workdir / "result.json").unlink()
+    if gone == "renamed":
+      (workdir / "checkpoints").rename(workdir / "checkpoints_old")
+    else:
+      for step in checkpoint.steps(workdir / "checkpoints"):
+        (workdir / "checkpoints" / str(step) / "digest.json").unlink()
+    before = (workdir / "metrics.jsonl").read_bytes()
+    for _ in range(2):
+      with pytest.raises(UserError, match=r"metrics.jsonl tells of 6 steps.*another --workdir, or move"):
+        train.run(_config(), workdir)
+    assert (workdir / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+  "steps, every, fact",
+  [(40, 20, None), (44, 20, "tells of 44"), (3, 1, None), (6, 1, "tells of 6"), (999, None, None)],
+)
+def test_a_run_that_had_no_checkpoint_yet_begins_again_loudly(steps, every, fact, tmp_path, caplog):
+  (tmp_path / "config.json").write_text(json.dumps({"checkpoint": {"every_steps": every}}))
+  rows = "".join(json.dumps({"step": i, "loss": 1.0}) + "\n" for i in range(1, steps + 1))
+  (tmp_path / "metrics.jsonl").write_text(rows + '{"step": 10000, "lo')
+  if fact:
+    with pytest.raises(UserError, match=fact):
+      record.may_begin(tmp_path)
+  else:
+    record.may_begin(tmp_path)
+    assert f"got to step {steps}, with no checkpoint yet" in caplog.text
+
+
+def test_what_was_evaluated_was_saved(tmp_path):
+  (tmp_path / "metrics.jsonl").write_text('{"step": 3, "loss": 1.0}\n{"step": 3, "eval_loss": 1.0}\n')
+  with pytest.raises(UserError, match="tells of 3"):
+    record.may_begin(tmp_path)
+
+
+def test_nothing_was_begun(tmp_path, caplog):
+  record.may_begin(tmp_path)
+  (tmp_path / "metrics.jsonl").write_text("")
+  record.may_begin(tmp_path)
+  assert not caplog.text
+
+
+def test_lines_that_a_kill_or_a_power_cut_left_half(tmp_path):
+  """metrics.jsonl and bad_images.jsonl with a cut, an empty, a zeroed and a foreign line."""
+  rows = b'{"step": 1, "loss": 2.0}\n\n\0\0\0\xff\n[1]\n7\n{"step": 2, "loss": 1.0}\n{"step": 3, "lo'
+  (tmp_path / "metrics.jsonl").write_bytes(rows)
+  assert [row["step"] for row in record.rows(tmp_path)] == [1, 2]
+  assert record.logged(tmp_path)[1]["loss"] == 1.0 and record.count(tmp_path, "loss") == 2
+  logs.Logger(tmp_path, 10, start_step=1).close()
+  assert _rows(tmp_path) == [{"step": 1, "loss": 2.0}]
+
+  path = tmp_path / "bad_images.jsonl"
+  path.write_text('{"index": 4, "reason": "a"}\n{"index": 5, "rea')
+  source = sources.make_source(_config().data.to_dict())
+  for index in (0, 1):  # the first line after the cut one begins anew
+    seen = damage.Damage(source, 1.0, path)
+    assert sorted(seen.known) == sorted([4, *range(index)])
+    seen.note(np.array([index]), np.array([True]))
+  assert sorted(damage.Damage(source, 1.0, path).known) == [0, 1, 4]
+
+
+@pytest.mark.slow
+def test_a_kill_at_the_very_end(tmp_path, monkeypatch):
+  """In the last evaluation, in the figures, before the result: done again, with the same numbers, each once."""
+  whole = train.run(_config(total_steps=3, figures=True), tmp_path / "whole")
+  workdir = tmp_path / "run"
+  parts = ((Classify, "check_eval"), (train, "_write_figures"), (record, "write_result"))
+  for owner, name in parts:
+
+    def stop(*_, **__):
+      raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+      patch.setattr(owner, name, stop)
+      train.run(_config(total_steps=3, figures=True), workdir)
+    assert not (workdir / "result.json").exists()
+  assert train.run(_config(total_steps=3, figures=True), workdir)["eval"] == whole["eval"]
+  timeless = [
+    [{**row, "images_per_second": 0} for row in _rows(path)] for path in (tmp_path / "whole", workdir)
+  ]
+  assert timeless[0] == timeless[1]
+
+
+def test_a_digest_that_names_nothing_is_damage(run, tmp_path):
+  workdir = tmp_path / "run"
+  shutil.copytree(run / "checkpoints", workdir / "checkpoints")
+  for text in ("[]", "7", '"x"', "null"):
+    (workdir / "checkpoints" / "6" / "digest.json").write_text(text)
+    assert checkpoint.find(workdir).name == "5"
+
+
+def test_whole_files_or_the_ones_before(tmp_path, monkeypatch):
+  """config.json and result.json are replaced, never half-written."""
+  record.write_result(tmp_path, {"step": 1})
+
+  def fail(*_):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr("os.fsync", fail)
+  with pytest.raises(OSError, match="space"):
+    record.write_result(tmp_path, {"step": 2})
+  assert json.loads((tmp_path / "result.json").read_text()) == {"step": 1}
+
+
+@pytest.mark.slow
+def test_a_data_set_that_has_shrunk_is_said(tmp_path, caplog):
+  changes = _folder(tmp_path / "data", 40, {})
+  config = _config(total_steps=2, **changes)
+  train.run(config, tmp_path / "run")
+  (tmp_path / "data" / "train" / "a" / "0004.png").unlink()
+  train.run(_config(total_steps=4, **changes), tmp_path / "run")
+  assert "had 40 examples before and has 39 now" in caplog.text
+
+
 # Writers and disks.
+
+
+def test_tensorboard_on_a_full_disk_is_an_error_and_no_waiting(tmp_path, monkeypatch):
+  """tensorboardX's own writer ends its thread at such an error, and whoever hands it more waits for ever."""
+  from tensorboardX import record_writer
+
+  logger = logs.Logger(tmp_path, 10)
+  logger.write(1, {"loss": 1.0})
+
+  def fail(*_):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(record_writer.RecordWriter, "write", fail)
+  with pytest.raises(OSError, match="space"):
+    logger.write(2, {"loss": 1.0})
+  logger.close()
+
+
+def test_tensorboard_reads_what_is_written(tmp_path):
+  from tensorboardX.proto.event_pb2 import Event
+
+  logger = logs.Logger(tmp_path, 10, start_step=4)
+  logger.write(5, {"loss": 1.5, "nothing": float("nan")})
+  logger.close()
+  (path,) = (tmp_path / "tensorboard").iterdir()
+  data, events = path.read_bytes(), []
+  while data:
+    (size,) = struct.unpack("<Q", data[:8])
+    events.append(Event.FromString(data[12 : 12 + size]))
+    data = data[16 + size :]
+  assert events[0].file_version == "brain.Event:2"
+  assert (events[1].step, events[1].session_log.status) == (5, 1)  # START: what is later is forgotten
+  assert [(e.step, e.summary.value[0].tag, e.summary.value[0].simple_value) for e in events[2:]] == [
+    (5, "loss", 1.5)
+  ]
+
+
+def test_the_log_on_a_full_disk_is_one_line(tmp_path, capsys, monkeypatch):
+  logs.setup(tmp_path)
+  (handler,) = [h for h in logs.log.handlers if isinstance(h, logging.FileHandler)]
+
+  def fail(*_):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(handler, "flush", fail)
+  for i in range(3):
+    logs.log.warning("message %d", i)
+  monkeypatch.undo()
+  said = capsys.readouterr().err
+  assert said.count("No space left") == 1 and "Traceback" not in said and "message 2" in said
 
 
 def test_a_second_run_is_refused_and_a_dead_one_is_not(tmp_path, caplog):
@@ -397,12 +568,24 @@ def test_a_workdir_that_is_removed_under_way(monkeypatch, tmp_path):
 
   def save(self, step, *args):
     if step == 3:
+      self.wait()
       shutil.rmtree(tmp_path / "run")
     original(self, step, *args)
 
   monkeypatch.setattr(checkpoint.Checkpointer, "save", save)
-  with pytest.raises(UserError, match="run"):
+  with pytest.raises(UserError, match="run is no longer there"):
     train.run(_config(), tmp_path / "run")
+  assert not (tmp_path / "run").exists()  # nothing is made again, apart from what the run had written before
+
+
+def test_no_space_for_the_batches_of_data_workers(monkeypatch, tmp_path):
+  def fail(*_, **__):
+    raise OSError(28, "No space left on device")
+    yield
+
+  monkeypatch.setattr("grain.IterDataset.mp_prefetch", fail)
+  with pytest.raises(UserError, match="no space left in /dev/shm.*--shm-size"):
+    train.run(_config(**{"data.workers": 1}), tmp_path)
 
 
 @pytest.mark.slow

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from flax.errors import FlaxError
+
 from beit_jax import checkpoint
 from beit_jax.convert import dalle, hf, lazy, orbax, safetensors, segmentation, timm, torchfile, unilm
 from beit_jax.errors import UserError
@@ -26,6 +28,7 @@ FORMATS = {
 }
 FILES = (".safetensors", ".pth", ".pt", ".bin", ".tar")
 PREFIXES = ("module.", "_orig_mod.", "backbone.")
+DAMAGED = (ArithmeticError, AttributeError, FlaxError, LookupError, RecursionError, TypeError, ValueError)
 OWN_TEXT = "beit_jax"  # under this name our description travels inside other formats
 
 
@@ -67,22 +70,17 @@ def load(
     for name, value in (("num_heads", num_heads), ("image_size", image_size), ("out_indices", out_indices)):
       if value is not None:
         raise UserError(f"{name}={value!r}: a beit_jax checkpoint says this itself; leave it out")
-    return orbax.load(path, step=step, ema=ema)
+    try:
+      return orbax.load(path, step=step, ema=ema)
+    except DAMAGED as error:
+      raise UserError(f"{path}: damaged, or of a form this version does not know ({error!r})") from error
   if step is not None:
     raise UserError(f"step={step}: only a run of beit_jax has steps, {path} has not")
   try:
     model = _load_foreign(weights[0] if weights else path, num_heads, size and tuple(size), ema, out_indices)
   except OSError as error:
     raise UserError(f"{error.filename or path}: cannot be read ({error.strerror or error})") from None
-  except (
-    KeyError,
-    TypeError,
-    ValueError,
-    AttributeError,
-    IndexError,
-    OverflowError,
-    RecursionError,
-  ) as error:
+  except DAMAGED as error:
     raise UserError(f"{path}: damaged, or of a form this version does not know ({error!r})") from error
   if out_indices is not None and model.kind != "segmenter":
     raise UserError(

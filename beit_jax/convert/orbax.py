@@ -18,6 +18,9 @@ def load(path: Path, *, step: int | None = None, ema: bool = False) -> Pretraine
   folder = checkpoint.find(path, step)
   description = checkpoint.read_description(folder)
   module = make_module(description["kind"], description["module"])
+  height, width = description["preprocessing"]["image_size"]
+  if not all(isinstance(side, int) and 0 < side <= 8192 for side in (height, width)):
+    raise UserError(f"{folder}: its description has images of {height}x{width} pixels")
   if ema and not (folder / "ema").is_dir():
     raise UserError(
       f"{folder} has no averaged weights (optimizer.ema_decay was 0); call load without ema=True"

@@ -1,6 +1,8 @@
 """Images that cannot be read: counted, named once each, and too many of them stop the run."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +34,7 @@ class Damage:
     self._seen = self._replaced = 0
     self.known: dict[int, str] = {}
     if path is not None and path.exists():
-      rows = (line for line in path.read_text().splitlines() if line.endswith("}"))
-      self.known = {row["index"]: row["reason"] for row in map(json.loads, rows)}
+      self.known = dict(_read(path))
 
   def note(self, indices: np.ndarray, replaced: np.ndarray) -> None:
     """int [b] and bool [b] of one batch.
@@ -58,8 +59,17 @@ class Damage:
     if len(self.known) <= SHOWN:
       log.warning("replaced by another example: %s", reason)
     if self._path is not None:
-      with self._path.open("a") as file:
-        file.write(json.dumps({"index": index, "reason": reason}) + "\n")
+      with self._path.open("ab+") as file:
+        if file.seek(0, 2) and file.seek(-1, 2) and file.read(1) != b"\n":
+          file.write(b"\n")  # a kill has cut the line before off
+        file.write(json.dumps({"index": index, "reason": reason}).encode() + b"\n")
+
+
+def _read(path: Path) -> Iterator[tuple[int, str]]:
+  for line in path.read_text(errors="replace").splitlines():
+    with contextlib.suppress(ValueError, KeyError, TypeError):  # cut off by a kill
+      row = json.loads(line)
+      yield int(row["index"]), str(row["reason"])
 
 
 def why(source: Any, index: int) -> str:

@@ -7,6 +7,7 @@ the number of processes nor that of workers changes what an example looks like.
 """
 
 import ctypes
+import errno
 import functools
 import multiprocessing
 import os
@@ -182,12 +183,20 @@ def _batches(
     flags.FLAGS.mark_as_parsed()  # grain's workers refuse to start otherwise; we use no absl flags
     processes = grain.multiprocessing.MultiprocessingOptions(num_workers=workers)
     dataset = dataset.mp_prefetch(processes, worker_init_fn=_as_worker)
-  iterator = iter(dataset)
+  iterator = None
   while True:
     try:
+      iterator = iter(dataset) if iterator is None else iterator
       batch = next(iterator)
     except StopIteration:
       return
+    except OSError as error:
+      if not workers or error.errno != errno.ENOSPC:
+        raise
+      raise UserError(
+        "no space left in /dev/shm, where data workers leave their batches: make it larger (docker run --shm-size=8g), "
+        "or lower data.workers"
+      ) from None
     except RuntimeError as error:
       if "Worker process was terminated" not in str(error):
         raise
