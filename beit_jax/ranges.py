@@ -16,6 +16,7 @@ MAX_TEXT = 4096
 SOUND = f"must be finite numbers, or text of up to {MAX_TEXT:,} characters without null"
 LARGEST = 1e38  # of float32, nearly
 DTYPES = ("float32", "bfloat16", "float16")
+ATTENTIONS = ("auto", "xla", "cudnn")
 
 
 def show(value: Any, limit: int = 200) -> str:
@@ -141,6 +142,7 @@ TABLE: tuple[tuple[str, Rule], ...] = (
   (r"model\.drop_path_rate", share(one=False)),
   (r"model\.norm_eps", number(1e-30, 1)),
   (r"model\.dtype", (lambda name: name in DTYPES, f"must be one of {', '.join(DTYPES)}")),
+  (r"model\.attention", (lambda name: name in ATTENTIONS, f"must be one of {', '.join(ATTENTIONS)}")),
   (r"model\.vocab_size", whole(2, 2**20)),
   (r"model\.n_hid", whole(4, 8192)),
   (r"model\.(n_init|channels|aux_channels)", whole(1, 8192)),

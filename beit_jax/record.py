@@ -84,7 +84,7 @@ def same_model(folder: Path, description: dict[str, Any]) -> None:
     return {"kind": of["kind"], **model, **data, **frozen}
 
   have, want = facts(checkpoint.read_description(folder)), facts(description)
-  free = ("remat", "scan", "dtype", "drop_path_rate")
+  free = ("remat", "scan", "dtype", "attention", "drop_path_rate")
   names = [n for n in sorted(want.keys() | have.keys()) if want.get(n) != have.get(n)]
   lines = [
     f"{n.replace('encoder/', '')}: the checkpoint has {have.get(n)!r}, the config {want.get(n)!r}"
@@ -116,7 +116,7 @@ def count(workdir: Path, key: str) -> int:
 # What may differ when a run goes on: none of it changes what is computed from a step on, but for the run's length.
 FREE = re.compile(
   r"log_every_steps|total_(steps|epochs)|eval_only|figures|microbatches|(.*\.)?init_from|resume|(mesh|checkpoint|eval)\..*"
-  r"|data\.(workers|threads|data_dir|root|max_bad)|model\.(remat|scan|dtype)|optimizer\.(max_skipped|ema_decay)"
+  r"|data\.(workers|threads|data_dir|root|max_bad)|model\.(remat|scan|dtype|attention)|optimizer\.(max_skipped|ema_decay)"
 )
 
 
