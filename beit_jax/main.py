@@ -34,6 +34,8 @@ def main(argv: list[str]) -> int:
     logs.setup(folder)
     logs.only_file(record.environment())
     logging.captureWarnings(True)
+    cache = compile_cache(folder, jax.config.jax_compilation_cache_dir, jax.process_count())
+    jax.config.update("jax_compilation_cache_dir", cache)
     if "stages" not in config:
       train.run(config, folder)
     else:
@@ -52,6 +54,17 @@ def main(argv: list[str]) -> int:
     print("stopped; give the same command again to go on", file=sys.stderr)
     return 130
   return 0
+
+
+def compile_cache(folder: Path, chosen: str | None, processes: int) -> str | None:
+  """Where compiled programs are kept, so that a run that goes on begins at once: `chosen`, else in the run's folder.
+
+  Several processes need one folder that all of them see (a program that only some find makes the others wait), so
+  theirs is `chosen` or none. JAX recompiles what it cannot read. JAX_ENABLE_COMPILATION_CACHE=0 keeps nothing.
+  """
+  if chosen or processes > 1 or ":/" in str(folder):  # a bucket
+    return chosen
+  return str(folder.absolute() / "compile_cache")
 
 
 def run_stages(config, folder: Path) -> None:

@@ -1,20 +1,35 @@
 """Children that are timed in turns: a process of its own for each side, one round at a time while the other sleeps.
 
 A child calls `serve`; the parent makes a `Child` of its command and calls it. They speak JSON lines: {"steps": n} is
-answered with the seconds that n steps took, {"ask": name} with whatever the child has under that name.
+answered with the times that n steps took, {"ask": name} with whatever the child has under that name. Linux only.
 """
 
 import json
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+
+class Times(NamedTuple):
+  """Of one round, in seconds; `cpu` over all threads, `others`: cores that the rest of the machine kept busy."""
+
+  wall: float
+  cpu: float
+  others: float
+
+
+def busy() -> float:
+  """CPU seconds that the whole machine has worked since it was started."""
+  user, nice, system, _, _, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
+  return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
 def peak_rss() -> float:
-  """GiB of this process at its largest; Linux only."""
+  """GiB of this process at its largest."""
   line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
   return int(line.split()[1]) / 2**20
 
@@ -29,9 +44,13 @@ def serve(run: Callable[[int], Any], **answers: Callable[[], Any]) -> None:
     if "ask" in message:
       answer = answers[message["ask"]]()
     else:
-      began = time.perf_counter()
+      began = time.perf_counter(), time.process_time(), busy()
       run(message["steps"])
-      answer = time.perf_counter() - began
+      wall, cpu, all_work = (
+        now - then
+        for now, then in zip((time.perf_counter(), time.process_time(), busy()), began, strict=True)
+      )
+      answer = wall, cpu, max(all_work - cpu, 0.0) / wall
     print(json.dumps(answer), file=replies, flush=True)
 
 
@@ -56,9 +75,9 @@ class Child:
     self._process.stdin.flush()
     return self._read()
 
-  def steps(self, count: int) -> float:
-    """Seconds of `count` steps."""
-    return self._say({"steps": count})
+  def steps(self, count: int) -> Times:
+    """The times of `count` steps together."""
+    return Times(*self._say({"steps": count}))
 
   def ask(self, name: str) -> Any:
     return self._say({"ask": name})

@@ -65,7 +65,9 @@ def build(variant, batch_size, dtype, tokenizer, **changes):
     **changes,
   }
   spec = f"{ROOT}/configs/beit_{variant}.py"
-  config = config_lib.load(spec, [(f"pretrain.{k}", v) for k, v in changes.items()], objectives.model_fields())
+  config = config_lib.load(
+    spec, [(f"pretrain.{k}", v) for k, v in changes.items()], objectives.model_fields()
+  )
   config = config.pretrain
   with tempfile.TemporaryDirectory() as folder:
     config.tokenizer.init_from = str(random_tokenizer(Path(folder) / "tokenizer", dtype))

@@ -12,10 +12,11 @@ from pathlib import Path
 import rounds
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from tests.peers import torch, transformers  # noqa: E402  PyTorch's torchvision is awkward to import
 from torch import nn  # noqa: E402
 from transformers.models.beit.modeling_beit import BeitModel  # noqa: E402
 from transformers.models.flava.modeling_flava import FlavaImageCodebook  # noqa: E402
+
+from tests.peers import torch, transformers  # noqa: E402  PyTorch's torchvision is awkward to import
 
 SIZES = {  # hidden_size, num_hidden_layers, num_attention_heads, layer_scale_init_value; clip
   "base": ((768, 12, 12, 0.1), 3.0),

@@ -1,4 +1,4 @@
-"""Softmax attention with a bias, by XLA or by cuDNN's fused kernel: which one, and the padding that the kernel asks for.
+"""Softmax attention with a bias, by XLA or by cuDNN's fused kernel: which one, and the padding that kernel wants.
 
 Letters: B batch, T tokens, K heads, H numbers a head.
 """

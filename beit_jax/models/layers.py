@@ -132,7 +132,9 @@ class Attention(nn.Module):
     # A bias on k would add the same number to all logits of a query, which the softmax cancels.
     qkv += jnp.concatenate([q_bias, jnp.zeros_like(q_bias), v_bias]).astype(qkv.dtype)
     # Split, not indexed: the gradient is then one concatenation, not three arrays of zeros that are added.
-    q, k, v = (x.reshape(batch, tokens, self.num_heads, -1) for x in jnp.split(qkv, 3, axis=-1))  # [B, T, K, D/K]
+    q, k, v = (
+      x.reshape(batch, tokens, self.num_heads, -1) for x in jnp.split(qkv, 3, axis=-1)
+    )  # [B, T, K, D/K]
     if self.grid_size is not None:
       bias = relative_position_bias(self, self.grid_size, self.num_heads)
     x = attention(q, k, v, bias, self.attention).reshape(batch, tokens, width)
