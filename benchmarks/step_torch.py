@@ -12,11 +12,9 @@ from pathlib import Path
 import rounds
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from torch import nn  # noqa: E402
-from transformers.models.beit.modeling_beit import BeitModel  # noqa: E402
-from transformers.models.flava.modeling_flava import FlavaImageCodebook  # noqa: E402
+from tests.peers import torch, transformers  # noqa: E402  where torchvision is half installed this mends it
 
-from tests.peers import torch, transformers  # noqa: E402  PyTorch's torchvision is awkward to import
+nn = torch.nn
 
 SIZES = {  # hidden_size, num_hidden_layers, num_attention_heads, layer_scale_init_value; clip
   "base": ((768, 12, 12, 0.1), 3.0),
@@ -44,7 +42,7 @@ class MaskedImageModel(nn.Module):
       drop_path_rate=0.1,
       attn_implementation=attention,
     )
-    self.beit = BeitModel(config, add_pooling_layer=False)
+    self.beit = transformers.BeitModel(config, add_pooling_layer=False)
     self.lm_head = nn.Linear(width, config.vocab_size)
 
   def forward(self, image, mask, slots, targets):
@@ -59,7 +57,9 @@ def build(args):
   device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
   dtype = getattr(torch, args.dtype)
   model = MaskedImageModel(args.variant, args.attention).to(device).train()
-  tokenizer = FlavaImageCodebook(transformers.FlavaImageCodebookConfig()).to(device, dtype).eval()
+  tokenizer = (
+    transformers.FlavaImageCodebook(transformers.FlavaImageCodebookConfig()).to(device, dtype).eval()
+  )
   if args.channels_last:
     tokenizer = tokenizer.to(memory_format=torch.channels_last)
   no_decay = [p for n, p in model.named_parameters() if p.ndim == 1 or n.endswith("cls_token")]
