@@ -35,7 +35,7 @@ def child(args) -> dict:
 
   with jax.set_mesh(sharding.make_mesh(1, 1)):
     changes = {"model.scan": bool(args.scan)}
-    step, state, frozen, batch = step_ours.build(args.variant, args.batch, args.dtype, "cached", **changes)
+    step, state, frozen, batch, _ = step_ours.build(args.variant, args.batch, args.dtype, "cached", **changes)
     jax.block_until_ready(state)
     lap()
     traced = step.trace(state, frozen, batch)

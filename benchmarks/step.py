@@ -1,15 +1,15 @@
 """The pre-training step, ours against PyTorch: images/s, ratio, share of the matmul peak, memory.
 
-    python benchmarks/step.py                                             # BEiT-B, float32, batch 8
-    python benchmarks/step.py --tokenizer=cached                          # ours with the tokens given
-    python benchmarks/step.py --variant=large --dtype=bfloat16 --batch=128    # on a GPU
+    python benchmarks/step.py                                                             # BEiT-B, float32, batch 8
+    python benchmarks/step.py --parts                                                     # where our time goes
+    python benchmarks/step.py --variant=large --dtype=bfloat16 --batch=128 --steps=20     # on a GPU
 
 Ours is the recipe's objective, optimizer and step from a uint8 batch on, masks included. The peer is transformers' BEiT
 backbone with a linear head on the masked positions, FLAVA's image codebook (the same dVAE), fused AdamW and the same
 clipping; it gets float pixels and a mask ready. Weights are random, nothing is downloaded. The peer is tried with each
 kind of attention, memory layout and compiler there is, and the fastest competes. Then rounds alternate; medians count.
-With `cached` only ours is spared the tokenizer. The ratio of CPU time says what the ratio would be on an idle machine:
-look at it where others keep cores busy.
+Ours runs once with the tokenizer and once with tokens given, as from a cache; the peer always runs its own. The ratio
+of CPU time says what the ratio would be on an idle machine: look at it where others keep cores busy.
 """
 
 import argparse
@@ -72,47 +72,57 @@ def fastest_peer(shared: dict, trials: tuple[dict, ...], steps: int) -> tuple[Ch
   return best[1], best[2]
 
 
+def compare(sides: dict[str, Child], args) -> None:
+  """Rounds in turns, then a line for each side and the ratio of the first to the second."""
+  times = {name: [] for name in sides}
+  for _ in range(args.rounds):
+    for name, child in sides.items():
+      times[name].append(child.steps(args.steps))
+  rates, cpus = [], []
+  for name, child in sides.items():
+    wall = [t.wall / args.steps for t in times[name]]
+    median, others = statistics.median(wall), statistics.median(t.others for t in times[name])
+    rate, cpu = args.batch / median, statistics.median(t.cpu for t in times[name]) / args.steps
+    flops = encoder_flops(args.variant) + (0 if "cached" in name else tokenizer_flops())
+    memory, peak = child.ask("memory"), child.ask("peak")
+    print(
+      f"{name:20} {rate:8.2f} images/s  {median:.3f} s a step ({min(wall):.3f} to {max(wall):.3f}), {cpu:.2f} s of "
+      f"CPU, others {others:.2f} cores  {flops * rate / 1e12:.3f} of {peak / 1e12:.3f} TFLOP/s of a large product "
+      f"({flops * rate / peak:.0%})  {memory:.2f} GiB at the peak  "
+      f"[{child.ask('device')}; {flops / 1e9:.1f} GFLOP an image]"
+    )
+    rates.append(rate)
+    cpus.append(cpu)
+  print(f"ratio {rates[0] / rates[1]:.3f}  (of CPU time: {cpus[1] / cpus[0]:.3f})", flush=True)
+
+
 def main():
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--variant", choices=sorted(ENCODERS), default="base")
   parser.add_argument("--batch", type=int, default=8)
   parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-  parser.add_argument("--tokenizer", choices=("online", "cached"), default="online")
+  parser.add_argument("--tokenizer", choices=("online", "cached", "both"), default="both")
   parser.add_argument("--rounds", type=int, default=7)
   parser.add_argument("--steps", type=int, default=1, help="in a round")
   parser.add_argument("--trials", default="", help="of the peer, e.g. 1,2; default all")
+  parser.add_argument("--parts", action="store_true", help="only ours, and the parts of it")
   args = parser.parse_args()
   shared = dict(variant=args.variant, batch=args.batch, dtype=args.dtype)
   trials = tuple(TRIALS[int(i)] for i in args.trials.split(",")) if args.trials else TRIALS
+  if args.parts:
+    ours = Child("step_ours.py", **shared, tokenizer="online")
+    for name, (wall, cpu) in ours.ask("parts").items():
+      print(f"{name:10} {wall:8.3f} s, {cpu:8.3f} s of CPU")
+    ours.close()
+    return
   peer, chosen = fastest_peer(shared, trials, 2)
-  ours = Child("step_ours.py", **shared, tokenizer=args.tokenizer)
-  sides = {"ours": ours, "PyTorch": peer}
-  ours.steps(2)
-  times = {name: [] for name in sides}
-  for _ in range(args.rounds):
-    for name, child in sides.items():
-      times[name].append(child.steps(args.steps))
-  print(
-    f"BEiT {args.variant}, {args.dtype}, batch {args.batch}, {args.rounds} rounds of {args.steps} steps; "
-    f"peer {chosen}, tokenizer online; ours: tokens {args.tokenizer}"
-  )
-  rate, cpu = {}, {}
-  for name, child in sides.items():
-    wall = [t.wall / args.steps for t in times[name]]
-    median, others = statistics.median(wall), statistics.median(t.others for t in times[name])
-    rate[name], cpu[name] = args.batch / median, statistics.median(t.cpu for t in times[name]) / args.steps
-    online = name == "PyTorch" or args.tokenizer == "online"
-    flops = encoder_flops(args.variant) + (tokenizer_flops() if online else 0)
-    memory, peak = child.ask("memory"), child.ask("peak")
-    print(
-      f"{name:8} {rate[name]:8.2f} images/s  {median:.3f} s a step ({min(wall):.3f} to {max(wall):.3f}), "
-      f"{cpu[name]:.2f} s of CPU, others {others:.2f} cores  {flops * rate[name] / 1e12:.3f} of {peak / 1e12:.3f} "
-      f"TFLOP/s of a large product ({flops * rate[name] / peak:.0%})  {memory:.2f} GiB at the peak  "
-      f"[{child.ask('device')}; {flops / 1e9:.1f} GFLOP an image]"
-    )
-  print(f"ratio {rate['ours'] / rate['PyTorch']:.3f}  (of CPU time: {cpu['PyTorch'] / cpu['ours']:.3f})")
-  for child in sides.values():
-    child.close()
+  print(f"BEiT {args.variant}, {args.dtype}, batch {args.batch}; peer {chosen}, its tokenizer online")
+  for tokenizer in ("online", "cached") if args.tokenizer == "both" else (args.tokenizer,):
+    ours = Child("step_ours.py", **shared, tokenizer=tokenizer)
+    ours.steps(2)
+    compare({f"ours, tokens {tokenizer}": ours, "PyTorch": peer}, args)
+    ours.close()
+  peer.close()
 
 
 if __name__ == "__main__":

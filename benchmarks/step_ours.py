@@ -18,8 +18,8 @@ import numpy as np  # noqa: E402
 import rounds  # noqa: E402
 
 import beit_jax  # noqa: E402
+from beit_jax import augment, objectives, sharding, train_state  # noqa: E402
 from beit_jax import config as config_lib  # noqa: E402
-from beit_jax import objectives, sharding, train_state  # noqa: E402
 from beit_jax.data import sources  # noqa: E402
 from beit_jax.objectives.beit import Beit  # noqa: E402
 from beit_jax.pretrained import Pretrained, make_module  # noqa: E402
@@ -28,6 +28,13 @@ from beit_jax.step import make_optimizer, make_schedules, make_train_step  # noq
 
 class GivenTokens(Beit):
   """The tokens come with the batch, as from a cache: the tokenizer does not run."""
+
+  @classmethod
+  def of(cls, objective):
+    """The same objective with tokens given."""
+    self = cls.__new__(cls)
+    self.__dict__.update(objective.__dict__)
+    return self
 
   def _inputs(self, frozen, batch, *, train):
     tokens = batch["targets"]
@@ -48,7 +55,7 @@ def random_tokenizer(folder: Path, dtype: str) -> Path:
 
 
 def build(variant, batch_size, dtype, tokenizer, **changes):
-  """(train step, state, frozen, batch) of the recipe; nothing but sizes, dtype and the source of images is changed."""
+  """(train step, state, frozen, batch, objective) of the recipe: only sizes, dtype and the source of images differ."""
   changes = {
     "batch_size": batch_size,
     "model.dtype": dtype,
@@ -90,7 +97,44 @@ def build(variant, batch_size, dtype, tokenizer, **changes):
     batch["token_image"] = rng.integers(0, 256, (batch_size, 112, 112, 3), np.uint8)
   else:
     batch["targets"] = rng.integers(0, 8192, (batch_size, 196), np.int32)
-  return step, state, frozen, sharding.put_batch(mesh, batch, batch_size)
+  return step, state, frozen, sharding.put_batch(mesh, batch, batch_size), objective
+
+
+def parts(step, state, frozen, batch, objective) -> dict[str, tuple[float, float]]:
+  """(wall, CPU) seconds of the step and of programs that are parts of it, each the fastest of three.
+
+  What the step takes beside tokenizer and gradient is clipping, AdamW and the update. The state is used up.
+  """
+  key = jax.random.key(0)
+  given = {**batch, "targets": jnp.zeros((len(batch["image"]), 196), jnp.int32)}
+  cached = objective if isinstance(objective, GivenTokens) else GivenTokens.of(objective)
+  sums = lambda params: cached.loss({"params": params}, frozen, given, key, 0)[0]
+  masks = lambda: objective._sample_mask(augment.example_keys(0, batch["example_key"], "mask"))
+  programs = {"masks": (masks,), "forward": (sums, state.params), "gradient": (jax.grad(sums), state.params)}
+  if frozen:
+    pixels = augment.to_float(batch["token_image"])
+    tokenize = lambda params: objective.tokenizer.module.apply({"params": params}, pixels, method="tokenize")
+    programs["tokenizer"] = (tokenize, frozen)
+
+  def best(call):
+    laps = []
+    for _ in range(4):  # the first compiles
+      began = time.perf_counter(), time.process_time()
+      jax.block_until_ready(call())
+      laps.append((time.perf_counter() - began[0], time.process_time() - began[1]))
+    return min(lap[0] for lap in laps[1:]), min(lap[1] for lap in laps[1:])
+
+  found = {}
+  for name, (program, *args) in programs.items():
+    jitted = jax.jit(program)
+    found[name] = best(lambda jitted=jitted, args=args: jitted(*args))
+
+  def whole():
+    nonlocal state
+    state, metrics = step(state, frozen, batch)
+    return state, metrics
+
+  return {**found, "step": best(whole)}
 
 
 def matmul_peak(dtype: str) -> float:
@@ -119,7 +163,7 @@ def main():
   args = parser.parse_args()
   logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="ours: %(message)s")
   with jax.set_mesh(sharding.make_mesh(1, 1)):
-    step, state, frozen, batch = build(args.variant, args.batch, args.dtype, args.tokenizer)
+    step, state, frozen, batch, objective = build(args.variant, args.batch, args.dtype, args.tokenizer)
 
     def run(count):
       nonlocal state
@@ -132,7 +176,13 @@ def main():
       return stats["peak_bytes_in_use"] / 2**30 if stats else rounds.peak_rss()
 
     device = lambda: f"{jax.devices()[0].device_kind}, jax {jax.__version__}"
-    rounds.serve(run, memory=memory, peak=lambda: matmul_peak(args.dtype), device=device)
+    rounds.serve(
+      run,
+      memory=memory,
+      peak=lambda: matmul_peak(args.dtype),
+      device=device,
+      parts=lambda: parts(step, state, frozen, batch, objective),
+    )
 
 
 if __name__ == "__main__":
