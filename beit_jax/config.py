@@ -43,6 +43,7 @@ DEFAULTS: dict[str, Any] = dict(
   init_from="",  # parameters: whatever `beit_jax.load` reads (docs/weights.md), or "stage:NAME"
   resume="",  # full state (step, optimizer) of another run folder
   log_every_steps=50,
+  profile_steps=(),  # (first, last): a trace of these steps in workdir/profile
   mesh=dict(data=-1, fsdp=1),
   optimizer=dict(
     learning_rate=1.5e-3,  # the peak, for the global batch as given: nothing is scaled behind your back

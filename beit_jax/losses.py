@@ -12,15 +12,18 @@ def masked_cross_entropy(logits: jax.Array, targets: jax.Array, weight: jax.Arra
 
   Args:
     logits: [B, M, V].
-    targets: int32 [B, M] visual-token ids.
+    targets: int32 [B, M] visual-token ids; one that is none gives NaN.
     weight: [B, M], 1 for a masked patch, 0 for an unused slot.
 
   Returns:
     float32 scalars (sum of losses, number of correct argmaxes, sum of weights): the loss is sum / weights,
     so that every masked patch of the global batch counts alike.
   """
-  log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
-  nll = -jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]  # [B, M]
+  logits = logits.astype(jnp.float32)
+  # A masked sum rather than a gather, whose gradient would be a scatter into the logits; neither needs a copy of them.
+  hit = targets[..., None] == jnp.arange(logits.shape[-1], dtype=targets.dtype)
+  target = jnp.where(hit.any(-1), jnp.where(hit, logits, 0.0).sum(-1), jnp.nan)
+  nll = jax.nn.logsumexp(logits, -1) - target  # [B, M]
   correct = (logits.argmax(-1) == targets).astype(jnp.float32)
   return (nll * weight).sum(), (correct * weight).sum(), weight.sum()
 

@@ -35,6 +35,8 @@ def main(argv: list[str]) -> int:
     logs.setup(folder)
     logs.only_file(record.environment())
     logging.captureWarnings(True)
+    cache = compile_cache(folder, jax.config.jax_compilation_cache_dir, jax.process_count())
+    jax.config.update("jax_compilation_cache_dir", cache)
     if "stages" not in config:
       train.run(config, folder)
     else:
@@ -56,6 +58,17 @@ def main(argv: list[str]) -> int:
     logs.only_file(traceback.format_exc())  # it goes to the terminal as well
     raise
   return 0
+
+
+def compile_cache(folder: Path, chosen: str | None, processes: int) -> str | None:
+  """Where compiled programs are kept, so that a run that goes on begins at once: `chosen`, else in the run's folder.
+
+  Several processes need one folder that all of them see (a program that only some find makes the others wait), so
+  theirs is `chosen` or none. JAX recompiles what it cannot read. JAX_ENABLE_COMPILATION_CACHE=0 keeps nothing.
+  """
+  if chosen or processes > 1 or ":/" in str(folder):  # a bucket
+    return chosen
+  return str(folder.absolute() / "compile_cache")
 
 
 def run_stages(config, folder: Path) -> None:

@@ -12,10 +12,12 @@ from beit_jax.errors import UserError
 
 Rule = tuple[Callable[[Any], bool], str]  # is a value good, and what it must be or do otherwise
 STEPS = 2**31 - 1  # the step is an int32
+PROFILED = 100
 MAX_TEXT = 4096
 SOUND = f"must be finite numbers, or text of up to {MAX_TEXT:,} characters without null"
 LARGEST = 1e38  # of float32, nearly
 DTYPES = ("float32", "bfloat16", "float16")
+ATTENTIONS = ("auto", "xla", "cudnn")
 
 
 def show(value: Any, limit: int = 200) -> str:
@@ -75,6 +77,12 @@ def _sides(low: int, high: int) -> Rule:
   return good, f"must be a whole number from {low:,} to {high:,}, or (height, width) of such"
 
 
+def _is_span(steps: Any) -> bool:
+  """() or (first, last); a trace of many steps fills the disk and no viewer opens it."""
+  step, _ = whole(1, STEPS)
+  return steps == () or len(steps) == 2 and all(map(step, steps)) and 0 <= steps[1] - steps[0] < PROFILED
+
+
 def _is_pattern(text: Any) -> bool:
   try:
     return isinstance(text, str) and re.compile(text) is not None
@@ -87,6 +95,7 @@ TABLE: tuple[tuple[str, Rule], ...] = (
   (r"(eval\.)?batch_size|microbatches", whole(1, 2**20)),
   (r"total_steps|log_every_steps|(eval|checkpoint)\.every_steps", whole(1, STEPS)),
   ("total_epochs", positive()),
+  ("profile_steps", (_is_span, f"must be (), or (first, last) of at most {PROFILED} steps, counted from 1")),
   (
     r"optimizer\.(learning_rate|min_lr|weight_decay|weight_decay_end|clip_norm|power|warmup_epochs)",
     number(0),
@@ -141,6 +150,7 @@ TABLE: tuple[tuple[str, Rule], ...] = (
   (r"model\.drop_path_rate", share(one=False)),
   (r"model\.norm_eps", number(1e-30, 1)),
   (r"model\.dtype", (lambda name: name in DTYPES, f"must be one of {', '.join(DTYPES)}")),
+  (r"model\.attention", (lambda name: name in ATTENTIONS, f"must be one of {', '.join(ATTENTIONS)}")),
   (r"model\.vocab_size", whole(2, 2**20)),
   (r"model\.n_hid", whole(4, 8192)),
   (r"model\.(n_init|channels|aux_channels)", whole(1, 8192)),

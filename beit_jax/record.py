@@ -94,7 +94,7 @@ def same_model(folder: Path, description: dict[str, Any]) -> None:
     return {"kind": of["kind"], **model, **data, **frozen}
 
   have, want = facts(checkpoint.read_description(folder)), facts(description)
-  free = ("remat", "scan", "dtype", "drop_path_rate")
+  free = ("remat", "scan", "dtype", "attention", "drop_path_rate")
   names = [n for n in sorted(want.keys() | have.keys()) if want.get(n) != have.get(n)]
   lines = [
     f"{n.replace('encoder/', '')}: the checkpoint has {have.get(n)!r}, the config {want.get(n)!r}"
@@ -163,8 +163,8 @@ def may_begin(workdir: Path) -> None:
 
 # What may differ when a run goes on: none of it changes what is computed from a step on, but for the run's length.
 FREE = re.compile(
-  r"log_every_steps|total_(steps|epochs)|eval_only|figures|microbatches|(.*\.)?init_from|resume|(mesh|checkpoint|eval)\..*"
-  r"|data\.(workers|threads|data_dir|root|max_bad)|model\.(remat|scan|dtype)|optimizer\.(max_skipped|ema_decay)"
+  r"log_every_steps|profile_steps|total_(steps|epochs)|eval_only|figures|microbatches|(.*\.)?init_from|resume|(mesh|checkpoint|eval)\..*"
+  r"|data\.(workers|threads|data_dir|root|max_bad)|model\.(remat|scan|dtype|attention)|optimizer\.(max_skipped|ema_decay)"
 )
 
 

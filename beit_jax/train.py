@@ -29,6 +29,7 @@ from beit_jax.logs import Logger, log, only_file
 from beit_jax.meter import Meter
 from beit_jax.objectives import OBJECTIVES, Objective
 from beit_jax.objectives.base import check_size
+from beit_jax.profiling import Trace
 from beit_jax.step import make_optimizer, make_schedules, make_train_step
 from beit_jax.train_state import TrainState
 
@@ -149,6 +150,8 @@ def _run(
     logger = Logger(workdir, total_steps, name, start_step, again=again or start_step == total_steps)
     stack.enter_context(contextlib.closing(logger))
     meter = Meter(config, logger, workdir, name, schedules, start_step)
+    trace = Trace(config.profile_steps, workdir / "profile", total_steps)
+    stack.enter_context(contextlib.closing(trace))
 
     def evaluate(step):
       metrics = {}
@@ -171,8 +174,10 @@ def _run(
     ahead = 0 if mesh.size > 1 and jax.default_backend() == "cpu" else 2
     meter.restart(start_step)
     for step in range(start_step + 1, total_steps + 1):
+      trace.before(step, state)
       batch = meter.take(batches)
       state, metrics = train_step(state, frozen, batch)
+      trace.after(step, state)
       watch.nothing_to_save = False
       is_last = step == total_steps
       meter.push(step, metrics, batch, is_last or step == 1 or step % config.log_every_steps == 0)

@@ -14,7 +14,7 @@ from tests.conftest import ROOT
 ROWS = (
   ("main", "plan", "predict", "doctor", "__init__"),
   ("train", "summary", "class_maps"),
-  ("meter", "step"),
+  ("meter", "step", "profiling"),
   ("record",),
   ("evaluate",),
   ("objectives",),

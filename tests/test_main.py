@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -251,3 +253,42 @@ def test_a_run_that_failed_waits_for_no_thread():
   )
   done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
   assert (done.returncode, done.stdout) == (2, "said\n")
+
+
+@pytest.mark.parametrize(
+  "folder, chosen, processes, wanted",
+  [
+    ("/runs/a", None, 1, "/runs/a/compile_cache"),
+    ("/runs/a", "/shared", 1, "/shared"),
+    ("/runs/a", None, 2, None),  # a folder that not all of them see
+    ("/runs/a", "/shared", 2, "/shared"),
+    ("gs://bucket/a", None, 1, None),
+  ],
+)
+def test_where_compiled_programs_are_kept(folder, chosen, processes, wanted):
+  assert main_lib.compile_cache(Path(folder), chosen, processes) == wanted
+
+
+@pytest.mark.slow
+def test_a_second_start_compiles_nothing_anew(tmp_path):
+  """The compilations that take over a second, as JAX's log counts them; a cache that cannot be read is made again."""
+  config = _config_file(tmp_path / "config.py", tiny.raw("dvae", total_steps=2))
+  environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+  environment |= dict(
+    JAX_PLATFORMS="cpu", JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0", PYTHONPATH=str(ROOT)
+  )
+  environment |= dict(JAX_LOGGING_LEVEL="DEBUG")
+
+  def hits():
+    command = [sys.executable, "-m", "beit_jax.main", f"--config={config}", f"--workdir={tmp_path / 'run'}"]
+    for name in ("result.json", "config.json", "metrics.jsonl"):
+      (tmp_path / "run" / name).unlink(missing_ok=True)
+    shutil.rmtree(tmp_path / "run" / "checkpoints", ignore_errors=True)
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stderr.count("Persistent compilation cache hit for 'jit_train_step'")
+
+  assert [hits(), hits()] == [0, 1]
+  (program,) = (tmp_path / "run" / "compile_cache").glob("jit_train_step*-cache")
+  program.write_bytes(program.read_bytes()[:1000])
+  assert hits() == 0

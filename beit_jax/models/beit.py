@@ -64,6 +64,7 @@ class Beit(nn.Module):
   dtype: str = "float32"  # of the computation; parameters are float32
   remat: bool = False  # recompute the blocks' activations in the backward pass
   scan: bool = False  # one compiled block for all; parameters stay one tree per block
+  attention: str = "auto"  # "auto" | "xla" | "cudnn": the same numbers, see attention.py
 
   @property
   def grid_size(self) -> tuple[int, int]:
@@ -118,6 +119,7 @@ class Beit(nn.Module):
       norm_eps=self.norm_eps,
       dtype=jnp.dtype(self.dtype),
       grid_size=self.grid_size if self.rel_pos == "per_block" else None,
+      attention=self.attention,
     )
 
   def _scan_blocks(self, x, bias, rates, keys):

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from beit_jax.models.attention import attention
+
 Initializer = Callable[..., jax.Array]
 
 # Pre-training cuts the normal distribution at +-1 sigma and does not rescale (real std 0.0108);
@@ -119,6 +121,7 @@ class Attention(nn.Module):
   proj_init: Initializer
   dtype: jnp.dtype
   grid_size: tuple[int, int] | None = None
+  attention: str = "auto"  # see attention.py
 
   @nn.compact
   def __call__(self, x, bias=None):
@@ -128,12 +131,13 @@ class Attention(nn.Module):
     v_bias = self.param("v_bias", nn.initializers.zeros, (width,))
     # A bias on k would add the same number to all logits of a query, which the softmax cancels.
     qkv += jnp.concatenate([q_bias, jnp.zeros_like(q_bias), v_bias]).astype(qkv.dtype)
-    q, k, v = jnp.moveaxis(qkv.reshape(batch, tokens, 3, self.num_heads, -1), 2, 0)  # 3 x [B, T, K, D/K]
+    # Split, not indexed: the gradient is then one concatenation, not three arrays of zeros that are added.
+    q, k, v = (
+      x.reshape(batch, tokens, self.num_heads, -1) for x in jnp.split(qkv, 3, axis=-1)
+    )  # [B, T, K, D/K]
     if self.grid_size is not None:
       bias = relative_position_bias(self, self.grid_size, self.num_heads)
-    if bias is not None:
-      bias = bias.astype(q.dtype)
-    x = jax.nn.dot_product_attention(q, k, v, bias=bias).reshape(batch, tokens, width)
+    x = attention(q, k, v, bias, self.attention).reshape(batch, tokens, width)
     return nn.Dense(width, kernel_init=self.proj_init, dtype=self.dtype, name="proj")(x)
 
 
@@ -177,6 +181,7 @@ class Block(nn.Module):
   norm_eps: float
   dtype: jnp.dtype
   grid_size: tuple[int, int] | None = None  # of a bias table of its own
+  attention: str = "auto"
 
   @nn.compact
   def __call__(self, x, bias, drop_rate, drop_key):
@@ -185,7 +190,8 @@ class Block(nn.Module):
     scale = 1 / np.sqrt(2.0 * self.layer)
     output_init = lambda *args: init(*args) * scale  # noqa: E731
     attn = Attention(
-      self.width, self.num_heads, init, output_init, self.dtype, grid_size=self.grid_size, name="attn"
+      *(self.width, self.num_heads, init, output_init, self.dtype, self.grid_size, self.attention),
+      name="attn",
     )
     mlp = Mlp(int(self.width * self.mlp_ratio), init, output_init, self.dtype, name="mlp")
     norm1 = nn.LayerNorm(self.norm_eps, dtype=self.dtype, name="norm1")

@@ -22,7 +22,8 @@ from beit_jax import convert, ranges, transfer, trees
 from beit_jax.data import pipeline
 from beit_jax.data.images import Views
 from beit_jax.errors import UserError
-from beit_jax.models import beit
+from beit_jax.logs import log
+from beit_jax.models import attention, beit
 from beit_jax.pretrained import Pretrained
 
 MAX_PATCHES = 64 * 64  # with relative positions: their index has the square of that many entries
@@ -247,6 +248,11 @@ def encoder_fields(model: ConfigDict, image_size: tuple[int, int], *, pretrain: 
     raise UserError(
       f"config key 'model.rel_pos': {fields['rel_pos']!r} is unknown; there are 'shared', 'per_block' and 'none'"
     )
+  asked, head_dim = fields["attention"], fields["width"] // fields["num_heads"]
+  chosen, reason = attention.choose(asked, fields["dtype"], head_dim)
+  if asked == "cudnn" != chosen:
+    raise UserError(f"config key 'model.attention': 'cudnn' cannot run here ({reason}); use 'auto' or 'xla'")
+  log.info("attention: %s (%s)", chosen, reason)
   return fields
 
 

@@ -1,0 +1,129 @@
+"""The pre-training step, ours against PyTorch: images/s, ratio, share of the matmul peak, memory.
+
+    python benchmarks/step.py                                                             # BEiT-B, float32, batch 8
+    python benchmarks/step.py --parts                                                     # where our time goes
+    python benchmarks/step.py --variant=large --dtype=bfloat16 --batch=128 --steps=20     # on a GPU
+
+Ours is the recipe's objective, optimizer and step from a uint8 batch on, masks included. The peer is transformers' BEiT
+backbone with a linear head on the masked positions, FLAVA's image codebook (the same dVAE), fused AdamW and the same
+clipping; it gets float pixels and a mask ready. Weights are random, nothing is downloaded. The peer is tried with each
+kind of attention, memory layout and compiler there is, and the fastest competes. Then rounds alternate; medians count.
+Ours runs once with the tokenizer and once with tokens given, as from a cache; the peer always runs its own. The ratio
+of CPU time says what the ratio would be on an idle machine: look at it where others keep cores busy.
+"""
+
+import argparse
+import statistics
+
+from rounds import Child
+
+ENCODERS = {"base": (768, 12), "large": (1024, 24)}  # width, depth
+TRIALS = (  # attention, torch.compile, channels_last
+  dict(attention="eager", compile=0, channels_last=0),
+  dict(attention="sdpa", compile=0, channels_last=0),
+  dict(attention="sdpa", compile=0, channels_last=1),
+  dict(attention="eager", compile=1, channels_last=1),
+  dict(attention="sdpa", compile=1, channels_last=1),
+)
+
+
+def encoder_flops(variant: str, patches: int = 196, masked: int = 75, vocab_size: int = 8192) -> float:
+  """Of one image and one step, forwards and backwards: products only, 2 for a multiply-add."""
+  width, depth = ENCODERS[variant]
+  tokens = patches + 1
+  block = tokens * 24 * width**2 + 4 * tokens**2 * width
+  embed = 2 * patches * 768 * width
+  return 3 * (depth * block + 2 * masked * width * vocab_size) + 2 * embed  # pixels need no gradient
+
+
+def tokenizer_flops(side: int = 112, n_hid: int = 256, vocab_size: int = 8192) -> float:
+  """Of one image, forwards only."""
+  total, previous = side**2 * 49 * 3 * n_hid, n_hid
+  for group in range(4):
+    width, pixels = n_hid * 2**group, (side >> group) ** 2
+    for block in range(2):
+      source, hidden = (previous if block == 0 else width), width // 4
+      total += pixels * (9 * source * hidden + 18 * hidden**2 + hidden * width)
+      total += pixels * source * width if source != width else 0
+    previous = width
+  return 2 * (total + (side // 8) ** 2 * previous * vocab_size)
+
+
+def on_cpu(child: Child) -> bool:
+  return child.ask("device").startswith("cpu")
+
+
+def fastest_peer(shared: dict, trials: tuple[dict, ...], steps: int) -> tuple[Child, dict]:
+  best = None
+  for trial in trials:
+    child = Child("step_torch.py", **shared, **trial)
+    try:
+      child.steps(2)
+      seconds = min(child.steps(1).cpu if on_cpu(child) else child.steps(1).wall for _ in range(steps))
+    except RuntimeError as error:
+      print(f"peer {trial}: {error}", flush=True)
+      continue
+    print(f"peer {trial}: {seconds:.3f} s a step{' (of CPU time)' if on_cpu(child) else ''}", flush=True)
+    loser = child
+    if best is None or seconds < best[0]:
+      loser, best = best and best[1], (seconds, child, trial)
+    if loser:
+      loser.close()
+  return best[1], best[2]
+
+
+def compare(sides: dict[str, Child], args) -> None:
+  """Rounds in turns, then a line for each side and the ratio of the first to the second."""
+  times = {name: [] for name in sides}
+  for _ in range(args.rounds):
+    for name, child in sides.items():
+      times[name].append(child.steps(args.steps))
+  rates, cpus = [], []
+  for name, child in sides.items():
+    wall = [t.wall / args.steps for t in times[name]]
+    median, others = statistics.median(wall), statistics.median(t.others for t in times[name])
+    rate, cpu = args.batch / median, statistics.median(t.cpu for t in times[name]) / args.steps
+    flops = encoder_flops(args.variant) + (0 if "cached" in name else tokenizer_flops())
+    memory, peak = child.ask("memory"), child.ask("peak")
+    print(
+      f"{name:20} {rate:8.2f} images/s  {median:.3f} s a step ({min(wall):.3f} to {max(wall):.3f}), {cpu:.2f} s of "
+      f"CPU, others {others:.2f} cores  {flops * rate / 1e12:.3f} of {peak / 1e12:.3f} TFLOP/s of a large product "
+      f"({flops * rate / peak:.0%})  {memory:.2f} GiB at the peak  "
+      f"[{child.ask('device')}; {flops / 1e9:.1f} GFLOP an image]"
+    )
+    rates.append(rate)
+    cpus.append(cpu)
+  print(f"ratio {rates[0] / rates[1]:.3f}  (of CPU time: {cpus[1] / cpus[0]:.3f})", flush=True)
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--variant", choices=sorted(ENCODERS), default="base")
+  parser.add_argument("--batch", type=int, default=8)
+  parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+  parser.add_argument("--tokenizer", choices=("online", "cached", "both"), default="both")
+  parser.add_argument("--rounds", type=int, default=7)
+  parser.add_argument("--steps", type=int, default=1, help="in a round")
+  parser.add_argument("--trials", default="", help="of the peer, e.g. 1,2; default all")
+  parser.add_argument("--parts", action="store_true", help="only ours, and the parts of it")
+  args = parser.parse_args()
+  shared = dict(variant=args.variant, batch=args.batch, dtype=args.dtype)
+  trials = tuple(TRIALS[int(i)] for i in args.trials.split(",")) if args.trials else TRIALS
+  if args.parts:
+    ours = Child("step_ours.py", **shared, tokenizer="online")
+    for name, (wall, cpu) in ours.ask("parts").items():
+      print(f"{name:10} {wall:8.3f} s, {cpu:8.3f} s of CPU")
+    ours.close()
+    return
+  peer, chosen = fastest_peer(shared, trials, 2)
+  print(f"BEiT {args.variant}, {args.dtype}, batch {args.batch}; peer {chosen}, its tokenizer online")
+  for tokenizer in ("online", "cached") if args.tokenizer == "both" else (args.tokenizer,):
+    ours = Child("step_ours.py", **shared, tokenizer=tokenizer)
+    ours.steps(2)
+    compare({f"ours, tokens {tokenizer}": ours, "PyTorch": peer}, args)
+    ours.close()
+  peer.close()
+
+
+if __name__ == "__main__":
+  main()
