@@ -116,7 +116,7 @@ def count(workdir: Path, key: str) -> int:
 # What may differ when a run goes on: none of it changes what is computed from a step on, but for the run's length.
 FREE = re.compile(
   r"log_every_steps|total_(steps|epochs)|eval_only|figures|microbatches|(.*\.)?init_from|resume|(mesh|checkpoint|eval)\..*"
-  r"|data\.(workers|threads|data_dir|root|max_bad)|model\.(remat|scan|dtype)|optimizer\.(max_skipped|ema_decay)"
+  r"|data\.(workers|threads|data_dir|root|max_bad)|model\.(remat|scan|dtype)|optimizer\.(max_skipped|ema_decay)|tokenizer\.cache"
 )
 
 

@@ -26,6 +26,7 @@ STRIP = 2**20  # pixels that are scaled at a time
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # EPS would run a program
 RESIZES = ("short_side", "squash")
 CROPS = ("random_resized", "pad", "center")
+PIXELS = "pillow"  # what decodes and resizes: a token cache is refused where this is another
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 

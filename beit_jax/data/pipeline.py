@@ -29,7 +29,8 @@ TRIES = 100  # examples to try before giving up
 
 
 @functools.lru_cache(maxsize=4)
-def _order(seed: int, epoch: int, count: int) -> np.ndarray:
+def order(seed: int, epoch: int, count: int) -> np.ndarray:
+  """The order in which an epoch shows the examples. Token caches are written in it."""
   return np.random.default_rng((seed, epoch, 1)).permutation(count)
 
 
@@ -120,7 +121,7 @@ class _Rows:
     position = step * self._batch + int(self._rows[row])
     epoch, index = divmod(position, len(self._source))
     if self._train:
-      index = int(_order(self._seed, epoch, len(self._source))[index])
+      index = int(order(self._seed, epoch, len(self._source))[index])
     example, image, replaced = self._read(index)
     if self._train:
       arrays = self._reader.train(image, example, (self._seed, epoch, index))
