@@ -12,6 +12,7 @@ import itertools
 import logging
 import os
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -47,6 +48,7 @@ def tokenize(config: Any, out: Path, epochs: int | None = None, command: str = "
     UserError: anything a user can mend.
   """
   config.tokenizer.cache = ""
+  out.mkdir(parents=True, exist_ok=True)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
   with jax.set_mesh(mesh), only_writer(out):
     source = sources.make_source(config.data.to_dict())
@@ -64,6 +66,9 @@ def tokenize(config: Any, out: Path, epochs: int | None = None, command: str = "
     distributed.barrier("all know what there is to do")
     about = (out, cache.epochs, cache.examples, len(todo), cache.shards)
     log.info("%s: %d epochs of %d examples, %d of %d shards to do", *about)
+    room, wanted = shutil.disk_usage(out).free, len(todo) * cache.shard_size * cache.record_size
+    if room < wanted:
+      log.warning("%s has %.1f GB of room, the cache may need %.1f GB more", out, room / 1e9, wanted / 1e9)
     frozen = jax.device_put(objective.frozen_params(mesh), sharding.replicated(mesh)) if todo else {}
     damage = Damage(source, config.data.max_bad, out / "bad_images.jsonl")
     count = itertools.count()
@@ -89,7 +94,9 @@ def _make(cache, shards, objective, frozen, mesh, damage) -> None:
       if jax.process_index() == 0:
         cache.write(shard, *whole)
       rate = (high - start) / (time.monotonic() - began)
-      log.info("%s: %d of %d examples, %.1f images/s", cache.path(shard).name, high, stop, rate)
+      left = (stop - high) / rate / 3600
+      name = cache.path(shard).name
+      log.info("%s: %d of %d examples, %.1f images/s, %.1f hours left", name, high, stop, rate, left)
 
 
 def _stream(

@@ -127,6 +127,11 @@ class TokenCache:
   def shards(self) -> int:
     return -(-self.epochs * self.examples // self.shard_size)
 
+  @property
+  def record_size(self) -> int:
+    """Bytes of an example, before compression."""
+    return 8 + self.num_tokens * self.dtype.itemsize
+
   def path(self, shard: int) -> Path:
     return self.folder / f"tokens-{shard:06d}.array_record"
 
