@@ -1,7 +1,7 @@
 """`python -m beit_jax.tokenize --config=FILE[:variant] [--workdir=DIR] --out=DIR [--epochs=K] [--config.key=value ...]`
 
 Computes the visual tokens of K epochs of the pre-training run that the config describes and writes them to DIR; the run
-replays them with `--config.tokenizer.cache=DIR`. Default: as many epochs as the run sees. In a config with stages it is
+replays them with `tokenizer.cache=DIR`. Default: as many epochs as the run sees. In a config with stages it is
 the one that pre-trains (`--stage=NAME` where there are several), whose tokenizer is looked for in the workdir.
 
 It may be killed at any time; the same command goes on where it stopped, and makes anew what is damaged. More epochs are
@@ -151,8 +151,8 @@ def _take_flags(argv: list[str]) -> tuple[dict[str, str], list[str]]:
   return flags, rest
 
 
-def _chosen(config: Any, stage: str, workdir: Path) -> Any:
-  """The run that pre-trains, with its tokenizer's place."""
+def _chosen(config: Any, stage: str, workdir: Path) -> tuple[Any, str]:
+  """(the run that pre-trains, with its tokenizer's place, what its keys begin with on a command line)."""
   if "stages" not in config:
     run = config
     if stage:
@@ -161,7 +161,8 @@ def _chosen(config: Any, stage: str, workdir: Path) -> Any:
     fitting = [name for name in config.stages if config[name].objective == "beit"]
     if (stage and stage not in fitting) or (not stage and len(fitting) != 1):
       raise UserError(f"--stage={stage}: the stages that pre-train are {fitting}; name one of them")
-    run = config[stage or fitting[0]]
+    stage = stage or fitting[0]
+    run = config[stage]
     place = run.tokenizer.init_from if run.objective == "beit" else ""
     earlier = place.removeprefix("stage:")
     if place.startswith("stage:") and earlier in config.stages:
@@ -171,7 +172,7 @@ def _chosen(config: Any, stage: str, workdir: Path) -> Any:
     raise UserError(
       f"config key 'objective': {run.objective!r} uses no visual tokens; only the pre-training, 'beit', does"
     )
-  return run
+  return run, f"config.{stage}." if "stages" in config else "config."
 
 
 def main(argv: list[str]) -> int:
@@ -187,7 +188,7 @@ def main(argv: list[str]) -> int:
     config = config_lib.load(spec, overrides, objectives.model_fields())
     path, _, variant = spec.partition(":")
     folder = Path(workdir or f"runs/{Path(path).stem}{'_' if variant else ''}{variant}")
-    run = _chosen(config, own["stage"], folder)
+    run, prefix = _chosen(config, own["stage"], folder)
     out = Path(os.path.expanduser(own["out"]))
     logs.setup(out)
     logs.only_file(record.environment())
@@ -199,12 +200,8 @@ def main(argv: list[str]) -> int:
     except OSError as error:
       raise UserError(f"{error.filename or out}: {error.strerror or error}") from error
     size = sum(path.stat().st_size for path in out.glob("tokens-*.array_record"))
-    log.info(
-      "finished: %d epochs, %.1f MB; replay them with --config.tokenizer.cache=%s",
-      cache.epochs,
-      size / 1e6,
-      out,
-    )
+    replay = f"--{prefix}tokenizer.cache={out}"
+    log.info("finished: %d epochs, %.1f MB; replay them with %s", cache.epochs, size / 1e6, replay)
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)
     logs.only_file(f"error: {error}")

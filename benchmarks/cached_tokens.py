@@ -118,7 +118,8 @@ def main():
         seconds[name].append(time.perf_counter() - began)
     rate = {name: args.batch_size / statistics.median(times) for name, times in seconds.items()}
     for name, times in seconds.items():
-      print(f"{name}: {rate[name]:.2f} images/s (steps of {min(times):.2f} to {max(times):.2f} s)")
+      shown = ", ".join(f"{t:.2f}" for t in times)
+      print(f"{name}: {rate[name]:.2f} images/s (seconds a step: {shown})")
     print(f"cached / online: {rate['cached'] / rate['online']:.2f}")
     lookups(Path(folder) / "cache")
 

@@ -452,7 +452,7 @@ def test_the_command_with_stages(tokenizer, cache, tmp_path, capsys):
   assert made.key == cache.key
   np.testing.assert_array_equal(made.read(0, 1, 7), cache.read(0, 1, 7))
   assert made.command.startswith(f"python -m beit_jax.tokenize {spec}") and "epochs" not in made.command
-  capsys.readouterr()
+  assert f"--config.pretrain.tokenizer.cache={out}" in capsys.readouterr().err
   assert tokenize.main([*flags, "--config.pretrain.seed=5"]) == 2
   assert "holds another cache" in capsys.readouterr().err
 

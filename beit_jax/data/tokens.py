@@ -121,7 +121,7 @@ class TokenCache:
 
   def __setstate__(self, state: dict[str, Any]) -> None:
     vars(self).update(state)
-    self._lock, self._readers = threading.Lock(), {}
+    self._lock, self._readers, self._known = threading.Lock(), {}, {}
 
   @property
   def shards(self) -> int:
@@ -218,7 +218,9 @@ class TokenCache:
   def _reader(self, shard: int) -> ArrayRecordReader:
     with self._lock:
       if shard not in self._readers:
-        fault = self._fault(shard, self._entries.get(shard), verify=True)
+        if shard not in self._known:
+          self._known = self._entries
+        fault = self._fault(shard, self._known.get(shard), verify=True)
         if fault:
           raise UserError(f"{self.path(shard)} is {fault}; this makes it anew: {self.command}")
         for old in list(self._readers)[: 1 - OPEN]:
