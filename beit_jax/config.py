@@ -132,7 +132,8 @@ SECTIONS: dict[str, dict[str, Any]] = {
     ),
   ),
   "beit": dict(
-    tokenizer=dict(init_from="stage:tokenizer"),  # a tokenizer's run folder, or "stage:NAME"
+    # A tokenizer's run folder, or "stage:NAME"; a folder of `beit_jax.tokenize`, whose tokens are then replayed.
+    tokenizer=dict(init_from="stage:tokenizer", cache=""),
     mask=dict(
       kind="block",  # "block" (exactly num_masked) | "block_at_most" (v1 as released) | "random"
       num_masked=75,

@@ -163,8 +163,9 @@ def may_begin(workdir: Path) -> None:
 
 # What may differ when a run goes on: none of it changes what is computed from a step on, but for the run's length.
 FREE = re.compile(
-  r"log_every_steps|profile_steps|total_(steps|epochs)|eval_only|figures|microbatches|(.*\.)?init_from|resume|(mesh|checkpoint|eval)\..*"
-  r"|data\.(workers|threads|data_dir|root|max_bad)|model\.(remat|scan|dtype|attention)|optimizer\.(max_skipped|ema_decay)"
+  r"log_every_steps|profile_steps|total_(steps|epochs)|eval_only|figures|microbatches|(.*\.)?init_from|resume"
+  r"|(mesh|checkpoint|eval)\..*|data\.(workers|threads|data_dir|root|max_bad)|model\.(remat|scan|dtype|attention)"
+  r"|optimizer\.(max_skipped|ema_decay)|tokenizer\.cache"
 )
 
 

@@ -30,7 +30,8 @@ TRIES = 100  # examples to try before giving up
 
 
 @functools.lru_cache(maxsize=4)
-def _order(seed: int, epoch: int, count: int) -> np.ndarray:
+def order(seed: int, epoch: int, count: int) -> np.ndarray:
+  """The order in which an epoch shows the examples. Token caches are written in it."""
   return np.random.default_rng((seed, epoch, 1)).permutation(count)
 
 
@@ -116,7 +117,7 @@ class _Rows:
     position = step * self._batch + int(self._rows[row])
     epoch, index = divmod(position, len(self._source))
     if self._train:
-      index = int(_order(self._seed, epoch, len(self._source))[index])
+      index = int(order(self._seed, epoch, len(self._source))[index])
     arrays, replaced = self._read(index, (self._seed, epoch, index))
     return {
       **arrays,

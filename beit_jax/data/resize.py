@@ -28,6 +28,9 @@ RESAMPLE = {
   "bicubic": Image.Resampling.BICUBIC,
   "lanczos": Image.Resampling.LANCZOS,
 }
+PIXELS = (
+  "cykooz-resizer" if fast else "Pillow"
+)  # what resizes: a token cache is refused where this is another
 FILTERS = {"bilinear": "bilinear", "bicubic": "catmull_rom", "lanczos": "lanczos3"}
 RGB = fast and fast.PixelType.U8x3
 Box = tuple[float, float, float, float]  # left, top, right, bottom

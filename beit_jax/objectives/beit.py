@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from beit_jax import augment, losses, masking, pictures, sharding
-from beit_jax.config import Maybe
+from beit_jax.config import Maybe, duration
+from beit_jax.data import tokens
 from beit_jax.errors import UserError
 from beit_jax.logs import log
 from beit_jax.models.beit import BeitForMaskedImageModeling, masked_slots
@@ -51,6 +52,11 @@ class Beit(base.Objective):
         f"the encoder has {self.grid_size} patches; set it to {wanted}"
       )
     self._sample_mask = self._make_sampler()
+    self.cache = None
+    if config.tokenizer.cache and not config.eval_only:
+      steps = duration(config, "total", len(source) // config.batch_size)
+      self.cache = tokens.open_for_run(config.tokenizer.cache, self.token_key(), steps * config.batch_size)
+      log.info("tokens from %s, %d epochs", self.cache.folder, self.cache.epochs)
 
   @classmethod
   def model_fields(cls):
@@ -95,23 +101,49 @@ class Beit(base.Objective):
       "token_image": (self.token_image_size, data.token_interpolation),
     }
 
+  def reader(self):
+    whole = super().reader()
+    return (
+      whole if self.cache is None else tokens.Replay(self.views(), self.config.data.to_dict(), self.cache)
+    )
+
+  def token_key(self) -> dict[str, Any]:
+    """See `tokens.cache_key`."""
+    num_tokens = self.grid_size[0] * self.grid_size[1]
+    return tokens.cache_key(self.config, self.tokenizer, num_tokens, self.source)
+
   def init(self, key):
     with base.building():
       return self.module.init(key, jnp.zeros((1, *self.image_size, 3)))
 
   def frozen_params(self, mesh):
-    return self.tokenizer.params
+    evaluates = self.config.eval.split or self.config.figures
+    return {} if self.cache is not None and not evaluates else self.tokenizer.params
+
+  def _pixels(self, batch, *, train):
+    """The views of a batch, float32 in [0, 1], in training jittered alike: {name: [B, H, W, 3]}."""
+    jitter, views = self.config.data.color_jitter, self.views()
+    views = {name: augment.to_float(batch[name]) for name in views if name in batch}
+    if train and jitter:
+      keys = augment.example_keys(self.config.seed, batch["example_key"], "jitter")
+      views = dict(zip(views, augment.color_jitter(keys, list(views.values()), jitter), strict=True))
+    return views
+
+  def _tokens(self, frozen, views):
+    ids = self.tokenizer.module.apply({"params": frozen}, views["token_image"], method="tokenize")
+    return jax.lax.stop_gradient(ids)
+
+  def tokenize(self, frozen: Any, batch: Any) -> jax.Array:
+    """The targets of a training batch: int32 [B, N]. Pure."""
+    return self._tokens(frozen, self._pixels(batch, train=True))
 
   def _inputs(self, frozen, batch, *, train):
-    """(normalised image [B, H, W, 3], mask bool [B, h, w], targets int32 [B, N])."""
-    data, seed = self.config.data, self.config.seed
-    image, token_image = augment.to_float(batch["image"]), augment.to_float(batch["token_image"])
-    if train and data.color_jitter:
-      keys = augment.example_keys(seed, batch["example_key"], "jitter")
-      image, token_image = augment.color_jitter(keys, [image, token_image], data.color_jitter)
-    mask = self._sample_mask(augment.example_keys(seed, batch["example_key"], "mask"))
-    targets = self.tokenizer.module.apply({"params": frozen}, token_image, method="tokenize")
-    return augment.normalize(image, data.mean, data.std), mask, jax.lax.stop_gradient(targets)
+    """(normalised image [B, H, W, 3], mask bool [B, h, w], targets int32 [B, N], from the batch where it has them)."""
+    data = self.config.data
+    views = self._pixels(batch, train=train)
+    mask = self._sample_mask(augment.example_keys(self.config.seed, batch["example_key"], "mask"))
+    targets = batch["targets"].astype(jnp.int32) if "targets" in batch else self._tokens(frozen, views)
+    return augment.normalize(views["image"], data.mean, data.std), mask, targets
 
   def _sums(self, variables, frozen, batch, *, train, rngs=None):
     image, mask, targets = self._inputs(frozen, batch, train=train)
