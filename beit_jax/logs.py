@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 
+from beit_jax import storage
 from beit_jax.errors import UserError
 
 log = logging.getLogger("beit_jax")
@@ -33,9 +34,10 @@ def setup(workdir: Path | None = None) -> None:
   handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
   if workdir is not None and index == 0:
     try:
+      storage.check_writable(workdir)
       workdir.mkdir(parents=True, exist_ok=True)
-      handlers.append(logging.FileHandler(workdir / "log.txt"))
-    except (OSError, ValueError) as error:
+      handlers.append(logging.FileHandler(storage.local(workdir / "log.txt")))
+    except (OSError, ValueError, *storage.errors()) as error:
       raise UserError(f"--workdir={workdir}: nothing can be written there ({error})") from None
   prefix = f"[{index}] " if index else ""
   for handler, clock in zip(handlers, ("%H:%M:%S", "%Y-%m-%d %H:%M:%S"), strict=False):
@@ -87,10 +89,10 @@ class Logger:
       return
     from tensorboardX import SummaryWriter  # here: keeps `import beit_jax` light
 
-    self._path = workdir / "metrics.jsonl"
+    self._path = storage.local(workdir / "metrics.jsonl")
     self._truncate(start_step, again)
     self._file = self._path.open("a")
-    self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
+    self._tensorboard = SummaryWriter(str(storage.local(workdir / "tensorboard")), purge_step=start_step + 1)
 
   def _truncate(self, step: int, again: bool) -> None:
     """Forgets what an interrupted run logged after the step that was restored, and, `again`, that step's evaluation."""

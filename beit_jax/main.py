@@ -12,17 +12,28 @@ import json
 import logging
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from beit_jax import config as config_lib
-from beit_jax import distributed, logs, objectives, preemption, record, summary, train
+from beit_jax import distributed, logs, objectives, preemption, record, storage, summary, train
 from beit_jax.errors import UserError
 
 PARTS = ("tokenizer", "encoder")  # frozen parts of a run, whose init_from may be another stage's
 
 
 def main(argv: list[str]) -> int:
+  status = _main(argv)
+  try:
+    storage.close()
+  except UserError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return status or 2
+  return status
+
+
+def _main(argv: list[str]) -> int:
   logs.setup()
   try:
     flags, argv = distributed.take_flags(argv)
@@ -30,7 +41,8 @@ def main(argv: list[str]) -> int:
     distributed.initialize(flags)
     config = config_lib.load(spec, overrides, objectives.model_fields())
     path, _, variant = spec.partition(":")
-    folder = Path(workdir or f"runs/{Path(path).stem}{'_' if variant else ''}{variant}")
+    folder = storage.path(workdir or f"runs/{Path(path).stem}{'_' if variant else ''}{variant}")
+    check_buckets(config.to_dict())
     logs.setup(folder)
     logs.only_file(record.environment())
     logging.captureWarnings(True)
@@ -52,6 +64,25 @@ def main(argv: list[str]) -> int:
     print("stopped; give the same command again to go on", file=sys.stderr)
     return 130
   return 0
+
+
+def check_buckets(tree: dict[str, Any], prefix: str = "") -> None:
+  """Every `gs://` in a config is tried before anything begins: a later stage may need it only after days.
+
+  Raises:
+    UserError: one cannot be reached, or is where data is expected.
+  """
+  for key, value in tree.items():
+    if isinstance(value, dict):
+      check_buckets(value, f"{prefix}{key}.")
+    elif isinstance(value, str) and storage.remote(value):
+      if key not in ("init_from", "resume"):
+        raise UserError(
+          f"config key '{prefix}{key}': {value!r} is in a bucket; only init_from and resume may be. Mount the bucket "
+          "(gcsfuse BUCKET /mnt/bucket, as launch/tpu_pod.sh and launch/gke/gke.sh do with --bucket) and name the "
+          "folder there"
+        )
+      storage.path(value)
 
 
 def run_stages(config, folder: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 import beit_jax
-from beit_jax import checkpoint, trees
+from beit_jax import checkpoint, storage, trees
 from beit_jax.errors import UserError
 from beit_jax.logs import log
 
@@ -101,7 +101,7 @@ def same_model(folder: Path, description: dict[str, Any]) -> None:
 
 def logged(workdir: Path) -> tuple[dict[str, float], dict[str, float]]:
   """The first and the last training metrics in metrics.jsonl."""
-  path = workdir / "metrics.jsonl"
+  path = storage.local(workdir / "metrics.jsonl")
   rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
   rows = [row for row in rows if "loss" in row]
   return (rows[0], rows[-1]) if rows else ({}, {})
@@ -109,7 +109,7 @@ def logged(workdir: Path) -> tuple[dict[str, float], dict[str, float]]:
 
 def count(workdir: Path, key: str) -> int:
   """Rows of metrics.jsonl with this key."""
-  path = workdir / "metrics.jsonl"
+  path = storage.local(workdir / "metrics.jsonl")
   return sum(key in json.loads(line) for line in path.read_text().splitlines()) if path.exists() else 0
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from beit_jax import storage
 from beit_jax.errors import BadImage, UserError
 from beit_jax.logs import log
 
@@ -31,8 +32,9 @@ class Damage:
     self._source, self._share, self._path = source, max_share, path
     self._seen = self._replaced = 0
     self.known: dict[int, str] = {}
-    if path is not None and path.exists():
-      rows = (line for line in path.read_text().splitlines() if line.endswith("}"))
+    self._file = path and storage.local(path)
+    if path is not None and self._file.exists():
+      rows = (line for line in self._file.read_text().splitlines() if line.endswith("}"))
       self.known = {row["index"]: row["reason"] for row in map(json.loads, rows)}
 
   def note(self, indices: np.ndarray, replaced: np.ndarray) -> None:
@@ -58,7 +60,7 @@ class Damage:
     if len(self.known) <= SHOWN:
       log.warning("replaced by another example: %s", reason)
     if self._path is not None:
-      with self._path.open("a") as file:
+      with self._file.open("a") as file:
         file.write(json.dumps({"index": index, "reason": reason}) + "\n")
 
 
