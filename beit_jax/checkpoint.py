@@ -1,8 +1,8 @@
 """Checkpoints: `workdir/checkpoints/<step>/` with the state (Orbax), description.json and digest.json.
 
 `digest.json` holds sha256 and size of every other file and is written last, after Orbax has committed the step.
-A checkpoint without it is unfinished, one that does not match it is damaged; neither is ever restored. In a bucket an MD5
-takes the place of the sha256: the store states it, so that nothing has to be read back.
+A checkpoint without it is unfinished, one that does not match it is damaged; neither is ever restored. In a bucket an
+MD5 takes the place of the sha256: the store states it, so that nothing has to be read back.
 """
 
 import concurrent.futures
@@ -77,6 +77,8 @@ def fault(folder: Path) -> str | None:
     wanted = json.loads((folder / DIGEST).read_text())
   except ValueError:
     return f"damaged: {DIGEST} is not JSON"
+  if not isinstance(wanted, dict) or not all(isinstance(row, dict) for row in wanted.values()):
+    return f"damaged: {DIGEST} is no digest"
   found = _digests(folder, wanted)
   for name in sorted(set(wanted) | set(found)):
     if wanted.get(name) != found.get(name):

@@ -148,7 +148,7 @@ def evaluate_only(config: ConfigDict, workdir: Path, name: str, mesh: jax.shardi
   )
   log.info("%s: %d examples  %s", name, len(source), "  ".join(f"{k} {v:.6g}" for k, v in metrics.items()))
   if jax.process_index() == 0:
-    workdir.mkdir(parents=True, exist_ok=True)
+    storage.local(workdir).mkdir(parents=True, exist_ok=True)
     (workdir / "eval.json").write_text(json.dumps(result, indent=1) + "\n")
     for file in objective.report(rows, metrics, storage.local(workdir)):
       log.info("%s: %s", name, workdir / file.name)

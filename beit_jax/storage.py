@@ -1,7 +1,7 @@
 """Runs in a bucket: `gs://BUCKET/RUN` as a workdir, and models read from there (docs/scaling.md, "Buckets").
 
-Paths on disk are `pathlib.Path` and pass through here untouched. A path in a bucket is an `etils.epath.Path`: Orbax takes
-it, and whole files are read and written through it. An object cannot be appended to, so what grows (log.txt,
+Paths on disk are `pathlib.Path` and pass through here untouched. A path in a bucket is an `etils.epath.Path`: Orbax
+takes it, and whole files are read and written through it. An object cannot be appended to, so what grows (log.txt,
 metrics.jsonl, TensorBoard) is written to a local folder, `local(path)`, and `push` uploads what has changed there.
 """
 
@@ -91,7 +91,7 @@ def _bucket(name: str) -> Any:
     from google.cloud import storage
     from google.cloud.storage.retry import DEFAULT_RETRY
   except ImportError as error:
-    raise UserError(f"{SCHEME}{name}: Python package {error.name!r} is missing; {INSTALL}") from None
+    raise UserError(f"{SCHEME}{name}: gcsfs and google-cloud-storage are needed ({error}); {INSTALL}") from None
   # TensorStore and other hosts write there too, so listings are never remembered.
   fsspec.config.conf["gcs"] = {"token": "anon" if emulator else "google_default", "use_listings_cache": False}
   try:
@@ -155,7 +155,7 @@ _stop = threading.Event()
 
 
 def local(path: Any) -> Path:
-  """Where to write what belongs to `path`: itself on disk; for a bucket a local place, with what the bucket has there."""
+  """Where to write `path`: itself on disk; for a bucket a local place, filled with what the bucket has there."""
   if not remote(path):
     return path
   with _lock:
@@ -281,7 +281,7 @@ def digests(folder: Any, wanted: Mapping[str, Mapping[str, Any]]) -> dict[str, d
 
 
 def move(folder: Any, target: Any, first: str) -> None:
-  """Copies all objects, then deletes the old ones, `first` of all the one of that name. A kill leaves no half in use."""
+  """Copies all objects, then deletes the old ones, that named `first` before the others."""
   bucket, key = _split(target)
   objects = _objects(folder)
   for name, blob in objects.items():
