@@ -24,13 +24,10 @@ PARTS = ("tokenizer", "encoder")  # frozen parts of a run, whose init_from may b
 
 
 def main(argv: list[str]) -> int:
-  status = _main(argv)
   try:
+    return _main(argv)
+  finally:
     storage.close()
-  except UserError as error:
-    print(f"error: {error}", file=sys.stderr)
-    return status or 2
-  return status
 
 
 def _main(argv: list[str]) -> int:
@@ -50,7 +47,7 @@ def _main(argv: list[str]) -> int:
       train.run(config, folder)
     else:
       run_stages(config, folder)
-  except UserError as error:
+  except (UserError, *storage.errors()) as error:
     print(f"error: {error}", file=sys.stderr)
     logs.only_file(f"error: {error}")
     distributed.tell(str(error))
