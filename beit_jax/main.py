@@ -74,11 +74,7 @@ def check_buckets(tree: dict[str, Any], prefix: str = "") -> None:
       check_buckets(value, f"{prefix}{key}.")
     elif isinstance(value, str) and storage.remote(value):
       if key not in ("init_from", "resume"):
-        raise UserError(
-          f"config key '{prefix}{key}': {value!r} is in a bucket; only init_from and resume may be. Mount the bucket "
-          "(gcsfuse BUCKET /mnt/bucket, as launch/tpu_pod.sh and launch/gke/gke.sh do with --bucket) and name the "
-          "folder there"
-        )
+        storage.refuse(f"{prefix}{key}", value)
       storage.path(value)
 
 

@@ -66,6 +66,15 @@ def path(text: Any) -> Any:
   return epath.Path(text.rstrip("/"))
 
 
+def refuse(key: str, value: Any) -> None:
+  """Raises a UserError when the value of a config key that names data is in a bucket."""
+  if remote(value):
+    raise UserError(
+      f"config key '{key}': {value!r} is in a bucket; only init_from and resume may be. Mount the bucket (gcsfuse "
+      "BUCKET /mnt/bucket, as launch/tpu_pod.sh and launch/gke/gke.sh do with --bucket) and name the folder there"
+    )
+
+
 def absolute(path: Any) -> Any:
   return path if remote(path) else path.absolute()
 

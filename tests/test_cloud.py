@@ -12,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import beit_jax
-from beit_jax import checkpoint, lock, storage, train, trees
+from beit_jax import checkpoint, lock, predict, storage, train, trees
 from beit_jax.errors import UserError
 from tests import kills, tiny
 from tests.bucket import Bucket
@@ -195,7 +196,8 @@ from tests import tiny
 
 def get_config():
   tokenizer = tiny.raw("dvae", total_steps=1)
-  pretrain = tiny.raw("beit", total_steps=1, **{"tokenizer.init_from": "stage:tokenizer"})
+  keys = {"tokenizer.init_from": "stage:tokenizer", "optimizer.warmup_steps": 0}
+  pretrain = tiny.raw("beit", total_steps=1, **keys)
   stages = dict(tokenizer=tokenizer, pretrain=pretrain)
   summary = (("loss of pre-training", "pretrain.last.loss", ".2f"),)
   return ConfigDict(dict(stages=tuple(stages), summary=summary, **stages))
@@ -219,6 +221,10 @@ def test_stages_in_a_bucket(bucket, tmp_path, capsys):
   status, text = look()
   assert status == 1 and "process 77 on elsewhere" in text, text
   assert storage._staging is None
+  Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(tmp_path / "black.png")
+  argv = ["gs://bucket/stages/pretrain", str(tmp_path / "black.png"), f"--out={tmp_path / 'seen'}"]
+  assert predict.main(argv) == 0  # the tokenizer that the checkpoint names is in the bucket too
+  assert predict.main([*argv, "--out=gs://bucket/seen"]) == 2
   said = json.loads(bucket.read("stages/pretrain/checkpoints/1/description.json"))["config"]["tokenizer"]
   assert said["init_from"] == "gs://bucket/stages/tokenizer"
   assert "loss of pre-training" in bucket.read("stages/summary.txt").decode()
