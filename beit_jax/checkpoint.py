@@ -1,10 +1,12 @@
 """Checkpoints: `workdir/checkpoints/<step>/` with the state (Orbax), description.json and digest.json.
 
 `digest.json` holds sha256 and size of every other file and is written last, after Orbax has committed the step.
-A checkpoint without it is unfinished, one that does not match it is damaged; neither is ever restored.
+A checkpoint without it is unfinished, one that does not match it is damaged; neither is ever restored. In a bucket an
+MD5 takes the place of the sha256: the store states it, so that nothing has to be read back.
 """
 
 import concurrent.futures
+import contextlib
 import errno
 import hashlib
 import json
@@ -13,7 +15,9 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -22,6 +26,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from beit_jax import storage
 from beit_jax.errors import UserError
 from beit_jax.logs import log
 from beit_jax.train_state import TrainState
@@ -34,18 +39,32 @@ PASSING = {
 }
 
 
-def _digests(folder: Path) -> dict[str, dict[str, Any]]:
-  files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != DIGEST)
-  return {str(p.relative_to(folder)): {"size": p.stat().st_size, "sha256": sha256(p)} for p in files}
+def _digests(folder: Path, wanted: Mapping[str, Mapping[str, Any]] = MappingProxyType({})) -> dict[str, Any]:
+  """name -> {"size": int, "sha256" or "md5": str}; `wanted`: a digest, which may come from the other kind of place."""
+  if storage.remote(folder):
+    return {name: row for name, row in storage.digests(folder, wanted).items() if name != DIGEST}
+  files = {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.is_file() and p.name != DIGEST}
+  result = {}
+  for name, path in sorted(files.items()):
+    kind = "md5" if "md5" in wanted.get(name, {}) else "sha256"
+    result[name] = {"size": path.stat().st_size, kind: _hash(path, kind)}
+  return result
 
 
 def sha256(path: Path) -> str:
+  return _hash(path, "sha256")
+
+
+def _hash(path: Path, kind: str) -> str:
   with path.open("rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
+    return hashlib.file_digest(file, kind).hexdigest()
 
 
 def write_whole(path: Path, text: str) -> None:
   """The file is what it was or all of `text`, also after a kill or a power cut in between."""
+  if storage.remote(path):  # an object is there as a whole or not at all
+    path.write_text(text)
+    return
   temporary = path.with_name(path.name + ".tmp")
   with temporary.open("w") as file:
     file.write(text)
@@ -59,7 +78,9 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 def _flush(folder: Path) -> None:
-  """To the disk itself, before the digest says that all is there."""
+  """To the disk itself, before the digest says that all is there; a bucket has what it has taken."""
+  if storage.remote(folder):
+    return
   for path in (*folder.rglob("*"), folder, folder.parent):
     number = os.open(path, os.O_RDONLY)
     try:
@@ -79,9 +100,9 @@ def fault(folder: Path) -> str | None:
     wanted = json.loads((folder / DIGEST).read_text())
   except ValueError:
     return f"damaged: {DIGEST} is not JSON"
-  if not isinstance(wanted, dict):
+  if not isinstance(wanted, dict) or not all(isinstance(row, dict) for row in wanted.values()):
     return f"damaged: {DIGEST} names no files"
-  found = _digests(folder)
+  found = _digests(folder, wanted)
   for name in sorted(set(wanted) | set(found)):
     if wanted.get(name) != found.get(name):
       state = "missing" if name not in found else "not in the digest" if name not in wanted else "changed"
@@ -107,7 +128,7 @@ def find(path: str | Path, step: int | None = None) -> Path:
   Raises:
     UserError: there is none, or the step asked for is missing or damaged.
   """
-  path = Path(os.path.expanduser(path)).absolute()  # Orbax takes no relative paths
+  path = storage.absolute(storage.path(path))  # Orbax takes no relative paths
   if (path / DESCRIPTION).is_file():
     root, wanted = path.parent, [path.name]
   else:
@@ -145,7 +166,10 @@ def load_params(folder: Path, item: str = "params") -> dict[str, Any]:
 
 def _check_claim(folder: Path, claimed: int) -> None:
   """Refuses a folder of a stranger whose arrays, by what it says, would fill the memory with nothing."""
-  there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+  if storage.remote(folder):
+    there = sum(row["size"] for row in storage.digests(folder, {}).values())
+  else:
+    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
   if claimed > 2**28 and claimed > 1000 * there:  # weights hardly compress at all
     raise UserError(
       f"{folder} claims {claimed:,} bytes of arrays, in files of {there:,}; it is damaged or made to harm"
@@ -167,6 +191,8 @@ def _may_pass(error: Exception) -> bool:
   """Whether the same save may succeed a moment later."""
   if isinstance(error, OSError) and error.errno is not None:
     return error.errno in PASSING
+  if isinstance(error, storage.errors()):
+    return getattr(error, "code", None) not in (400, 401, 403, 404)
   return isinstance(error, ConnectionError | TimeoutError) or bool(
     re.search(r"UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED", str(error))
   )
@@ -191,9 +217,9 @@ class Checkpointer:
   """
 
   def __init__(self, workdir: Path, *, keep: int, asynchronous: bool = True):
-    self.root = workdir.absolute() / "checkpoints"
-    self._quarantine = workdir.absolute() / "damaged"
-    self._keep, self._failures = keep, 0
+    self.root = storage.absolute(workdir) / "checkpoints"
+    self._quarantine = storage.absolute(workdir) / "damaged"
+    self._keep, self._failures, self._saving = keep, 0, 0
     self._put_aside()
     if jax.process_count() > 1:
       multihost_utils.sync_global_devices("checkpoints that cannot be used were put aside")
@@ -232,12 +258,16 @@ class Checkpointer:
     for step, problem in faults.items():
       target = self._quarantine / f"{step}-{time.time_ns()}"
       log.warning("checkpoint %s is %s; it was moved to %s", self.root / str(step), problem, target)
+      if storage.remote(target):
+        storage.move(self.root / str(step), target, first=DIGEST)
+        continue
       self._quarantine.mkdir(exist_ok=True)
       os.rename(self.root / str(step), target)
 
   def save(self, step: int, state: TrainState, description: dict[str, Any]) -> None:
     """Begins to save; waits for the save before this one."""
     self.wait()
+    self._saving = step
     rest = {"step": state.step, "collections": state.collections, "opt_state": state.opt_state}
     items = {"params": state.params, "rest": rest} | ({} if state.ema is None else {"ema": state.ema})
     items = {name: ocp.args.StandardSave(item) for name, item in items.items()}
@@ -262,6 +292,7 @@ class Checkpointer:
     if jax.process_index() == 0:
       pause = float(os.environ.get(SLOW_SAVE, 0))
       folder = self.root / str(step)
+      storage.push()  # metrics up to this step are there before the checkpoint counts
       time.sleep(pause)
       _write_json(folder / DESCRIPTION, description)
       time.sleep(pause)
@@ -275,7 +306,11 @@ class Checkpointer:
   def _failed(self, error: Exception) -> None:
     """A save's error: remembered when it may pass, else raised, with the half-written files removed."""
     self._failures += 1
-    if jax.process_index() == 0:
+    if jax.process_index() == 0 and storage.remote(self.root):
+      with contextlib.suppress(Exception):  # there, a half-written one already has its final name
+        storage.remove(self.root / str(self._saving))
+        self._manager.reload()
+    elif jax.process_index() == 0:
       for half in self.root.glob("*.orbax-checkpoint-tmp*"):
         shutil.rmtree(half, ignore_errors=True)
     if _may_pass(error) and self._failures < ATTEMPTS and jax.process_count() == 1:
@@ -283,7 +318,8 @@ class Checkpointer:
         "saving in %s failed (%s); it will be tried again at the next step", self.root, _brief(error)
       )
       return
-    hint = "" if self.root.parent.is_dir() else f"; {self.root.parent} is no longer there"
+    there = storage.remote(self.root) or self.root.parent.is_dir()
+    hint = "" if there else f"; {self.root.parent} is no longer there"
     raise UserError(
       f"saving in {self.root} failed{hint}: {_brief(error)}. Earlier checkpoints there are as they "
       "were; make room or mend the disk, and give the same command again to go on from the newest"

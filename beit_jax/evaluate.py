@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from beit_jax import checkpoint, sharding, trees
+from beit_jax import checkpoint, sharding, storage, trees
 from beit_jax.data import pipeline, sources
 from beit_jax.data.damage import Damage
 from beit_jax.errors import UserError
@@ -98,7 +98,7 @@ def eval_batches(
 
 def _own_labels(workdir: Path, init_from: str) -> list[str]:
   """The class names in the description of the run that will be evaluated; [] where it is no run of ours."""
-  for path in (workdir, Path(init_from) if init_from else None):
+  for path in (workdir, storage.path(init_from) if init_from else None):
     if path is not None and (
       (path / checkpoint.DESCRIPTION).is_file() or checkpoint.steps(path / "checkpoints")
     ):
@@ -148,8 +148,9 @@ def evaluate_only(config: ConfigDict, workdir: Path, name: str, mesh: jax.shardi
   )
   log.info("%s: %d examples  %s", name, len(source), "  ".join(f"{k} {v:.6g}" for k, v in metrics.items()))
   if jax.process_index() == 0:
-    workdir.mkdir(parents=True, exist_ok=True)
+    storage.local(workdir).mkdir(parents=True, exist_ok=True)
     checkpoint.write_whole(workdir / "eval.json", json.dumps(result, indent=1) + "\n")
-    for file in objective.report(rows, metrics, workdir):
-      log.info("%s: %s", name, file)
+    for file in objective.report(rows, metrics, storage.local(workdir)):
+      log.info("%s: %s", name, workdir / file.name)
+    storage.push()
   return result

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 
+from beit_jax import storage
 from beit_jax.errors import UserError
 
 log = logging.getLogger("beit_jax")
@@ -33,9 +34,10 @@ def setup(workdir: Path | None = None) -> None:
   handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
   if workdir is not None:
     try:
+      storage.check_writable(workdir)
       workdir.mkdir(parents=True, exist_ok=True)
-      handlers.append(_File(workdir / (f"log_{index}.txt" if index else "log.txt")))
-    except (OSError, ValueError) as error:
+      handlers.append(_File(storage.local(workdir / (f"log_{index}.txt" if index else "log.txt"))))
+    except (OSError, ValueError, *storage.errors()) as error:
       raise UserError(f"--workdir={workdir}: nothing can be written there ({error})") from None
   prefix = f"[{index}] " if index else ""
   for handler, clock in zip(handlers, ("%H:%M:%S", "%Y-%m-%d %H:%M:%S"), strict=False):
@@ -96,10 +98,10 @@ class Logger:
     self._began = time.monotonic()
     if not self._active:
       return
-    self._path = workdir / "metrics.jsonl"
+    self._path = storage.local(workdir / "metrics.jsonl")
     self._truncate(start_step, again)
     self._file = self._path.open("a")
-    self._tensorboard = _TensorBoard(workdir / "tensorboard", start_step + 1)
+    self._tensorboard = _TensorBoard(storage.local(workdir / "tensorboard"), start_step + 1)
 
   def _truncate(self, step: int, again: bool) -> None:
     """Forgets what an interrupted run logged after the step that was restored, and, `again`, that step's evaluation."""

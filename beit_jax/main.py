@@ -13,10 +13,11 @@ import logging
 import sys
 import traceback
 from pathlib import Path
+from typing import Any
 
 import jax
 
-from beit_jax import checkpoint, distributed, logs, objectives, preemption, record, summary, train
+from beit_jax import checkpoint, distributed, logs, objectives, preemption, record, storage, summary, train
 from beit_jax import config as config_lib
 from beit_jax.errors import UserError
 
@@ -24,6 +25,16 @@ PARTS = ("tokenizer", "encoder")  # frozen parts of a run, whose init_from may b
 
 
 def main(argv: list[str]) -> int:
+  try:
+    return _main(argv)
+  finally:
+    try:
+      storage.close()
+    except UserError as error:
+      print(f"error: {error}", file=sys.stderr)
+
+
+def _main(argv: list[str]) -> int:
   logs.setup()
   try:
     flags, argv = distributed.take_flags(argv)
@@ -31,7 +42,8 @@ def main(argv: list[str]) -> int:
     distributed.initialize(flags)
     config = config_lib.load(spec, overrides, objectives.model_fields())
     path, _, variant = spec.partition(":")
-    folder = Path(workdir or f"runs/{Path(path).stem}{'_' if variant else ''}{variant}")
+    folder = storage.path(workdir or f"runs/{Path(path).stem}{'_' if variant else ''}{variant}")
+    check_buckets(config.to_dict())
     logs.setup(folder)
     logs.only_file(record.environment())
     logging.captureWarnings(True)
@@ -41,7 +53,7 @@ def main(argv: list[str]) -> int:
       train.run(config, folder)
     else:
       run_stages(config, folder)
-  except UserError as error:
+  except (UserError, *storage.errors()) as error:
     print(f"error: {error}", file=sys.stderr)
     logs.only_file(f"error: {error}")
     distributed.tell(str(error))
@@ -66,9 +78,24 @@ def compile_cache(folder: Path, chosen: str | None, processes: int) -> str | Non
   Several processes need one folder that all of them see (a program that only some find makes the others wait), so
   theirs is `chosen` or none. JAX recompiles what it cannot read. JAX_ENABLE_COMPILATION_CACHE=0 keeps nothing.
   """
-  if chosen or processes > 1 or ":/" in str(folder):  # a bucket
+  if chosen or processes > 1 or storage.remote(folder):
     return chosen
   return str(folder.absolute() / "compile_cache")
+
+
+def check_buckets(tree: dict[str, Any], prefix: str = "") -> None:
+  """Every `gs://` in a config is tried before anything begins: a later stage may need it only after days.
+
+  Raises:
+    UserError: one cannot be reached, or is where data is expected.
+  """
+  for key, value in tree.items():
+    if isinstance(value, dict):
+      check_buckets(value, f"{prefix}{key}.")
+    elif isinstance(value, str) and storage.remote(value):
+      if key not in ("init_from", "resume"):
+        storage.refuse(f"{prefix}{key}", value)
+      storage.path(value)
 
 
 def run_stages(config, folder: Path) -> None:

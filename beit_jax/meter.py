@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from beit_jax import record, sharding
+from beit_jax import record, sharding, storage
 from beit_jax.errors import UserError
 from beit_jax.logs import Logger, log
 
@@ -94,7 +94,7 @@ class Meter:
     if self._in_a_row >= self._config.optimizer.max_skipped:
       process = f"_{jax.process_index()}" if jax.process_count() > 1 else ""
       path = self._workdir / f"bad_batch_{step}{process}.npz"
-      np.savez(path, **{key: sharding.local_part(value) for key, value in batch.items()})
+      np.savez(storage.local(path), **{key: sharding.local_part(value) for key, value in batch.items()})
       raise UserError(
         f"{self._name}: {self._in_a_row} steps in a row were not finite, the last one {step} (loss {loss:g}, gradient "
         f"norm {norm:g}); the parameters are those before them. The batch is in {path} (example_key: epoch, index). "

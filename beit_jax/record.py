@@ -17,7 +17,7 @@ from typing import Any
 import jax
 
 import beit_jax
-from beit_jax import checkpoint, trees
+from beit_jax import checkpoint, storage, trees
 from beit_jax.errors import UserError
 from beit_jax.logs import log
 
@@ -112,7 +112,7 @@ def same_model(folder: Path, description: dict[str, Any]) -> None:
 def rows(workdir: Path) -> list[dict[str, float]]:
   """The rows of metrics.jsonl that are whole: a kill may have cut the last one off."""
   try:
-    lines = (workdir / "metrics.jsonl").read_text(errors="replace").splitlines()
+    lines = storage.local(workdir / "metrics.jsonl").read_text(errors="replace").splitlines()
   except FileNotFoundError:
     return []
   found = []

@@ -18,7 +18,18 @@ import optax
 from ml_collections import ConfigDict
 from PIL import Image
 
-from beit_jax import checkpoint, convert, optim, preemption, ranges, record, sharding, train_state, trees
+from beit_jax import (
+  checkpoint,
+  convert,
+  optim,
+  preemption,
+  ranges,
+  record,
+  sharding,
+  storage,
+  train_state,
+  trees,
+)
 from beit_jax import config as config_lib
 from beit_jax import evaluate as evaluation
 from beit_jax.data import pipeline, sources
@@ -57,10 +68,10 @@ def run(config: ConfigDict, workdir: Path, name: str = "") -> dict[str, Any]:
       workdir.mkdir(parents=True, exist_ok=True)
       with only_writer(workdir), preemption.Watch() as watch:
         return _run(config, workdir, name or workdir.name, mesh, watch)
-  except OSError as error:
+  except (OSError, *storage.errors()) as error:
+    what = f"{getattr(error, 'filename', None) or workdir}: {getattr(error, 'strerror', None) or error}"
     raise UserError(
-      f"{error.filename or workdir}: {error.strerror or error}. Checkpoints in {workdir} are as they were; give the "
-      "same command again when it is mended"
+      f"{what}. Checkpoints in {workdir} are as they were; give the same command again when it is mended"
     ) from error
 
 
@@ -144,7 +155,7 @@ def _run(
       objective, tx, config.microbatches, jax.random.fold_in(root, 1), shardings, decay
     )
     eval_step = evaluation.make_eval_step(objective, mesh)
-    damage = Damage(source, config.data.max_bad, workdir / BAD_IMAGES)
+    damage = Damage(source, config.data.max_bad, _bad_images(workdir))
     batches = _train_batches(config, plan.reader, source, mesh, start_step, total_steps, damage)
     again = eval_source is not None and due(start_step, config.eval.every_steps) and start_step > 0
     logger = Logger(workdir, total_steps, name, start_step, again=again or start_step == total_steps)
@@ -202,9 +213,18 @@ def _run(
   seconds = round(time.monotonic() - began, 1)
   result = dict(step=total_steps, seconds=seconds, first=meter.first, last=meter.last, eval=evaluated)
   result |= dict(examples=len(source), skipped_steps=meter.skipped, bad_images=len(damage.known))
+  storage.push()
   record.write_result(workdir, result)
   log.info("%s: done in %.0f s, %s", name, seconds, workdir)
   return result
+
+
+def _bad_images(workdir: Path) -> Path:
+  """One file for all processes; in a bucket, where nothing can be appended, one for each."""
+  if not storage.remote(workdir):
+    return workdir / BAD_IMAGES
+  process = f"_{jax.process_index()}" if jax.process_index() else ""
+  return workdir / BAD_IMAGES.replace(".", f"{process}.")
 
 
 class Best:
@@ -336,7 +356,7 @@ def _write_figures(config, objective, state, frozen, eval_source, source, mesh, 
   batch = next(iter(evaluation.eval_batches(config, objective, eval_source or source, mesh, 16)))
   pictures = objective.figures({"params": state.params, **state.collections}, frozen, batch)
   folder = workdir / "figures"
-  folder.mkdir(exist_ok=True)
+  storage.local(folder).mkdir(exist_ok=True)
   for name, picture in pictures.items():
-    Image.fromarray(picture).save(folder / f"{name}.png")
+    Image.fromarray(picture).save(storage.local(folder) / f"{name}.png")
     log.info("figure: %s", folder / f"{name}.png")

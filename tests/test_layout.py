@@ -24,6 +24,7 @@ ROWS = (
   ("train_state", "distributed", "preemption", "lock", "windows", "picture_files"),
   ("data", "sharding", "models", "augment", "pictures", "metrics", "config", "notices"),
   ("masking", "losses", "logs", "rollcall", "ranges"),
+  ("storage",),
   ("trees", "errors"),
 )
 LEVEL = {name: level for level, row in enumerate(ROWS) for name in row}

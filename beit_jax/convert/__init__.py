@@ -10,7 +10,7 @@ from typing import Any
 
 from flax.errors import FlaxError
 
-from beit_jax import checkpoint
+from beit_jax import checkpoint, storage
 from beit_jax.convert import dalle, hf, lazy, orbax, safetensors, segmentation, timm, torchfile, unilm
 from beit_jax.errors import UserError
 from beit_jax.logs import log
@@ -56,9 +56,11 @@ def load(
     UserError: nothing usable is at `path`, it says otherwise than the arguments, or tensors are missing,
       unexpected or mis-shaped (all are listed).
   """
-  path = Path(os.path.expanduser(path))
+  path = storage.path(path)
   if not path.exists():
     raise UserError(f"{path}: no such file or folder")
+  if storage.remote(path) and not checkpoint.is_run(path):
+    path = storage.fetch(path)
   size = (image_size, image_size) if isinstance(image_size, int) else image_size
   whole = lambda n: isinstance(n, int) and not isinstance(n, bool) and n > 0  # noqa: E731
   if size is not None and not (isinstance(size, tuple | list) and len(size) == 2 and all(map(whole, size))):
@@ -267,6 +269,8 @@ def save(pretrained: Pretrained, path: str | Path, *, format: str) -> None:
   Raises:
     UserError: the format has no such model, or something is at `path` already.
   """
+  if storage.remote(storage.path(path)):
+    raise UserError(f"{path}: models are saved on disk only; copy them with `gcloud storage cp -r`")
   path = Path(os.path.expanduser(path)).absolute()
   writers: dict[str, Callable[[Pretrained, Path, Path], None]] = {
     "orbax": lambda pretrained, path, target: orbax.save(pretrained, path),

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from beit_jax import storage
 from beit_jax.errors import BadImage, UserError
 from beit_jax.logs import log
 
@@ -33,8 +34,9 @@ class Damage:
     self._source, self._share, self._path = source, max_share, path
     self._seen = self._replaced = 0
     self.known: dict[int, str] = {}
-    if path is not None and path.exists():
-      self.known = dict(_read(path))
+    self._file = path and storage.local(path)
+    if path is not None and self._file.exists():
+      self.known = dict(_read(self._file))
 
   def note(self, indices: np.ndarray, replaced: np.ndarray) -> None:
     """int [b] and bool [b] of one batch.
@@ -59,7 +61,7 @@ class Damage:
     if len(self.known) <= SHOWN:
       log.warning("replaced by another example: %s", reason)
     if self._path is not None:
-      with self._path.open("ab+") as file:
+      with self._file.open("ab+") as file:
         if file.seek(0, 2) and file.seek(-1, 2) and file.read(1) != b"\n":
           file.write(b"\n")  # a kill has cut the line before off
         file.write(json.dumps({"index": index, "reason": reason}).encode() + b"\n")

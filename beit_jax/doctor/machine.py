@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from beit_jax import checkpoint, distributed, lock, objectives
+from beit_jax import checkpoint, distributed, lock, objectives, storage
 from beit_jax import config as config_lib
 from beit_jax import evaluate as evaluation
 from beit_jax.data import sources
@@ -94,7 +94,9 @@ class Machine:
     return jax.devices()
 
   def ground(self) -> Path:
-    """The workdir, or the nearest there is of the folders that it will be made in."""
+    """The workdir, or the nearest there is of the folders that it will be made in; in a bucket there are none."""
+    if storage.remote(self.workdir):
+      return self.workdir
     path = self.workdir.absolute()
     return next(folder for folder in (path, *path.parents) if folder.exists())
 
@@ -136,10 +138,10 @@ def prepare(argv: list[str]) -> Machine:
   if spec == "-":
     if overrides:
       raise UserError(f"--config.{overrides[0][0]} is set, but there is no --config=FILE; {USAGE}")
-    return Machine(Path(workdir or "runs"), flags=flags)
+    return Machine(storage.path(workdir or "runs"), flags=flags)
   config = config_lib.load(spec, overrides, objectives.model_fields())
   path, _, variant = spec.partition(":")
-  folder = Path(workdir or f"runs/{Path(path).stem}{'_' if variant else ''}{variant}")
+  folder = storage.path(workdir or f"runs/{Path(path).stem}{'_' if variant else ''}{variant}")
   runs = _stages(config, folder) if "stages" in config else [Run("", config, folder)]
   return Machine(folder, runs, flags)
 
