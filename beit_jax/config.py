@@ -132,8 +132,9 @@ SECTIONS: dict[str, dict[str, Any]] = {
     ),
   ),
   "beit": dict(
-    # A tokenizer's run folder, or "stage:NAME"; a folder of `beit_jax.tokenize`, whose tokens are then replayed.
-    tokenizer=dict(init_from="stage:tokenizer", cache=""),
+    tokenizer=dict(
+      init_from="stage:tokenizer", cache=""
+    ),  # run folder or "stage:NAME"; a folder of beit_jax.tokenize
     mask=dict(
       kind="block",  # "block" (exactly num_masked) | "block_at_most" (v1 as released) | "random"
       num_masked=75,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 
 from beit_jax import main as main_lib
@@ -266,7 +267,7 @@ def test_a_run_that_failed_waits_for_no_thread():
   ],
 )
 def test_where_compiled_programs_are_kept(folder, chosen, processes, wanted):
-  assert main_lib.compile_cache(Path(folder), chosen, processes) == wanted
+  assert main_lib.compile_cache(epath.Path(folder), chosen, processes) == wanted
 
 
 @pytest.mark.slow
