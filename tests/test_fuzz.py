@@ -176,6 +176,8 @@ def _other_chunks(rng, data):
       data[:at] + data[start:stop] + data[at if rng.random() < 0.5 else min(at + stop - start, len(data)) :]
     )
   chunks = _chunks(data)
+  if not chunks:
+    return data
   at = rng.randrange(len(chunks))
   kind, content = chunks[at]
   what = rng.randrange(5)

@@ -124,6 +124,10 @@ class Picture:
 
   def __init__(self, image: Any, name: str = "the picture"):
     self._name, self._encoded, self._turn = name, b"", None
+    size = jpeg.plain_size(image) if isinstance(image, bytes) else None
+    if size and size[0] * size[1] <= MAX_PIXELS:
+      self._encoded, self._stored, self.size = image, size, size
+      return
     with _blamed_on(name):
       header = open_picture(image) if isinstance(image, bytes) else None
       if header is not None and jpeg.is_plain(header):

@@ -22,6 +22,39 @@ TURNS = {
 Turn = tuple[bool, bool, bool]
 
 
+def plain_size(encoded: bytes) -> tuple[int, int] | None:
+  """(width, height) of an 8-bit JPEG in colour or grey whose header holds nothing but what decoding needs; else None.
+
+  Most of ImageNet is such. Pillow's objects for a header cost a tenth of the time of decoding.
+  """
+  size, at = None, 2
+  while encoded[:2] == b"\xff\xd8" and at + 4 <= len(encoded) and encoded[at] == 0xFF:
+    kind, length = encoded[at + 1], int.from_bytes(encoded[at + 2 : at + 4], "big")
+    part = encoded[at + 4 : at + 2 + length]
+    if kind == 0xDA:  # the scan begins
+      return size
+    if length < 2 or len(part) != length - 2:
+      return None
+    if kind in (0xC0, 0xC2):  # baseline or progressive
+      if size or length < 8 or part[0] != 8 or part[5] not in (1, 3) or length != 8 + 3 * part[5]:
+        return None
+      size = int.from_bytes(part[3:5], "big"), int.from_bytes(part[1:3], "big")
+      if not min(size):
+        return None
+    elif kind == 0xDB:  # quantization tables of 8 bits
+      if not part or len(part) % 65 or max(part[::65]) > 15:
+        return None
+    elif not (
+      kind in (0xC4, 0xFE)  # Huffman tables, a comment
+      or (kind == 0xDD and length == 4)  # restarts
+      or (kind == 0xE0 and length == 16 and part[:5] == b"JFIF\0")
+      or (kind == 0xEE and length == 14 and part[:5] == b"Adobe")
+    ):
+      return None
+    at += 2 + length
+  return None
+
+
 def is_plain(header: Image.Image) -> bool:
   """Whether a picture that Pillow has opened is an 8-bit JPEG in colour or grey: no CMYK, no second picture in it."""
   return header.format == "JPEG" and header.mode in ("RGB", "L")

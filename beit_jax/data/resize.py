@@ -1,7 +1,7 @@
 """Crop and resize for training: `cykooz-resizer`, SIMD code with Pillow's filters, 51 to 57 dB from Pillow's pixels.
 
-Integer arithmetic: the pixels do not depend on the processor (`test_resizing_does_not_depend_on_the_processor`). There
-are no wheels of it for Linux on ARM; there Pillow resizes, and a run says so.
+Integer arithmetic: the pixels are the same with and without SIMD (`test_resizing_does_not_depend_on_the_processor`).
+There are no wheels of it for Linux on ARM; there Pillow resizes, and a run says so.
 """
 
 import functools
