@@ -54,7 +54,7 @@ class Limits:
     return _peak() - self._base
 
   def report(self, **counts: int) -> None:
-    """Prints the figures (`pytest -s` shows them)."""
+    """Prints the figures (`pytest -n 0 -s` shows them)."""
     seconds, what = self._slowest
     more = "".join(f", {count} {name}" for name, count in counts.items())
     print(

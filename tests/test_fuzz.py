@@ -3,7 +3,7 @@
 All that was asked for (about half an hour on two cores; weights are fuzzed in test_convert_hostile.py):
 
     BEIT_FUZZ=5000 BEIT_FUZZ_IMAGES=20000 BEIT_FUZZ_CONFIGS=2000 BEIT_FUZZ_COMMANDS=40 \
-      python -m pytest -s tests/test_fuzz.py tests/test_convert_hostile.py
+      python -m pytest -n 0 -s tests/test_fuzz.py tests/test_convert_hostile.py
 
 A case is a function of its number: `BEIT_FUZZ_FIRST=1234 BEIT_FUZZ_IMAGES=1 pytest -k images` does number 1234 again.
 """
