@@ -33,7 +33,7 @@ setup(
     "test": TEST,
     "dev": [*TEST, "pre-commit>=4"],
     "torch": ["torch>=2.4", "transformers>=5.2,<6", "timm>=1.0.20,<2", "safetensors>=0.5"],  # peers in tests
-    "plan": ["jax[tpu]>=0.10,<0.12"],  # libtpu of jax's own choice: the compiler, on machines without a TPU too
+    "plan": ["jax[tpu]>=0.10,<0.12"],  # the TPU compiler that this jax asks for
     "tpu": ["jax[tpu]>=0.10,<0.12"],
     "cuda": ["jax[cuda12]>=0.10,<0.12"],
   },
