@@ -43,7 +43,7 @@ setup(
     "test": TEST,
     "dev": [*TEST, "pre-commit>=4"],
     "torch": ["torch>=2.4", "transformers>=5.2,<6", "timm>=1.0.20,<2", "safetensors>=0.5"],  # peers in tests
-    "plan": ["libtpu>=0.0.42"],  # the TPU compiler, for beit_jax.plan on machines without a TPU
+    "plan": ["jax[tpu]>=0.10,<0.12"],  # the TPU compiler that this jax asks for
     "tpu": ["jax[tpu]>=0.10,<0.12"],
     "gcs": ["gcsfs>=2026.2", "google-cloud-storage>=3,<4"],  # runs in a bucket
     "cuda": ["jax[cuda12]>=0.10,<0.12"],

@@ -404,8 +404,9 @@ def test_every_objective_can_be_planned(objective, tmp_path, capsys):
   made = _plan([f"--config={tmp_path / 'config.py'}", "--topology=cpu:2"], 0, capsys)
   flops_ = made["found"]["flops_per_image"]
   assert flops_["backward"] > 0 and all(value >= 0 for value in flops_["forward"].values())
+  # Nothing twice; on maps this small many taps of the convolutions lie on padding, which the program leaves out.
   assert made["found"]["flops_per_device"] * 2 == pytest.approx(
-    flops_["step"] * made["found"]["batch_size"], rel=0.1
+    flops_["step"] * made["found"]["batch_size"], rel=0.25
   )
 
 

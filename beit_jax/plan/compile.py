@@ -142,12 +142,15 @@ def compile_step(
     if memory is None:
       raise
     return result | dict(fits=False, memory=memory, seconds=time.monotonic() - began)
-  program = hlo.read(compiled.as_text())
+  result |= dict(
+    fits=True, memory=memory_of(step, compiled.memory_analysis()), seconds=time.monotonic() - began
+  )
+  try:  # a libtpu much newer than jaxlib writes what this cannot read
+    program = hlo.read(compiled.as_text())
+  except jax.errors.JaxRuntimeError as error:
+    return result | dict(unread=str(error).splitlines()[0][:200])
   cost = compiled.cost_analysis() or {}
   return result | dict(
-    fits=True,
-    memory=memory_of(step, compiled.memory_analysis()),
-    seconds=time.monotonic() - began,
     collectives={kind: vars(moved) for kind, moved in program.collectives.items()},
     flops_per_device=program.flops,
     traffic_per_device=program.traffic,

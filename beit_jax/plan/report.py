@@ -72,6 +72,8 @@ def _work(plan: dict[str, Any], devices: int) -> Iterator[tuple[str, str]]:
   yield "an image", f"{_flops(flops['step'])}: forward {parts}; backward {flops['backward'] / 1e9:.3g}{again}"
   whole = (flops["step"] + flops["recomputed"]) * found["batch_size"]
   yield "a step", f"{_flops(whole)}, {_flops(whole / devices)} a device, counted by hand"
+  if "unread" in found:
+    yield "", f"the compiled program cannot be read, use the libtpu that this jax asks for: {found['unread']}"
   if "collectives" not in found:
     return
   loops = f" (loops of {', '.join(map(str, found['loops']))})" if found["loops"] else ""
