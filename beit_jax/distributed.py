@@ -10,10 +10,10 @@ own heartbeat finds hosts that vanish together with their network.
 
 import dataclasses
 import importlib.util
-import logging
 import os
 import re
 import sys
+import threading
 import time
 import traceback
 import urllib.error
@@ -269,10 +269,10 @@ def shutdown() -> None:
 
 
 def run(main: Callable[[list[str]], int], argv: list[str]) -> None:
-  """`sys.exit(main(argv))`, but at once where something went wrong.
+  """`sys.exit(main(argv))` that ends soon where something went wrong.
 
   A process that fails must not wait in JAX's exit handler, for minutes, for others that wait for it in a collective,
-  nor for the threads that a failed save of Orbax leaves behind.
+  nor, alone, for the threads that a failed save of Orbax leaves behind.
   """
   try:
     status = main(argv)
@@ -285,9 +285,13 @@ def run(main: Callable[[list[str]], int], argv: list[str]) -> None:
     _crew.stopped.wait(rollcall.GRACE)  # a broken collective is the consequence: who died is the news
     tell(f"{type(error).__name__}: {error}")
     status = 1
-  if not active() and status == 0:
+  if not active():
+    if status:
+      end = threading.Timer(rollcall.GRACE, os._exit, (status,))
+      end.daemon = True
+      end.start()
+      sys.stdout.flush()
     sys.exit(status)
-  logging.shutdown()
   sys.stdout.flush()
   sys.stderr.flush()
   os._exit(status)

@@ -174,23 +174,26 @@ def _leaves(tree: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
     yield from _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
 
 
-def same_run(folder: Path, config, description: dict[str, Any]) -> None:
-  """Refuses to go on from a checkpoint of the run's own folder with another recipe; lists what differs freely.
+def same_data(folder: Path, description: dict[str, Any]) -> None:
+  """Warns of files that were added or removed since a checkpoint; refusing would bring nothing back."""
+  texts = (checkpoint.read_description(folder), description)
+  before, now = (text.get("dataset", {}).get("num_examples") for text in texts)
+  if None not in (before, now) and before != now:
+    log.warning(
+      "the data set had %d examples before and has %d now: from here on the order of examples, and the length of an "
+      "epoch, are not those of the run so far",
+      before,
+      now,
+    )
 
-  Data that are no longer the same ones (files added or removed) are only warned of: nobody can bring them back.
+
+def same_run(folder: Path, config) -> None:
+  """Refuses to go on from a checkpoint of the run's own folder with another recipe; lists what differs freely.
 
   Raises:
     UserError: a key that changes the training differs.
   """
-  saved = checkpoint.read_description(folder)
-  data = [text.get("dataset", {}).get("num_examples") for text in (saved, description)]
-  if None not in data and data[0] != data[1]:
-    log.warning(
-      "the data set had %d examples before and has %d now: from here on the order of examples, and the length of an "
-      "epoch, are not those of the run so far",
-      *data,
-    )
-  before = dict(_leaves(saved.get("config", {})))
+  before = dict(_leaves(checkpoint.read_description(folder).get("config", {})))
   now = dict(_leaves(json.loads(json.dumps(config.to_dict(), default=str))))
   differ = {n: (before[n], now[n]) for n in sorted(before.keys() & now.keys()) if before[n] != now[n]}
   lines = {

@@ -303,7 +303,8 @@ def _restore(config, objective, saver, state, shapes, shardings, description) ->
   latest = saver.latest()
   if latest is not None:
     record.same_model(saver.root / str(latest), description)
-    record.same_run(saver.root / str(latest), config, description)
+    record.same_run(saver.root / str(latest), config)
+    record.same_data(saver.root / str(latest), description)
     log.info("resuming from %s", saver.root / str(latest))
     return saver.restore(latest, shapes, shardings)
   record.may_begin(saver.root.parent)

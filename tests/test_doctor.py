@@ -273,6 +273,15 @@ def test_damaged_checkpoint(flags):
   assert status == "fail" and str(folders[0]) in what and "begin anew" in advice
 
 
+def test_checkpoints_that_are_gone(flags):
+  machine = prepare(flags("classify"))
+  folder = machine.runs[0].folder
+  folder.mkdir()
+  (folder / "metrics.jsonl").write_text('{"step": 5000, "eval_loss": 1.0}\n')
+  ((status, what, advice),) = _found(doctor.runs.checkpoints, machine)
+  assert status == "fail" and "tells of 5000 steps" in what + advice
+
+
 def test_finished_run(flags):
   machine = prepare(flags("classify"))
   (run,) = machine.runs

@@ -1,6 +1,6 @@
 """Random damage to pictures, configs and command lines: a result or one of our own errors, in seconds, in a GiB.
 
-All that was asked for (about half an hour on two cores; weights are fuzzed in test_convert_hostile.py):
+All that was asked for (about eight minutes of one core; weights are fuzzed in test_convert_hostile.py):
 
     BEIT_FUZZ=5000 BEIT_FUZZ_IMAGES=20000 BEIT_FUZZ_CONFIGS=2000 BEIT_FUZZ_COMMANDS=40 \
       python -m pytest -n 0 -s tests/test_fuzz.py tests/test_convert_hostile.py

@@ -99,6 +99,10 @@ def test_a_kill_and_another_mesh(tmp_path):
   kills.harness(tmp_path, kills=2, seed=3, meshes=True)
 
 
+def test_one_of_two_processes_is_killed(tmp_path):
+  kills.harness(tmp_path, kills=2, seed=5, processes=2)
+
+
 def test_a_data_worker_is_killed(tmp_path):
   workdir = tmp_path / "run"
   process = kills.start(workdir, "worker", workers=2, mesh=1, slow=0.0)

@@ -196,6 +196,37 @@ def test_another_takes_the_place(tmp_path):
     next(pipeline.eval_batches(source, reader, **options))
 
 
+TFDS = ROOT.parent / "shared" / "data" / "tfds"
+
+
+@pytest.mark.skipif(not (TFDS / "cifar10").is_dir(), reason="no prepared CIFAR-10 beside the repository")
+@pytest.mark.parametrize("damage", ["cut", "flipped"])
+def test_a_damaged_file_of_records(damage, tmp_path):
+  """ArrayRecord has checksums, and none of its errors is ours."""
+  shutil.copytree(TFDS / "cifar10", tmp_path / "cifar10", ignore=shutil.ignore_patterns("*train*"))
+  (path,) = (tmp_path / "cifar10").rglob("*test.array_record*")
+  data = bytearray(path.read_bytes())
+  if damage == "cut":
+    del data[1_000_000:]
+  else:  # a record in twenty-five, and not the table of all of them at the end
+    for at in range(100_000, len(data) - 200_000, 20_000):
+      data[at] ^= 0xFF
+  path.chmod(0o600)
+  path.unlink()
+  path.write_bytes(data)
+  changes = {
+    "data.source": "tfds",
+    "data.name": "cifar10",
+    "data.data_dir": str(tmp_path),
+    "data.split": "test",
+  }
+  config = _config(**changes, **{"data.max_bad": 0.01, "eval.split": "", "total_steps": 40})
+  with pytest.raises(UserError) as error:
+    train.run(config, tmp_path / "run")
+  for fact in ("cifar10", "cannot be read: Corrupted", "copy or build the data set again"):
+    assert fact in str(error.value)
+
+
 def test_nothing_but_broken_images(tmp_path):
   changes = _folder(tmp_path, 6, {i: b"" for i in range(6)})
   with pytest.raises(UserError, match="nor could any"):

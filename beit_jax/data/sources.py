@@ -16,7 +16,7 @@ import numpy as np
 
 from beit_jax import storage
 from beit_jax.data.shapes import SPLITS, ShapesSource
-from beit_jax.errors import UserError
+from beit_jax.errors import BadImage, UserError
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 
@@ -67,7 +67,11 @@ class TfdsSource:
     return len(self._source)
 
   def __getitem__(self, index: int) -> dict[str, Any]:
-    example = self._source[int(index)]
+    try:
+      example = self._source[int(index)]
+    except (RuntimeError, ValueError) as error:  # ArrayRecord's checksums
+      where = f"{self.description['name']} ({self.description['split']}), example {index}"
+      raise BadImage(f"{where} cannot be read: {error}; copy or build the data set again") from None
     result = {"image": example[self._image_key]}
     if self._maps:
       result["label_map"] = example[self._label_key]

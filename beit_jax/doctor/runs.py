@@ -193,7 +193,7 @@ def checkpoints(machine: Machine, run: Run) -> Found:
     advice = f"nothing: the run {then or 'begins anew'}" + (
       "; or put a good copy in its place" if faults else ""
     )
-    advice = f"put good copies in their place, or move {root} away to begin anew" if lost else advice
+    advice = "put good copies in their place, or begin anew in another --workdir" if lost else advice
     yield FAIL if lost else WARN, text, advice
     if lost:
       return
@@ -211,6 +211,7 @@ def checkpoints(machine: Machine, run: Run) -> Found:
 
 def _beginning(machine: Machine, run: Run) -> str:
   """What a run without checkpoints begins with. Raises a UserError where it cannot."""
+  record.may_begin(run.folder)
   for key in ("resume", "init_from"):
     path = run.config[key]
     if key in run.waits:
