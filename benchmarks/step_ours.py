@@ -81,7 +81,7 @@ def build(variant, batch_size, dtype, tokenizer, **changes):
     kind = Beit if tokenizer == "online" else GivenTokens
     objective = kind(config, sources.make_source(config.data.to_dict()))
     mesh = sharding.make_mesh(1, 1)
-    frozen = jax.device_put(objective.frozen_params(mesh), sharding.replicated(mesh)) if kind is Beit else {}
+    frozen = jax.device_put(objective.frozen_params(mesh), sharding.replicated(mesh))
   schedules = make_schedules(config, 625, config.total_steps)
   shapes = jax.eval_shape(lambda: objective.init(jax.random.key(0)))["params"]
   tx = make_optimizer(config, schedules, shapes, objective.depth)
@@ -111,7 +111,7 @@ def parts(step, state, frozen, batch, objective) -> dict[str, tuple[float, float
   sums = lambda params: cached.loss({"params": params}, frozen, given, key, 0)[0]
   masks = lambda: objective._sample_mask(augment.example_keys(0, batch["example_key"], "mask"))
   programs = {"masks": (masks,), "forward": (sums, state.params), "gradient": (jax.grad(sums), state.params)}
-  if frozen:
+  if not isinstance(objective, GivenTokens):
     pixels = augment.to_float(batch["token_image"])
     tokenize = lambda params: objective.tokenizer.module.apply({"params": params}, pixels, method="tokenize")
     programs["tokenizer"] = (tokenize, frozen)
