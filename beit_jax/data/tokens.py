@@ -7,7 +7,6 @@ reads one shard after the other. A record is (epoch, index) as uint32, then the 
 (uint32 where the vocabulary is larger than 65,536), little-endian, all that are written together compressed by 64.
 """
 
-import functools
 import hashlib
 import json
 import os
@@ -33,7 +32,7 @@ AUGMENTATION = (
     "interpolation",
     "token_interpolation",
   ),  # jitter's grey is that of the image
-  *("crop", "crop_scale", "crop_ratio", "flip", "color_jitter"),
+  *("crop", "crop_scale", "crop_ratio", "flip", "color_jitter", "scaled_decode"),
 )
 
 
@@ -54,7 +53,7 @@ def cache_key(config: Any, tokenizer: Any, num_tokens: int, source: Any) -> dict
     "sha256 of some examples": _sample(source),
     "pixels": images.PIXELS,
     "seed": config.seed,
-    **{f"data.{name}": config.data[name] for name in AUGMENTATION},
+    **{f"data.{name}": config.data[name] for name in AUGMENTATION if name in config.data},
   }
   return json.loads(json.dumps(key, default=str))
 
@@ -75,15 +74,6 @@ def differences(have: dict[str, Any], want: dict[str, Any]) -> str:
   return "\n  ".join(
     f"{n}: the cache was made with {have.get(n)!r}, this run has {want.get(n)!r}" for n in names
   )
-
-
-@functools.lru_cache(maxsize=2)
-def _places(seed: int, epoch: int, count: int) -> np.ndarray:
-  """Example -> its place in the order of an epoch."""
-  order = pipeline.order(seed, epoch, count)
-  places = np.empty(count, np.uint32)
-  places[order] = np.arange(count, dtype=np.uint32)
-  return places
 
 
 class TokenCache:
@@ -204,7 +194,7 @@ class TokenCache:
     Raises:
       UserError: the shard is missing or damaged.
     """
-    position = epoch * self.examples + int(_places(seed, epoch, self.examples)[index])
+    position = epoch * self.examples + int(pipeline.places(seed, epoch, self.examples)[index])
     shard, row = divmod(position, self.shard_size)
     record = self._reader(shard).read([row])[0]
     found = tuple(map(int, np.frombuffer(record, "<u4", 2)))
