@@ -23,10 +23,10 @@ MAX_PIXELS = 2**26  # of an encoded picture, checked before it is decoded: 8,192
 MAX_WEBP_PIXELS = 3 * 2**24  # its decoder holds four copies
 MAX_ASPECT = 64  # of an evaluated picture; of a narrower one the central part is seen
 STRIP = 2**20  # pixels that are scaled at a time
+PIXELS = "pillow"  # what decodes and resizes: a token cache is refused where this is another
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # EPS would run a program
 RESIZES = ("short_side", "squash")
 CROPS = ("random_resized", "pad", "center")
-PIXELS = "pillow"  # what decodes and resizes: a token cache is refused where this is another
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 
