@@ -319,6 +319,7 @@ def test_it_goes_on_where_it_stopped(cache, tokenizer, tmp_path, monkeypatch):
   _refused(tokenizer, folder, "2 of the 4 shards")
   _make(config, folder, 2)
   assert written == [0, 1, 2, 2, 3, 4]
+  assert not tokens.TokenCache(folder).unfinished(verify=True)
   _same_files(cache, tokens.TokenCache(folder))
   assert not list(folder.glob("*.tmp"))
 
