@@ -63,7 +63,7 @@ def tokenize(config: Any, out: Path, epochs: int | None = None, command: str = "
     distributed.barrier("the cache folder is there")
     cache = tokens.TokenCache(out)
     todo = cache.unfinished(verify=True)
-    distributed.barrier("all know what there is to do")
+    distributed.barrier("all know what there is to do", 3600)  # every byte is looked at
     about = (out, cache.epochs, cache.examples, len(todo), cache.shards)
     log.info("%s: %d epochs of %d examples, %d of %d shards to do", *about)
     room, wanted = shutil.disk_usage(out).free, len(todo) * cache.shard_size * cache.record_size

@@ -281,7 +281,7 @@ def test_a_record_of_another_example_is_noticed(copy):
   (copy.folder / tokens.SHARDS).write_text(
     "\n".join(json.dumps({**line, **_of(lines[0], line)}) for line in lines)
   )
-  index = int(pipeline.order(0, 0, 96)[41])
+  index = int(np.argsort(pipeline.places(0, 0, 96))[41])
   with pytest.raises(UserError, match="another order of examples"):
     other.read(0, 0, index)
 
@@ -319,6 +319,7 @@ def test_it_goes_on_where_it_stopped(cache, tokenizer, tmp_path, monkeypatch):
   _refused(tokenizer, folder, "2 of the 4 shards")
   _make(config, folder, 2)
   assert written == [0, 1, 2, 2, 3, 4]
+  assert not tokens.TokenCache(folder).unfinished(verify=True)
   _same_files(cache, tokens.TokenCache(folder))
   assert not list(folder.glob("*.tmp"))
 
@@ -367,7 +368,7 @@ def test_a_full_disk_is_named(copy):
 
 def test_large_vocabularies(copy):
   copy.dtype = np.dtype("<u4")
-  order = pipeline.order(0, 0, 96)[:40]
+  order = np.argsort(pipeline.places(0, 0, 96))[:40]
   ids = np.arange(40 * 64).reshape(40, 64) + 70_000
   copy.write(0, np.stack([np.zeros(40, int), order], 1), ids)
   np.testing.assert_array_equal(copy.read(0, 0, int(order[7])), ids[7])

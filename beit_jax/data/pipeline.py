@@ -30,9 +30,16 @@ TRIES = 100  # examples to try before giving up
 
 
 @functools.lru_cache(maxsize=4)
-def order(seed: int, epoch: int, count: int) -> np.ndarray:
-  """The order in which an epoch shows the examples. Token caches are written in it."""
+def _order(seed: int, epoch: int, count: int) -> np.ndarray:
   return np.random.default_rng((seed, epoch, 1)).permutation(count)
+
+
+@functools.lru_cache(maxsize=2)
+def places(seed: int, epoch: int, count: int) -> np.ndarray:
+  """Example -> its place in the order of an epoch: uint32 [count]. Token caches are written in that order."""
+  found = np.empty(count, np.uint32)
+  found[_order(seed, epoch, count)] = np.arange(count, dtype=np.uint32)
+  return found
 
 
 class Views:
@@ -117,7 +124,7 @@ class _Rows:
     position = step * self._batch + int(self._rows[row])
     epoch, index = divmod(position, len(self._source))
     if self._train:
-      index = int(order(self._seed, epoch, len(self._source))[index])
+      index = int(_order(self._seed, epoch, len(self._source))[index])
     arrays, replaced = self._read(index, (self._seed, epoch, index))
     return {
       **arrays,
