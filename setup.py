@@ -34,6 +34,7 @@ setup(
     "dev": [*TEST, "pre-commit>=4"],
     "torch": ["torch>=2.4", "transformers>=5.2,<6", "timm>=1.0.20,<2", "safetensors>=0.5"],  # peers in tests
     "tpu": ["jax[tpu]>=0.10,<0.12"],
+    "gcs": ["gcsfs>=2026.10", "google-cloud-storage>=3.17,<4"],  # runs in a bucket
     "cuda": ["jax[cuda12]>=0.10,<0.12"],
   },
 )

@@ -24,13 +24,10 @@ PARTS = ("tokenizer", "encoder")  # frozen parts of a run, whose init_from may b
 
 
 def main(argv: list[str]) -> int:
-  status = _main(argv)
   try:
+    return _main(argv)
+  finally:
     storage.close()
-  except UserError as error:
-    print(f"error: {error}", file=sys.stderr)
-    return status or 2
-  return status
 
 
 def _main(argv: list[str]) -> int:
@@ -50,7 +47,7 @@ def _main(argv: list[str]) -> int:
       train.run(config, folder)
     else:
       run_stages(config, folder)
-  except UserError as error:
+  except (UserError, *storage.errors()) as error:
     print(f"error: {error}", file=sys.stderr)
     logs.only_file(f"error: {error}")
     distributed.tell(str(error))
@@ -77,11 +74,7 @@ def check_buckets(tree: dict[str, Any], prefix: str = "") -> None:
       check_buckets(value, f"{prefix}{key}.")
     elif isinstance(value, str) and storage.remote(value):
       if key not in ("init_from", "resume"):
-        raise UserError(
-          f"config key '{prefix}{key}': {value!r} is in a bucket; only init_from and resume may be. Mount the bucket "
-          "(gcsfuse BUCKET /mnt/bucket, as launch/tpu_pod.sh and launch/gke/gke.sh do with --bucket) and name the "
-          "folder there"
-        )
+        storage.refuse(f"{prefix}{key}", value)
       storage.path(value)
 
 

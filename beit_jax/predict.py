@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from beit_jax import class_maps, convert, logs, masking, pictures
+from beit_jax import class_maps, convert, logs, masking, pictures, storage
 from beit_jax.errors import UserError
 from beit_jax.logs import log
 from beit_jax.picture_files import find_images, read_image
@@ -165,7 +165,7 @@ def _load_tokenizer(model: Pretrained, path: str | None) -> Pretrained:
   where = path or recorded.get("path")
   if not where:
     raise UserError("this checkpoint does not say where its tokenizer is; give --tokenizer=PATH")
-  if path is None and not os.path.exists(os.path.expanduser(where)):
+  if path is None and not storage.path(where).exists():
     raise UserError(
       f"{where}: the tokenizer that this checkpoint names is not there any more; give --tokenizer=PATH"
     )
@@ -284,6 +284,8 @@ def _predict_all(args: argparse.Namespace) -> int:
     if getattr(args, name) < 1:
       raise UserError(f"--{name}={getattr(args, name)}: expected 1 or more")
   files = find_images(args.images)
+  if storage.remote(args.out):
+    raise UserError(f"--out={args.out}: pictures are written on disk only")
   folder, model = Path(os.path.expanduser(args.out)), convert.load(args.checkpoint, ema=args.ema)
   if args.tokenizer is not None and model.kind != "mim":
     raise UserError(f"--tokenizer: only a masked image model needs one, this is a {model.kind}")

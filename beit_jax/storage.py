@@ -66,6 +66,15 @@ def path(text: Any) -> Any:
   return epath.Path(text.rstrip("/"))
 
 
+def refuse(key: str, value: Any) -> None:
+  """Raises a UserError when the value of a config key that names data is in a bucket."""
+  if remote(value):
+    raise UserError(
+      f"config key '{key}': {value!r} is in a bucket; only init_from and resume may be. Mount the bucket (gcsfuse "
+      "BUCKET /mnt/bucket, as launch/tpu_pod.sh and launch/gke/gke.sh do with --bucket) and name the folder there"
+    )
+
+
 def absolute(path: Any) -> Any:
   return path if remote(path) else path.absolute()
 
@@ -91,7 +100,9 @@ def _bucket(name: str) -> Any:
     from google.cloud import storage
     from google.cloud.storage.retry import DEFAULT_RETRY
   except ImportError as error:
-    raise UserError(f"{SCHEME}{name}: gcsfs and google-cloud-storage are needed ({error}); {INSTALL}") from None
+    raise UserError(
+      f"{SCHEME}{name}: gcsfs and google-cloud-storage are needed ({error}); {INSTALL}"
+    ) from None
   # TensorStore and other hosts write there too, so listings are never remembered.
   fsspec.config.conf["gcs"] = {"token": "anon" if emulator else "google_default", "use_listings_cache": False}
   try:
@@ -217,11 +228,7 @@ def _push_often(stop: threading.Event) -> None:
 
 
 def close() -> None:
-  """The last upload.
-
-  Raises:
-    UserError: it failed; the files are kept, and the message says where.
-  """
+  """The last upload, of what has been said since the last checkpoint; where it fails the local files are kept."""
   global _staging
   if _staging is None:
     return
@@ -232,7 +239,7 @@ def close() -> None:
     push()
     shutil.rmtree(place, ignore_errors=True)
   except Exception as error:
-    raise UserError(f"the newest logs could not be uploaded ({_first(error)}); they are in {place}") from None
+    log.error("the newest lines of log.txt could not be uploaded (%s); they are in %s", _first(error), place)
   finally:
     with _lock:
       _staging = None

@@ -4,14 +4,15 @@
 #   launch/tpu_pod.sh create  --name=pod --zone=us-west4-a --type=v5litepod-64 [--spot] [--queued]
 #   launch/tpu_pod.sh install --name=pod --zone=us-west4-a --bucket=my-bucket
 #   launch/tpu_pod.sh run     --name=pod --zone=us-west4-a --bucket=my-bucket -- --config=configs/beit_base.py \
-#     --workdir=/mnt/bucket/base
+#     --workdir=gs://my-bucket/base --config.pretrain.data.data_dir=/mnt/bucket/tfds
 #   launch/tpu_pod.sh tail|status|stop|delete --name=pod --zone=us-west4-a
 #   launch/tpu_pod.sh babysit --name=pod --zone=us-west4-a --type=... [all flags of the above] -- [flags of run]
 #
 # --type: v2-N v3-N v4-N v5litepod-N v5p-N v6e-N     --version: of the runtime; that of the type if not given
 # --project: gcloud's own if not given               --spot: cheap, and taken away at any time
 # --queued: create asks for a queued resource of the same name and waits
-# --bucket: a Cloud Storage bucket, mounted at /mnt/bucket on every worker: all workers need to see the workdir
+# --bucket: a Cloud Storage bucket, mounted at /mnt/bucket on every worker, for data; the workdir, which all workers
+#   need to see, may be there too, or be gs://BUCKET/RUN, which needs no mount
 # --worker=0: which worker's log tail shows          --poll=60: seconds between two looks of babysit
 # --dry-run: shows the commands
 #
@@ -81,7 +82,7 @@ install() {
   local archive=/tmp/beit_jax-$name.tgz
   local script='set -e; mkdir -p beit_jax; tar -xzf beit_jax.tgz -C beit_jax; python3 -m pip install --quiet --user uv; '
   script+='python3 -m uv venv --quiet --python 3.12 --allow-existing venv; '
-  script+='python3 -m uv pip install --quiet --python venv/bin/python -e "./beit_jax[tpu]"'
+  script+='python3 -m uv pip install --quiet --python venv/bin/python -e "./beit_jax[tpu,gcs]"'
   if [[ -n ${flags[bucket]} ]]; then
     local apt=https://packages.cloud.google.com/apt
     script+="; echo \"deb $apt gcsfuse-\$(lsb_release -cs) main\" | sudo tee /etc/apt/sources.list.d/gcsfuse.list; "

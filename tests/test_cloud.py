@@ -12,15 +12,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import beit_jax
-from beit_jax import checkpoint, lock, storage, train, trees
+from beit_jax import checkpoint, lock, predict, storage, train, trees
 from beit_jax.errors import UserError
 from tests import kills, tiny
 from tests.bucket import Bucket
 from tests.conftest import ROOT
 
-if not all(importlib.util.find_spec(name) for name in ("gcsfs", "google.cloud.storage")):  # imported by the fixture
+if not all(
+  importlib.util.find_spec(name) for name in ("gcsfs", "google.cloud.storage")
+):  # imported by the fixture
   pytest.skip("no gcsfs or google-cloud-storage: pip install -e '.[gcs]'", allow_module_level=True)
 
 SLOW = pytest.mark.slow
@@ -187,6 +190,52 @@ def test_weights_from_a_bucket(bucket, run, tmp_path):
     beit_jax.save(wanted, "gs://bucket/there", format="orbax")
 
 
+STAGES = """
+from ml_collections import ConfigDict
+from tests import tiny
+
+def get_config():
+  tokenizer = tiny.raw("dvae", total_steps=1)
+  keys = {"tokenizer.init_from": "stage:tokenizer", "optimizer.warmup_steps": 0}
+  pretrain = tiny.raw("beit", total_steps=1, **keys)
+  stages = dict(tokenizer=tokenizer, pretrain=pretrain)
+  summary = (("loss of pre-training", "pretrain.last.loss", ".2f"),)
+  return ConfigDict(dict(stages=tuple(stages), summary=summary, **stages))
+"""
+
+
+@SLOW
+def test_stages_in_a_bucket(bucket, tmp_path, capsys, monkeypatch):
+  """A later stage finds the earlier one's weights there; the doctor finds nothing amiss, before and after."""
+  from beit_jax import main
+  from beit_jax.doctor import __main__ as doctor
+  from beit_jax.doctor import host
+
+  monkeypatch.setattr(host, "TPU_LOCK", tmp_path / "libtpu_lockfile")  # whatever this machine has
+  for name in ("nvidia_gpus", "tpu_chips"):
+    monkeypatch.setattr(host, name, list)
+
+  (tmp_path / "config.py").write_text(STAGES)
+  argv = [f"--config={tmp_path / 'config.py'}", "--workdir=gs://bucket/stages"]
+  look = lambda: (doctor.main(argv), capsys.readouterr().out)
+  for answer in ("begins anew", "finished earlier"):
+    status, text = look()
+    assert status == 0 and "gs://bucket/stages: can be written" in text and answer in text, text
+    assert main.main(argv) == 0
+  _foreign(bucket, "stages/pretrain")
+  status, text = look()
+  assert status == 1 and "process 77 on elsewhere" in text, text
+  assert storage._staging is None
+  Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(tmp_path / "black.png")
+  argv = ["gs://bucket/stages/pretrain", str(tmp_path / "black.png"), f"--out={tmp_path / 'seen'}"]
+  assert predict.main(argv) == 0  # the tokenizer that the checkpoint names is in the bucket too
+  assert predict.main([*argv, "--out=gs://bucket/seen"]) == 2
+  said = json.loads(bucket.read("stages/pretrain/checkpoints/1/description.json"))["config"]["tokenizer"]
+  assert said["init_from"] == "gs://bucket/stages/tokenizer"
+  assert "loss of pre-training" in bucket.read("stages/summary.txt").decode()
+  assert "command: " in bucket.read("stages/log.txt").decode()
+
+
 @SLOW
 def test_an_evaluation_leaves_its_files_in_the_bucket(bucket, run):
   result = train.run(
@@ -225,6 +274,33 @@ def test_a_save_that_fails_is_repeated(bucket, monkeypatch, caplog):
   left.append(HttpError({"code": 403, "message": "no longer allowed"}))
   with pytest.raises(UserError, match="no longer allowed"):
     train.run(_config(), storage.path("gs://bucket/forbidden"))
+
+
+# Several processes.
+
+
+@SLOW
+def test_two_processes_and_one_write_and_read_the_same(bucket, tmp_path):
+  """Two processes x 4 devices begin, one with 8 goes on, two end it: losses as those of one on disk, to 1e-6."""
+  from tests import test_distributed as several
+
+  (tmp_path / "config.py").write_text(several.CONFIG)
+  env = {"JAX_DEFAULT_MATMUL_PRECISION": "float32"}
+
+  def go(workdir, count, steps):
+    command = ["-m", "beit_jax.main", f"--config={tmp_path / 'config.py'}", f"--workdir={workdir}"]
+    command += [f"--config.total_steps={steps}"]
+    devices = {"JAX_NUM_CPU_DEVICES": str(8 // count)}
+    results = several._start(command, range(count), count, timeout=400, env=env | devices)
+    assert [status for status, _ in results] == [0] * count, results
+
+  go(tmp_path / "whole", 1, 10)
+  for count, steps in ((2, 4), (1, 7), (2, 10)):
+    go("gs://bucket/several", count, steps)
+  rows = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+  found = _rows(bucket, "several")
+  losses = lambda some: [row["loss"] for row in some if "loss" in row]
+  assert losses(found) == pytest.approx(losses(rows), rel=1e-6) and len(losses(found)) == 10
 
 
 # The lock.
@@ -282,16 +358,6 @@ def test_who_has_lost_the_lock_ends(bucket, tmp_path):
 # Mistakes.
 
 
-def _main(*flags, env=()):
-  env = {**os.environ, "JAX_PLATFORMS": "cpu", **dict(env)}
-  command = [sys.executable, "-m", "beit_jax.main", f"--config={ROOT}/tests/kills_config.py", *flags]
-  return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
-
-
-def _away(package):
-  return {"PYTHONPATH": f"{ROOT}/tests/no_{package}"}
-
-
 @pytest.mark.parametrize(
   "flags, facts",
   [
@@ -345,14 +411,16 @@ def test_a_package_is_missing(package, monkeypatch):
   monkeypatch.setitem(sys.modules, package, None)
   monkeypatch.delattr("google.cloud.storage")
   storage._bucket.cache_clear()
-  with pytest.raises(UserError, match=r"gcsfs and google-cloud-storage are needed .*; pip install -e '.\[gcs\]'"):
+  with pytest.raises(
+    UserError, match=r"gcsfs and google-cloud-storage are needed .*; pip install -e '.\[gcs\]'"
+  ):
     storage.path("gs://bucket/run")
 
 
 # Stopped and resumed.
 
 
-def _start(folder, *flags, name="stopped"):
+def _start(folder):
   """A run of tests/kills_config.py, 30 steps, a checkpoint every 5."""
   env = {
     **os.environ,
@@ -370,12 +438,7 @@ def _start(folder, *flags, name="stopped"):
     f"--config={ROOT}/tests/kills_config.py",
     f"--workdir={folder}",
   ]
-  command += [
-    "--config.total_steps=30",
-    "--config.checkpoint.every_steps=5",
-    "--config.eval.every_steps=15",
-    *flags,
-  ]
+  command += ["--config.total_steps=30", "--config.checkpoint.every_steps=5", "--config.eval.every_steps=15"]
   with Path(os.environ["CLOUD_OUTPUT"]).open("a") as output:
     return subprocess.Popen(command, env=env, cwd=ROOT, stdout=output, stderr=output)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from beit_jax import storage
 from beit_jax.data.shapes import SPLITS, ShapesSource
 from beit_jax.errors import UserError
 
@@ -27,7 +28,9 @@ class TfdsSource:
   """
 
   def __init__(self, name: str, split: str, data_dir: str, image_key: str, label_key: str):
-    root = Path(os.path.expanduser(data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")))
+    data_dir = data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
+    storage.refuse("data.data_dir", data_dir)
+    root = Path(os.path.expanduser(data_dir))
     folder = _version_folder(root, name)
     import tensorflow_datasets as tfds
 
@@ -275,6 +278,8 @@ def make_source(data: dict[str, Any]) -> Any:
     raise UserError(
       f"config key 'data.label_file': only for data.source='folder', here it is {data['source']!r}"
     )
+  for key in ("data_dir", "root", "label_file"):
+    storage.refuse(f"data.{key}", data.get(key))
   source = SOURCES[data["source"]](data)
   expected = data["num_classes"]
   if expected is not None and source.num_classes not in (0, expected):

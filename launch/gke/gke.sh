@@ -2,14 +2,16 @@
 # A TPU slice on Google Kubernetes Engine: renders a JobSet and applies it.
 #
 #   launch/gke/gke.sh apply --name=base --image=REGION-docker.pkg.dev/P/R/beit_jax --accelerator=v5e --topology=8x8 \
-#     --bucket=my-bucket -- --config=configs/beit_base.py --workdir=/mnt/bucket/base
+#     --bucket=my-bucket -- --config=configs/beit_base.py --workdir=gs://my-bucket/base \
+#     --config.pretrain.data.data_dir=/mnt/bucket/tfds
 #   launch/gke/gke.sh render|apply|status|logs|delete --name=NAME [...]
 #
 # --accelerator: v4, v5e, v5p, v6e, tpu7x        --topology: chips, as the node pool has them: 4x4, 2x2x4, ...
-# --bucket: a Cloud Storage bucket, seen as /mnt/bucket by all pods (Cloud Storage FUSE CSI driver)
+# --bucket: a Cloud Storage bucket, seen as /mnt/bucket by all pods (Cloud Storage FUSE CSI driver), for data; a workdir
+#   gs://BUCKET/RUN needs no mount
 # --service-account: of Kubernetes, which may read and write the bucket     --namespace=default      --spot
 # --restarts=50: of the whole set, when a pod is evicted or fails           --grace=120: seconds to save when evicted
-# --dry-run: shows the command; the image is built from launch/Dockerfile with --build-arg EXTRA=tpu
+# --dry-run: shows the command; the image is built from launch/Dockerfile with --build-arg EXTRA=tpu,gcs
 #
 # The cluster needs JobSet (https://jobset.sigs.k8s.io).
 set -euo pipefail
