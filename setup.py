@@ -45,7 +45,7 @@ setup(
     "torch": ["torch>=2.4", "transformers>=5.2,<6", "timm>=1.0.20,<2", "safetensors>=0.5"],  # peers in tests
     "plan": ["jax[tpu]>=0.10,<0.12"],  # the TPU compiler that this jax asks for
     "tpu": ["jax[tpu]>=0.10,<0.12"],
-    "gcs": ["gcsfs>=2026.2", "google-cloud-storage>=3,<4"],  # runs in a bucket
+    "gcs": ["gcsfs>=2026.10", "google-cloud-storage>=3.17,<4"],  # runs in a bucket
     "cuda": ["jax[cuda12]>=0.10,<0.12"],
   },
 )

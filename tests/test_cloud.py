@@ -205,10 +205,15 @@ def get_config():
 
 
 @SLOW
-def test_stages_in_a_bucket(bucket, tmp_path, capsys):
+def test_stages_in_a_bucket(bucket, tmp_path, capsys, monkeypatch):
   """A later stage finds the earlier one's weights there; the doctor finds nothing amiss, before and after."""
   from beit_jax import main
   from beit_jax.doctor import __main__ as doctor
+  from beit_jax.doctor import host
+
+  monkeypatch.setattr(host, "TPU_LOCK", tmp_path / "libtpu_lockfile")  # whatever this machine has
+  for name in ("nvidia_gpus", "tpu_chips"):
+    monkeypatch.setattr(host, name, list)
 
   (tmp_path / "config.py").write_text(STAGES)
   argv = [f"--config={tmp_path / 'config.py'}", "--workdir=gs://bucket/stages"]
