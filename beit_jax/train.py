@@ -161,7 +161,7 @@ def _run(
     logger = Logger(workdir, total_steps, name, start_step, again=again or start_step == total_steps)
     stack.enter_context(contextlib.closing(logger))
     meter = Meter(config, logger, workdir, name, schedules, start_step)
-    trace = Trace(config.profile_steps, workdir / "profile", total_steps)
+    trace = Trace(config.profile_steps, storage.local(workdir / "profile"), total_steps)
     stack.enter_context(contextlib.closing(trace))
 
     def evaluate(step):

@@ -26,23 +26,6 @@ from beit_jax.pretrained import Pretrained, make_module  # noqa: E402
 from beit_jax.step import make_optimizer, make_schedules, make_train_step  # noqa: E402
 
 
-class GivenTokens(Beit):
-  """The tokens come with the batch, as from a cache: the tokenizer does not run."""
-
-  @classmethod
-  def of(cls, objective):
-    """The same objective with tokens given."""
-    self = cls.__new__(cls)
-    self.__dict__.update(objective.__dict__)
-    return self
-
-  def _inputs(self, frozen, batch, *, train):
-    tokens = batch["targets"]
-    batch = {**batch, "token_image": jnp.zeros((len(tokens), *self.token_image_size, 3), jnp.uint8)}
-    image, mask, _ = super()._inputs(frozen, batch, train=train)  # unused, and so never computed
-    return image, mask, tokens
-
-
 def random_tokenizer(folder: Path, dtype: str) -> Path:
   """DALL-E's dVAE at full size with random weights."""
   fields = dict(n_hid=256, n_init=128, n_blk_per_group=2, group_count=4, vocab_size=8192, dtype=dtype)
@@ -78,8 +61,7 @@ def build(variant, batch_size, dtype, tokenizer, **changes):
   config = config.pretrain
   with tempfile.TemporaryDirectory() as folder:
     config.tokenizer.init_from = str(random_tokenizer(Path(folder) / "tokenizer", dtype))
-    kind = Beit if tokenizer == "online" else GivenTokens
-    objective = kind(config, sources.make_source(config.data.to_dict()))
+    objective = Beit(config, sources.make_source(config.data.to_dict()))
     mesh = sharding.make_mesh(1, 1)
     frozen = jax.device_put(objective.frozen_params(mesh), sharding.replicated(mesh))
   schedules = make_schedules(config, 625, config.total_steps)
@@ -93,9 +75,9 @@ def build(variant, batch_size, dtype, tokenizer, **changes):
     "example_key": np.stack([np.zeros(batch_size), np.arange(batch_size)], 1).astype(np.uint32),
     "valid": np.ones(batch_size, bool),
   }
-  if kind is Beit:
+  if tokenizer == "online":
     batch["token_image"] = rng.integers(0, 256, (batch_size, 112, 112, 3), np.uint8)
-  else:
+  else:  # as from a cache: the tokenizer does not run
     batch["targets"] = rng.integers(0, 8192, (batch_size, 196), np.int32)
   return step, state, frozen, sharding.put_batch(mesh, batch, batch_size), objective
 
@@ -107,11 +89,10 @@ def parts(step, state, frozen, batch, objective) -> dict[str, tuple[float, float
   """
   key = jax.random.key(0)
   given = {**batch, "targets": jnp.zeros((len(batch["image"]), 196), jnp.int32)}
-  cached = objective if isinstance(objective, GivenTokens) else GivenTokens.of(objective)
-  sums = lambda params: cached.loss({"params": params}, frozen, given, key, 0)[0]
+  sums = lambda params: objective.loss({"params": params}, frozen, given, key, 0)[0]
   masks = lambda: objective._sample_mask(augment.example_keys(0, batch["example_key"], "mask"))
   programs = {"masks": (masks,), "forward": (sums, state.params), "gradient": (jax.grad(sums), state.params)}
-  if not isinstance(objective, GivenTokens):
+  if "token_image" in batch:
     pixels = augment.to_float(batch["token_image"])
     tokenize = lambda params: objective.tokenizer.module.apply({"params": params}, pixels, method="tokenize")
     programs["tokenizer"] = (tokenize, frozen)

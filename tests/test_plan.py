@@ -396,6 +396,14 @@ def test_what_does_not_fit_says_so_and_what_does(flags_of, capsys):
 
 
 @pytest.mark.slow
+def test_cached_tokens_are_planned_without_the_tokenizer(flags_of, capsys):
+  made = _plan(flags_of("--topology=cpu:2", **{"tokenizer.cache": "not/here/yet"}), 0, capsys)
+  found = made["found"]
+  assert "tokenizer" not in found["flops_per_image"]["forward"]
+  assert found["flops_per_device"] * 2 == pytest.approx(found["flops_per_image"]["step"] * 16, rel=0.1)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["dvae", "classify", "segment", "linear_probe"])
 def test_every_objective_can_be_planned(objective, tmp_path, capsys):
   run = tiny.raw(objective, **{"mesh.data": -1}).to_dict()

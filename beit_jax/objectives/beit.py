@@ -53,7 +53,7 @@ class Beit(base.Objective):
       )
     self._sample_mask = self._make_sampler()
     self.cache = None
-    if config.tokenizer.cache and not config.eval_only:
+    if config.tokenizer.cache and not config.eval_only and load is None:
       steps = duration(config, "total", len(source) // config.batch_size)
       self.cache = tokens.open_for_run(config.tokenizer.cache, self.token_key(), steps * config.batch_size)
       log.info("tokens from %s, %d epochs", self.cache.folder, self.cache.epochs)

@@ -1,6 +1,7 @@
 """A run's training step with nothing behind it: no data, no tokenizer, no chips; shapes and shardings only."""
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -98,6 +99,9 @@ def batch_shapes(objective: Objective, source: Any, batch_size: int) -> dict[str
     image, label = shape((*objective.image_size, 3), jnp.uint8), shape(objective.image_size, jnp.uint8)
     return {"image": image, "label_map": label, **common}
   views = {name: shape((*size, 3), jnp.uint8) for name, (size, _) in objective.views().items()}
+  if objective.kind == "mim" and objective.config.tokenizer.cache:
+    del views["token_image"]
+    views["targets"] = shape((math.prod(objective.grid_size),), jnp.uint16)
   return views | common | ({"label": shape((), jnp.int32)} if source.num_classes else {})
 
 

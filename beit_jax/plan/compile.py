@@ -70,7 +70,7 @@ def per_image(
   if isinstance(fields, dict):
     parts |= {name: float(value) for name, value in flops.encoder(fields).items()}
   tokenizer = getattr(objective, "tokenizer", None)
-  if tokenizer is not None:
+  if tokenizer is not None and not config.tokenizer.cache:
     own = {
       name: getattr(tokenizer.module, name)
       for name in ("n_hid", "n_blk_per_group", "group_count", "vocab_size")
