@@ -272,7 +272,9 @@ class Checkpointer:
     items = {"params": state.params, "rest": rest} | ({} if state.ema is None else {"ema": state.ema})
     items = {name: ocp.args.StandardSave(item) for name, item in items.items()}
     try:
-      if not self.root.is_dir():  # Orbax would make it again, apart from all else that the run has written
+      if not (
+        storage.remote(self.root) or self.root.is_dir()
+      ):  # Orbax would make it again, apart from all else that the run has written
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.root))
       if not self._manager.save(step, args=ocp.args.Composite(**items)):
         raise RuntimeError(f"{self.root}: step {step} was not saved; there are the steps {steps(self.root)}")

@@ -134,7 +134,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
   "beit": dict(
     tokenizer=dict(
       init_from="stage:tokenizer", cache=""
-    ),  # run folder or "stage:NAME"; a folder of beit_jax.tokenize
+    ),  # a run or "stage:NAME"; a beit_jax.tokenize folder
     mask=dict(
       kind="block",  # "block" (exactly num_masked) | "block_at_most" (v1 as released) | "random"
       num_masked=75,
