@@ -132,9 +132,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
     ),
   ),
   "beit": dict(
-    tokenizer=dict(
-      init_from="stage:tokenizer", cache=""
-    ),  # a run or "stage:NAME"; a beit_jax.tokenize folder
+    tokenizer=dict(init_from="stage:tokenizer", cache=""),  # a run or "stage:NAME"; of beit_jax.tokenize
     mask=dict(
       kind="block",  # "block" (exactly num_masked) | "block_at_most" (v1 as released) | "random"
       num_masked=75,

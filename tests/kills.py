@@ -150,12 +150,13 @@ def finish(workdir: Path, mark: str, processes: int = 1, **options) -> None:
 def outcome(workdir: Path) -> tuple[dict, list[dict], dict]:
   """(every array of the final and the best state, the rows of metrics.jsonl without timings, the evaluation)."""
   arrays = {}
-  for folder in (checkpoint.find(workdir), checkpoint.find(workdir / "best")):
+  for kind in ("checkpoints", "best"):
+    if not (workdir / kind).is_dir():
+      continue
+    folder = checkpoint.find(workdir / kind)
     for item in ("params", "rest", "ema"):
-      leaves = trees.flatten(checkpoint.load_params(folder, item))
-      arrays |= {
-        f"{folder.parent.parent.name}/{item}/{name}": np.asarray(leaf) for name, leaf in leaves.items()
-      }
+      leaves = trees.flatten(checkpoint.load_params(folder, item)) if (folder / item).is_dir() else {}
+      arrays |= {f"{kind}/{item}/{name}": np.asarray(leaf) for name, leaf in leaves.items()}
   rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
   rows = [{key: value for key, value in row.items() if key not in TIMINGS} for row in rows]
   return arrays, rows, json.loads((workdir / "result.json").read_text())["eval"]
