@@ -1,7 +1,7 @@
 """`python -m beit_jax.plan --config=FILE[:variant] --topology=v5e:16x16 [--stage=NAME] [--config.key=value ...]`
 
 Compiles the training step of a run for a slice that need not be there, and says whether it fits, what it computes and
-moves, how long it would take, and what the input has to supply. For TPUs: `pip install 'beit_jax[plan]'`. `cpu:8` needs
+moves, how long it would take, and what the input has to supply. For TPUs: `pip install -e '.[plan]'`. `cpu:8` needs
 nothing. Neither the data nor a trained tokenizer has to exist.
 
 Further flags: `--json`; `--examples=N` of the training data, where nobody knows; `--utilization=0.4`, the share of the

@@ -42,7 +42,7 @@ CHIPS: dict[str, Chip] = {
 ALIASES = {"v5lite": "v5e", "v5litepod": "v5e", "v5": "v5p", "v6": "v6e", "trillium": "v6e"}
 ALIASES |= {"v7": "tpu7x", "v7x": "tpu7x", "ironwood": "tpu7x"}
 MAX_CHIPS = 2**14
-LIBTPU = "pip install 'beit_jax[plan]' (libtpu, which compiles for TPUs on a machine that has none)"
+LIBTPU = "pip install -e '.[plan]' (libtpu, which compiles for TPUs on a machine that has none)"
 
 
 class Topology(NamedTuple):
