@@ -22,7 +22,7 @@ from beit_jax.plan import compile as compile_
 from tests import tiny
 
 LIBTPU = pytest.mark.skipif(
-  importlib.util.find_spec("libtpu") is None, reason="no libtpu: `pip install 'beit_jax[plan]'`"
+  importlib.util.find_spec("libtpu") is None, reason="no libtpu: `pip install -e '.[plan]'`"
 )
 
 
@@ -466,4 +466,4 @@ def test_without_libtpu_the_extra_is_named():
     "topology.devices(topology.parse('v5e:2x2'))"
   )
   done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-  assert "pip install 'beit_jax[plan]'" in done.stderr
+  assert "pip install -e '.[plan]'" in done.stderr
