@@ -27,7 +27,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from beit_jax import storage
-from beit_jax.errors import UserError
+from beit_jax.errors import Outage, UserError
 from beit_jax.logs import log
 from beit_jax.train_state import TrainState
 
@@ -187,7 +187,7 @@ def write_model(folder: Path, params: Any, description: dict[str, Any]) -> None:
   _write_json(folder / DIGEST, _digests(folder))
 
 
-def _may_pass(error: Exception) -> bool:
+def may_pass(error: Exception) -> bool:
   """Whether the same save may succeed a moment later."""
   if isinstance(error, OSError) and error.errno is not None:
     return error.errno in PASSING
@@ -303,26 +303,30 @@ class Checkpointer:
       time.sleep(pause)
     if self._keep:
       for old in sorted(self._manager.all_steps())[: -self._keep]:
-        self._manager.delete(old)
+        try:
+          self._manager.delete(old)
+        except Exception as error:  # the new one is sealed: no reason to call its save failed
+          log.warning("%s could not be deleted (%s)", self.root / str(old), _brief(error))
 
   def _failed(self, error: Exception) -> None:
     """A save's error: remembered when it may pass, else raised, with the half-written files removed."""
     self._failures += 1
     if jax.process_index() == 0 and storage.remote(self.root):
       with contextlib.suppress(Exception):  # there, a half-written one already has its final name
-        storage.remove(self.root / str(self._saving))
+        if not (self.root / str(self._saving) / DIGEST).is_file():
+          storage.remove(self.root / str(self._saving))
         self._manager.reload()
     elif jax.process_index() == 0:
       for half in self.root.glob("*.orbax-checkpoint-tmp*"):
         shutil.rmtree(half, ignore_errors=True)
-    if _may_pass(error) and self._failures < ATTEMPTS and jax.process_count() == 1:
+    if may_pass(error) and self._failures < ATTEMPTS and jax.process_count() == 1:
       log.warning(
         "saving in %s failed (%s); it will be tried again at the next step", self.root, _brief(error)
       )
       return
     there = storage.remote(self.root) or self.root.parent.is_dir()
     hint = "" if there else f"; {self.root.parent} is no longer there"
-    raise UserError(
+    raise (Outage if may_pass(error) else UserError)(
       f"saving in {self.root} failed{hint}: {_brief(error)}. Earlier checkpoints there are as they "
       "were; make room or mend the disk, and give the same command again to go on from the newest"
     ) from error

@@ -5,8 +5,16 @@ class UserError(Exception):
   """A mistake in what the user gave us: a key, a file, a data set, a checkpoint.
 
   The message names the key or file, what was found, what was expected and what to do. `main` prints
-  it without a traceback and exits with status 2.
+  it without a traceback and exits with `status`.
   """
+
+  status = 2
+
+
+class Outage(UserError):
+  """Nobody's mistake: the same command may well succeed a little later, and launchers give it again."""
+
+  status = 75
 
 
 class CollapseError(UserError):

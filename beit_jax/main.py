@@ -19,7 +19,7 @@ import jax
 
 from beit_jax import checkpoint, distributed, logs, objectives, preemption, record, storage, summary, train
 from beit_jax import config as config_lib
-from beit_jax.errors import UserError
+from beit_jax.errors import Outage, UserError
 
 PARTS = ("tokenizer", "encoder")  # frozen parts of a run, whose init_from may be another stage's
 
@@ -28,10 +28,7 @@ def main(argv: list[str]) -> int:
   try:
     return _main(argv)
   finally:
-    try:
-      storage.close()
-    except UserError as error:
-      print(f"error: {error}", file=sys.stderr)
+    storage.close()
 
 
 def _main(argv: list[str]) -> int:
@@ -57,7 +54,7 @@ def _main(argv: list[str]) -> int:
     print(f"error: {error}", file=sys.stderr)
     logs.only_file(f"error: {error}")
     distributed.tell(str(error))
-    return 2
+    return getattr(error, "status", Outage.status)
   except preemption.Stopped as stopped:
     print(stopped, file=sys.stderr)
     logs.only_file(str(stopped))

@@ -313,7 +313,7 @@ def main(argv: list[str]) -> int:
   sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no text
   try:
     return _predict_all(args)
-  except UserError as error:
+  except (UserError, *storage.errors()) as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
   except KeyboardInterrupt:

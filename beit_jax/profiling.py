@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 
+from beit_jax import storage
 from beit_jax.logs import log
 
 
@@ -22,7 +23,7 @@ class Trace:
     """Before a step's batch is asked for; `state`: what the step will work on."""
     if step == self._first and jax.process_index() == 0:
       jax.block_until_ready(state)  # or the steps under way would be in it
-      jax.profiler.start_trace(self._folder)
+      jax.profiler.start_trace(storage.local(self._folder))
       self._running = True
 
   def after(self, step: int, state: Any) -> None:

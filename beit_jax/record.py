@@ -133,32 +133,34 @@ def count(workdir: Path, key: str) -> int:
   return sum(key in row for row in rows(workdir))
 
 
-def may_begin(workdir: Path) -> None:
-  """Refuses to begin at step 0 where metrics.jsonl tells of checkpoints that are gone, and says what is begun again.
+def may_begin(workdir: Path, begun: int = 0) -> None:
+  """Refuses to begin where metrics.jsonl tells of checkpoints that are gone, and says what is begun again.
 
   A run has a complete checkpoint before each evaluation, and the one before the last is complete when one is begun.
+
+  Args:
+    begun: the step at which the run begins: 0, or that of `resume`.
 
   Raises:
     UserError: the run had checkpoints.
   """
-  found = rows(workdir)
-  reached = max((row["step"] for row in found), default=0)
-  if not reached or jax.process_index() != 0:
+  found = [row for row in rows(workdir) if row["step"] > begun]
+  reached = max((row["step"] for row in found), default=begun)
+  if not found or jax.process_index() != 0:
     return
   try:
     every = json.loads((workdir / "config.json").read_text())["checkpoint"]["every_steps"]
   except (OSError, ValueError, KeyError, TypeError):
     every = None
   evaluated = any(key.startswith("eval_") for row in found for key in row)
-  if evaluated or every and reached > 2 * every + checkpoint.ATTEMPTS:
+  if evaluated or every and reached - begun > 2 * every + checkpoint.ATTEMPTS:
     raise UserError(
       f"{workdir / 'metrics.jsonl'} tells of {reached} steps, and there is no complete checkpoint in "
       f"{workdir / 'checkpoints'} any more: put the checkpoints back (look into {workdir / 'damaged'} too), take "
-      "another --workdir, or move metrics.jsonl away to begin at step 0"
+      "another --workdir, or move metrics.jsonl away to begin anew"
     )
-  log.warning(
-    "%s: the run before got to step %d, with no checkpoint yet; this one begins at step 0", workdir, reached
-  )
+  text = "%s: the run before got to step %d, with no checkpoint yet; this one begins at step %d"
+  log.warning(text, workdir, reached, begun)
 
 
 # What may differ when a run goes on: none of it changes what is computed from a step on, but for the run's length.

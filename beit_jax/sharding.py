@@ -45,6 +45,12 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[Any] | None = Non
   return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def local_mesh() -> Mesh:
+  """A mesh of one device of this process: for what a process does by itself."""
+  devices = np.asarray(jax.local_devices()[:1]).reshape(1, 1)
+  return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Axis 0 over every device of the mesh."""
   return NamedSharding(mesh, PartitionSpec(AXES))

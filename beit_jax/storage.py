@@ -18,11 +18,12 @@ import sys
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from beit_jax.errors import UserError
+from beit_jax.errors import Outage, UserError
 
 log = logging.getLogger("beit_jax")
 SCHEME = "gs://"
@@ -119,7 +120,7 @@ def _bucket(name: str) -> Any:
   except (exceptions.Forbidden, exceptions.Unauthorized) as error:
     raise UserError(f"{SCHEME}{name}: access is denied ({_first(error)}); {ROLES}") from None
   except Exception as error:  # no network, a proxy, an outage
-    raise UserError(f"{SCHEME}{name}: cannot be reached ({_first(error)})") from None
+    raise Outage(f"{SCHEME}{name}: cannot be reached ({_first(error)})") from None
   return bucket
 
 
@@ -132,11 +133,13 @@ def errors() -> tuple[type[Exception], ...]:
   if "gcsfs" not in sys.modules:
     return ()
   import aiohttp
+  import requests
   from gcsfs.retry import HttpError
   from google.api_core.exceptions import GoogleAPIError
   from google.auth.exceptions import GoogleAuthError
 
-  return HttpError, aiohttp.ClientError, GoogleAPIError, GoogleAuthError
+  dropped = requests.exceptions.ConnectionError, requests.exceptions.Timeout
+  return HttpError, aiohttp.ClientError, GoogleAPIError, GoogleAuthError, *dropped
 
 
 def check_writable(folder: Any) -> None:
@@ -148,7 +151,7 @@ def check_writable(folder: Any) -> None:
   if not remote(folder):
     return
   bucket, key = _split(folder)
-  blob = _bucket(bucket).blob(f"{key}/.beit_jax-trial-{os.getpid()}")
+  blob = _bucket(bucket).blob(f"{key}/.beit_jax-trial-{uuid.uuid4().hex}")
   try:
     blob.upload_from_string(b"beit_jax\n")
     blob.delete()
@@ -231,6 +234,7 @@ def close() -> None:
   """The last upload, of what has been said since the last checkpoint; where it fails the local files are kept."""
   global _staging
   if _staging is None:
+    _tidy()
     return
   _stop.set()
   place = _staging
@@ -244,6 +248,7 @@ def close() -> None:
     with _lock:
       _staging = None
       _seen.clear()
+    _tidy()
 
 
 def fetch(path: Any) -> Path:
@@ -307,18 +312,17 @@ def remove(folder: Any) -> None:
 
 def read(path: Any) -> tuple[str, int]:
   """(text, generation) of an object, ("", 0) where there is none."""
-  from google.api_core.exceptions import NotFound
+  from google.api_core.exceptions import NotFound, PreconditionFailed
 
   bucket, key = _split(path)
-  blob = _bucket(bucket).get_blob(key)
-  try:
-    return (
-      ("", 0)
-      if blob is None
-      else (blob.download_as_text(if_generation_match=blob.generation), blob.generation)
-    )
-  except NotFound:
-    return "", 0
+  while True:
+    blob = _bucket(bucket).get_blob(key)
+    if blob is None:
+      return "", 0
+    try:
+      return blob.download_as_text(if_generation_match=blob.generation), blob.generation
+    except (NotFound, PreconditionFailed):  # it was replaced or deleted in between
+      continue
 
 
 def write(path: Any, text: str, generation: int) -> int:

@@ -23,7 +23,7 @@ import jax
 import numpy as np
 
 from beit_jax import config as config_lib
-from beit_jax import distributed, logs, objectives, record, sharding
+from beit_jax import distributed, logs, objectives, record, sharding, storage
 from beit_jax.data import pipeline, sources, tokens
 from beit_jax.data.damage import Damage
 from beit_jax.errors import UserError
@@ -202,7 +202,7 @@ def main(argv: list[str]) -> int:
     size = sum(path.stat().st_size for path in out.glob("tokens-*.array_record"))
     replay = f"--{prefix}tokenizer.cache={out}"
     log.info("finished: %d epochs, %.1f MB; replay them with %s", cache.epochs, size / 1e6, replay)
-  except UserError as error:
+  except (UserError, *storage.errors()) as error:
     print(f"error: {error}", file=sys.stderr)
     logs.only_file(f"error: {error}")
     distributed.tell(str(error))

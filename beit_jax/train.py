@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -34,7 +35,7 @@ from beit_jax import config as config_lib
 from beit_jax import evaluate as evaluation
 from beit_jax.data import pipeline, sources
 from beit_jax.data.damage import Damage
-from beit_jax.errors import UserError
+from beit_jax.errors import Outage, UserError
 from beit_jax.lock import only_writer
 from beit_jax.logs import Logger, log, only_file
 from beit_jax.meter import Meter
@@ -70,7 +71,7 @@ def run(config: ConfigDict, workdir: Path, name: str = "") -> dict[str, Any]:
         return _run(config, workdir, name or workdir.name, mesh, watch)
   except (OSError, *storage.errors()) as error:
     what = f"{getattr(error, 'filename', None) or workdir}: {getattr(error, 'strerror', None) or error}"
-    raise UserError(
+    raise (Outage if checkpoint.may_pass(error) else UserError)(
       f"{what}. Checkpoints in {workdir} are as they were; give the same command again when it is mended"
     ) from error
 
@@ -161,7 +162,7 @@ def _run(
     logger = Logger(workdir, total_steps, name, start_step, again=again or start_step == total_steps)
     stack.enter_context(contextlib.closing(logger))
     meter = Meter(config, logger, workdir, name, schedules, start_step)
-    trace = Trace(config.profile_steps, storage.local(workdir / "profile"), total_steps)
+    trace = Trace(config.profile_steps, workdir / "profile", total_steps)
     stack.enter_context(contextlib.closing(trace))
 
     def evaluate(step):
@@ -307,9 +308,9 @@ def _restore(config, objective, saver, state, shapes, shardings, description) ->
     record.same_data(saver.root / str(latest), description)
     log.info("resuming from %s", saver.root / str(latest))
     return saver.restore(latest, shapes, shardings)
-  record.may_begin(saver.root.parent)
-  if config.resume:
-    folder = checkpoint.find(config.resume)
+  folder = checkpoint.find(config.resume) if config.resume else None
+  record.may_begin(saver.root.parent, int(folder.name) if folder else 0)
+  if folder:
     if not (folder / "rest").is_dir():
       raise UserError(f"config key 'resume': {folder} holds weights only, no optimizer; use init_from")
     record.same_model(folder, description)
@@ -355,7 +356,16 @@ def _announce(config, name, objective, shapes, examples, per_epoch, start_step, 
 
 def _write_figures(config, objective, state, frozen, eval_source, source, mesh, workdir, step) -> None:
   batch = next(iter(evaluation.eval_batches(config, objective, eval_source or source, mesh, 16)))
-  pictures = objective.figures({"params": state.params, **state.collections}, frozen, batch)
+  variables = {"params": state.params, **state.collections}
+  if (
+    jax.process_count() > 1
+  ):  # all of it, to one device of process 0: eager code cannot look at what others hold
+    variables, frozen, batch = multihost_utils.process_allgather((variables, frozen, batch), tiled=True)
+    if jax.process_index() != 0:
+      return
+    mesh = sharding.local_mesh()
+  with jax.set_mesh(mesh):
+    pictures = objective.figures(variables, frozen, batch)
   folder = workdir / "figures"
   storage.local(folder).mkdir(exist_ok=True)
   for name, picture in pictures.items():

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.parse
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +115,17 @@ def test_metrics_are_there_before_the_checkpoint_counts(bucket, monkeypatch):
   assert [step for step, _, _ in seen] == [1, 2, 3, 4]
   assert all(logged >= step for step, logged, _ in seen), seen
   assert all(step - 1 in steps for step, _, steps in seen[1:]), seen
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_costs_nothing(bucket, caplog):
+  old = lambda path: "kept/checkpoints/1" in urllib.parse.unquote(path)
+  bucket.refuse = lambda method, path: 403 if method == "DELETE" and old(path) else None
+  try:
+    train.run(_config(**{"checkpoint.keep": 1}), storage.path("gs://bucket/kept"))
+  finally:
+    bucket.refuse = None
+  assert checkpoint.find("gs://bucket/kept").name == "4"
+  assert "checkpoints/1 could not be deleted" in caplog.text
 
 
 def test_a_resume_goes_on_in_the_bucket(bucket, run):

@@ -440,6 +440,7 @@ from tests import tiny
 
 def get_config():
   changes = {"mesh.data": 8, "total_steps": 13, "checkpoint.every_steps": 5, "eval.every_steps": 5}
+  changes["figures"] = True
   return tiny.raw("classify", **changes)
 """
 
@@ -466,6 +467,7 @@ def test_two_processes_train_as_one_does(tmp_path):
   for count in (1, 2):
     errors, rows[count] = _train(config, tmp_path / str(count), count)
     assert (tmp_path / str(count) / "checkpoints" / "13" / "digest.json").exists()
+    assert [path.suffix for path in (tmp_path / str(count) / "figures").iterdir()] == [".png"]
   assert " I " in errors[0] and " I " not in errors[1]
   assert len(rows[1]) == len(rows[2]) == 16  # 13 steps, 3 evaluations
   _same_losses(rows[1], rows[2])

@@ -380,6 +380,16 @@ def test_what_was_evaluated_was_saved(tmp_path):
     record.may_begin(tmp_path)
 
 
+def test_steps_count_from_where_a_resume_began(tmp_path, caplog):
+  """A run with `resume`, killed before its first own checkpoint, may be given again."""
+  (tmp_path / "config.json").write_text(json.dumps({"checkpoint": {"every_steps": 5}}))
+  (tmp_path / "metrics.jsonl").write_text('{"step": 101, "loss": 1.0}\n{"step": 102, "loss": 1.0}\n')
+  record.may_begin(tmp_path, 100)
+  assert "got to step 102, with no checkpoint yet; this one begins at step 100" in caplog.text
+  with pytest.raises(UserError, match="tells of 102"):
+    record.may_begin(tmp_path)
+
+
 def test_nothing_was_begun(tmp_path, caplog):
   record.may_begin(tmp_path)
   (tmp_path / "metrics.jsonl").write_text("")

@@ -119,8 +119,12 @@ def make(values: dict[str, Any], spec: str, overrides: list[tuple[str, Any]]) ->
       if len(tried) >= values["tries"]:
         break
       prefix = f"{found['stage']}." if found["stage"] else ""
-      other = look([(prefix + key, value) for key, value in setting.items()])
       flags = search.flags(found["stage"], setting)
+      try:
+        other = look([(prefix + key, value) for key, value in setting.items()])
+      except UserError as error:
+        print(f"{' '.join(flags)} cannot be planned: {error}", file=sys.stderr)
+        continue
       tried.append(dict(flags=flags, fits=other["fits"], peak=other["memory"].get("peak")))
       if other["fits"]:
         break
