@@ -324,7 +324,7 @@ def _foreign(bucket, name):
 
 
 def test_a_lock_without_a_sign_of_life_is_taken_over(bucket, monkeypatch, caplog):
-  monkeypatch.setattr(lock, "LEASE", 1.0)
+  monkeypatch.setattr(lock, "LEASE", 3.0)
   monkeypatch.setattr(lock, "BEAT", 0.1)
   _foreign(bucket, "stale")
   workdir = storage.path("gs://bucket/stale")
