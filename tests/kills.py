@@ -127,7 +127,8 @@ def kill_once(
     return "finished"
   victims = rng.sample(started, rng.randint(1, processes))
   for process in victims:
-    process.send_signal(signal.SIGKILL)
+    process.kill()
+    process.wait()
   statuses = [process.wait(LIMIT) for process in started if process not in victims]
   # JAX's own heartbeat may be the first to notice, and aborts.
   assert all(status in (1, rollcall.LOST, -signal.SIGABRT) for status in statuses), statuses

@@ -301,7 +301,8 @@ def test_two_processes_and_one_write_and_read_the_same(bucket, tmp_path):
 
   def go(workdir, count, steps):
     command = ["-m", "beit_jax.main", f"--config={tmp_path / 'config.py'}", f"--workdir={workdir}"]
-    command += [f"--config.total_steps={steps}"]
+    # A constant rate, or the length of the run would change it.
+    command += [f"--config.total_steps={steps}", "--config.optimizer.min_lr=0.001"]
     devices = {"JAX_NUM_CPU_DEVICES": str(8 // count)}
     results = several._start(command, range(count), count, timeout=400, env=env | devices)
     assert [status for status, _ in results] == [0] * count, results
