@@ -73,6 +73,19 @@ PLAIN = {
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 @pytest.mark.parametrize("name", PLAIN)
+def test_a_line_of_pixels_is_cut_before_it_is_resized(monkeypatch):
+  """A picture of 16,777,216 x 2, which fuzzing made, took 1.6 GiB to squeeze into a view."""
+  boxes = []
+  monkeypatch.setattr(
+    images, "resize", lambda pixels, box, views: boxes.append(box) or [np.zeros((8, 8, 3), np.uint8)]
+  )
+  options = dict(crop="pad", scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), flip=False)
+  images.train_views(
+    np.zeros((2, 1000, 3), np.uint8), np.random.default_rng(0), {"image": ((8, 8), "bicubic")}, **options
+  )
+  assert boxes[0] == (436, 0, 564, 2)
+
+
 def test_plain_jpegs_have_the_pixels_that_pillow_finds(name, mode, taken):
   for size in ((150, 100), (33, 17), (8, 64), (1, 5)):
     data = _encoded(_scene(*size).convert(mode), **PLAIN[name])

@@ -21,7 +21,7 @@ from beit_jax.errors import BadImage
 
 MAX_PIXELS = 2**26  # of an encoded picture, checked before it is decoded: 8,192 x 8,192
 MAX_WEBP_PIXELS = 3 * 2**24  # its decoder holds four copies
-MAX_ASPECT = 64  # of an evaluated picture; of a narrower one the central part is seen
+MAX_ASPECT = 64  # of a picture that is resized as a whole; of a narrower one the central part is seen
 STRIP = 2**20  # pixels that are scaled at a time
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # EPS would run a program
 RESIZES = ("short_side", "squash")
@@ -218,7 +218,7 @@ def train_views(
     factor = _spare(box, views)
   pixels, factor = picture.shrunk(factor)
   if crop == "pad":
-    (pixels,) = resize(pixels, (0, 0, *picture.size), [(first, "bicubic")])
+    (pixels,) = resize(pixels, _without_ends(picture.size), [(first, "bicubic")])
     pixels = np.pad(pixels, [(side // 8, side // 8) for side in first] + [(0, 0)])
   elif factor > 1:
     box = tuple(side / factor for side in box)
@@ -255,14 +255,16 @@ def eval_size(
   return height, width
 
 
+def _without_ends(size: tuple[int, int]) -> Box:
+  """The central box of at most `MAX_ASPECT`: to resize a line of pixels takes more memory than there is."""
+  return _central(*size, *(min(side, MAX_ASPECT * min(size)) for side in size))
+
+
 def eval_views(image: Any, views: Views, *, crop_pct: float, resize: str = "short_side") -> dict:
   """Resized to `eval_size`, then a centre crop of the view's size: {name: uint8 [H, W, 3]}."""
   image = decode(image)
-  longest = MAX_ASPECT * min(
-    image.size
-  )  # a line of pixels would be resized to a picture that no memory holds
-  if max(image.size) > longest:
-    image = image.crop(_central(*image.size, *(min(side, longest) for side in image.size)))
+  if max(image.size) > MAX_ASPECT * min(image.size):
+    image = image.crop(_without_ends(image.size))
   result = {}
   for name, ((height, width), interpolation) in views.items():
     size = eval_size((image.height, image.width), (height, width), crop_pct, resize)[::-1]
