@@ -39,7 +39,6 @@ OPTIMISED = {
   "test_kills",
   "test_models",
   "test_optim",
-  "test_segmentation",
   "test_segmentation_models",
   "test_transfer",
 }

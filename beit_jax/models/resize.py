@@ -49,11 +49,18 @@ def adaptive_average_pool(x: jax.Array, size: tuple[int, int]) -> jax.Array:
 
 
 def max_pool_2x2(x: jax.Array) -> jax.Array:
-  """[B, h, w, C] -> [B, h // 2, w // 2, C]; an odd last row or column is dropped, as by MaxPool2d(2)."""
-  batch, height, width, channels = x.shape
+  """[B, h, w, C] -> [B, h // 2, w // 2, C]; an odd last row or column is dropped, as by MaxPool2d(2).
+
+  Two maxima of halves: a reduction, over a window or reshaped, is slower on CPU, both ways, and its gradient compares
+  its input with its result, which a compiler may have computed twice, not to the same bit: NaN, seen in UPerNet.
+  """
+  height, width = x.shape[1:3]
   if min(height, width) < 2:
     raise ValueError(
       f"a map of {height}x{width} cannot be halved; the image needs two patches a side or more"
     )
   x = x[:, : height // 2 * 2, : width // 2 * 2]
-  return x.reshape(batch, height // 2, 2, width // 2, 2, channels).max((2, 4))
+  for axis in (1, 2):
+    pairs = x.reshape(*x.shape[:axis], -1, 2, *x.shape[axis + 1 :])
+    x = jnp.maximum(*(half.squeeze(axis + 1) for half in jnp.split(pairs, 2, axis + 1)))
+  return x
