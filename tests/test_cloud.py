@@ -269,7 +269,7 @@ def test_a_batch_that_is_not_finite_is_in_the_bucket(bucket, monkeypatch):
 
 
 @SLOW
-def test_a_save_that_fails_is_repeated(bucket, monkeypatch, caplog):
+def test_a_save_that_fails_is_repeated(bucket, run, monkeypatch, caplog):
   from gcsfs.retry import HttpError
 
   original, left = checkpoint._write_json, [HttpError({"code": 503, "message": "away"})]
