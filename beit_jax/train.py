@@ -309,10 +309,10 @@ def _restore(config, objective, saver, state, shapes, shardings, description) ->
     log.info("resuming from %s", saver.root / str(latest))
     return saver.restore(latest, shapes, shardings)
   folder = checkpoint.find(config.resume) if config.resume else None
+  if folder and not (folder / "rest").is_dir():
+    raise UserError(f"config key 'resume': {folder} holds weights only, no optimizer; use init_from")
   record.may_begin(saver.root.parent, int(folder.name) if folder else 0)
   if folder:
-    if not (folder / "rest").is_dir():
-      raise UserError(f"config key 'resume': {folder} holds weights only, no optimizer; use init_from")
     record.same_model(folder, description)
     log.info("resume: step, parameters and optimizer from %s", folder)
     return saver.restore(int(folder.name), shapes, shardings, root=folder.parent)

@@ -138,8 +138,12 @@ def devices(topology: Topology) -> list[Any]:
     raise UserError(f"--topology={topology.name} needs {LIBTPU}; --topology=cpu:8 works without")
   from jax.experimental import topologies
 
+  # Of a slice below a whole host not every libtpu knows the host (0.0.42 does not, 0.0.52 does).
+  host = [*(min(side, 2) for side in topology.grid[:2]), 1]
+  bounds = {"chips_per_host_bounds": host} if topology.chips < 4 else {}
   try:
-    return list(topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices)
+    slice_ = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **bounds)
+    return list(slice_.devices)
   except Exception as error:  # libtpu's own, of a type that JAX does not export
     reason = str(error).strip().splitlines()[0][:300]
     raise UserError(f"--topology={topology.name}: libtpu does not know this slice ({reason})") from None
