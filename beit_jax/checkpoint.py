@@ -149,6 +149,18 @@ def find(path: str | Path, step: int | None = None) -> Path:
   )
 
 
+def whole(path: str | Path) -> tuple[Path, int]:
+  """As `find`, for `resume`: (folder, its step).
+
+  Raises:
+    UserError: none, or weights without the optimizer.
+  """
+  folder = find(path)
+  if not (folder / "rest").is_dir():
+    raise UserError(f"config key 'resume': {folder} holds weights only, no optimizer; use init_from")
+  return folder, int(read_description(folder)["step"])
+
+
 def read_description(folder: Path) -> dict[str, Any]:
   return json.loads((folder / DESCRIPTION).read_text())
 
@@ -311,14 +323,15 @@ class Checkpointer:
   def _failed(self, error: Exception) -> None:
     """A save's error: remembered when it may pass, else raised, with the half-written files removed."""
     self._failures += 1
-    if jax.process_index() == 0 and storage.remote(self.root):
-      with contextlib.suppress(Exception):  # there, a half-written one already has its final name
-        if not (self.root / str(self._saving) / DIGEST).is_file():
-          storage.remove(self.root / str(self._saving))
+    if jax.process_index() == 0:
+      half = self.root / str(self._saving)
+      with contextlib.suppress(Exception):
+        if not (half / DIGEST).is_file():  # it may have its final name already
+          storage.remove(half) if storage.remote(half) else shutil.rmtree(half, ignore_errors=True)
         self._manager.reload()
-    elif jax.process_index() == 0:
-      for half in self.root.glob("*.orbax-checkpoint-tmp*"):
-        shutil.rmtree(half, ignore_errors=True)
+      if not storage.remote(self.root):
+        for half in self.root.glob("*.orbax-checkpoint-tmp*"):
+          shutil.rmtree(half, ignore_errors=True)
     if may_pass(error) and self._failures < ATTEMPTS and jax.process_count() == 1:
       log.warning(
         "saving in %s failed (%s); it will be tried again at the next step", self.root, _brief(error)
@@ -359,17 +372,14 @@ class Checkpointer:
     """Step of the newest good checkpoint (bad ones were put aside at the start)."""
     return max(steps(self.root), default=None)
 
-  def restore(
-    self, step: int, shapes: TrainState, shardings: TrainState, root: Path | None = None
-  ) -> TrainState:
-    """The state saved at `step`, on the devices that `shardings` say, whatever mesh wrote it."""
+  def restore(self, folder: Path, shapes: TrainState, shardings: TrainState) -> TrainState:
+    """The state in a step's folder, on the devices that `shardings` say, whatever mesh wrote it."""
     abstract = jax.tree.map(
       lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
       shapes,
       shardings,
     )
     rest = {"step": abstract.step, "collections": abstract.collections, "opt_state": abstract.opt_state}
-    folder = (root or self.root) / str(step)
     with ocp.StandardCheckpointer() as checkpointer:
       params = checkpointer.restore(folder / "params", abstract.params)
       rest = checkpointer.restore(folder / "rest", rest)

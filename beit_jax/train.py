@@ -307,15 +307,13 @@ def _restore(config, objective, saver, state, shapes, shardings, description) ->
     record.same_run(saver.root / str(latest), config)
     record.same_data(saver.root / str(latest), description)
     log.info("resuming from %s", saver.root / str(latest))
-    return saver.restore(latest, shapes, shardings)
-  folder = checkpoint.find(config.resume) if config.resume else None
-  if folder and not (folder / "rest").is_dir():
-    raise UserError(f"config key 'resume': {folder} holds weights only, no optimizer; use init_from")
-  record.may_begin(saver.root.parent, int(folder.name) if folder else 0)
+    return saver.restore(saver.root / str(latest), shapes, shardings)
+  folder, begun = checkpoint.whole(config.resume) if config.resume else (None, 0)
+  record.may_begin(saver.root.parent, begun)
   if folder:
     record.same_model(folder, description)
     log.info("resume: step, parameters and optimizer from %s", folder)
-    return saver.restore(int(folder.name), shapes, shardings, root=folder.parent)
+    return saver.restore(folder, shapes, shardings)
   if config.init_from:
     pretrained = convert.load(config.init_from)
     found = objective.adapt(pretrained, state.params)

@@ -568,6 +568,29 @@ def test_a_passing_error_is_tried_again(monkeypatch, tmp_path, caplog):
   assert max(checkpoint.steps(tmp_path / "checkpoints")) == 6
 
 
+def test_an_error_while_the_last_checkpoint_is_sealed_is_tried_again(monkeypatch, tmp_path, caplog):
+  """The one that has its final name by then, and no digest, is not in the way of its repetition."""
+  write, calls = checkpoint._write_json, []
+
+  def fails_once(path, value):
+    calls.append(path)
+    if len(calls) == 2:  # of description and digest
+      raise OSError(5, "Input/output error")
+    write(path, value)
+
+  monkeypatch.setattr(checkpoint, "_write_json", fails_once)
+  assert train.run(_config(total_steps=2, **{"checkpoint.every_steps": 1000}), tmp_path)["step"] == 2
+  assert [path.parent.name for path in calls] == ["2"] * 4 and "tried again" in caplog.text
+  assert checkpoint.find(tmp_path).name == "2"
+
+
+def test_a_renamed_checkpoint_is_resumed(tmp_path, caplog):
+  train.run(_config(total_steps=2), tmp_path / "first")
+  (tmp_path / "first/checkpoints/2").rename(tmp_path / "renamed")
+  result = train.run(_config(total_steps=3, resume=str(tmp_path / "renamed")), tmp_path / "second")
+  assert result["step"] == 3 and "from step 2" in caplog.text
+
+
 def test_a_full_disk_stops_the_run_and_keeps_what_is_there(monkeypatch, tmp_path):
   train.run(_config(total_steps=2), tmp_path)
   _fail_saves(monkeypatch, OSError(28, "No space left on device"), 99)

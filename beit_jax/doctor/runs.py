@@ -212,7 +212,7 @@ def checkpoints(machine: Machine, run: Run) -> Found:
 def _beginning(machine: Machine, run: Run) -> str:
   """What a run without checkpoints begins with. Raises a UserError where it cannot."""
   resume = run.config.resume if "resume" not in run.waits else ""
-  record.may_begin(run.folder, int(checkpoint.find(resume).name) if resume else 0)
+  record.may_begin(run.folder, checkpoint.whole(resume)[1] if resume else 0)
   for key in ("resume", "init_from"):
     path = run.config[key]
     if key in run.waits:
