@@ -139,7 +139,8 @@ def _lease(workdir: Path) -> Iterator[None]:
   """Holds lock.json in a bucket: written on the condition that nobody else has, and again every `BEAT` seconds.
 
   A lock without such a sign of life for `LEASE` seconds, watched from here, is taken over; that of a dead process of
-  this machine at once. Who finds that his own was taken over, after a long pause, ends with status 75.
+  this machine at once. A living one on another machine has as long to end: a cluster may start the replacement while
+  it still saves. Who finds that his own was taken over, after a long pause, ends with status 75.
   """
   path = workdir / LOCK
   text, generation = storage.read(path)
@@ -169,6 +170,10 @@ def _lease(workdir: Path) -> Iterator[None]:
   try:
     yield
   finally:
+    with contextlib.suppress(
+      Exception
+    ):  # while nobody else writes; tried again, and said, at the end of the process
+      storage.push()
     stop.set()
     thread.join()
     with contextlib.suppress(Exception):  # it will be seen to be dead
@@ -176,28 +181,30 @@ def _lease(workdir: Path) -> Iterator[None]:
 
 
 def _watch(workdir: Path, before: dict, generation: int) -> int:
-  """Waits for a sign of life. The generation to replace: the same, or 0 where the holder has ended by itself.
+  """Waits for the holder to end. The generation to replace, or 0 where it has let go by itself.
 
   Raises:
-    UserError: the holder lives.
+    UserError: the holder is of this machine, or gives signs of life for longer than `LEASE`.
   """
   if _alive(before):
     raise _refusal(workdir, before)
   log.info(
-    "%s: process %s on %s has the lock; looking for %g s whether it lives",
+    "%s: process %s on %s has the lock; looking for %g s whether it lives, or ends",
     workdir,
     before.get("pid"),
     before.get("host"),
     LEASE,
   )
-  deadline = time.monotonic() + LEASE
-  while time.monotonic() < deadline:
+  began = last = time.monotonic()
+  while time.monotonic() - last < LEASE:
     time.sleep(min(1.0, BEAT))
     now = storage.read(workdir / LOCK)[1]
-    if now != generation:
-      if now:
-        raise _refusal(workdir, before)
+    if not now:
       return 0
+    if now != generation:
+      generation, last = now, time.monotonic()
+      if last - began > LEASE:
+        raise _refusal(workdir, before)
   return generation
 
 

@@ -343,15 +343,57 @@ def test_a_lock_without_a_sign_of_life_is_taken_over(bucket, monkeypatch, caplog
   assert not bucket.names("stale/") and not lock.held(workdir)
 
 
-def test_a_lock_with_a_sign_of_life_is_respected(bucket, monkeypatch):
-  monkeypatch.setattr(lock, "LEASE", 60.0)
+def test_a_lock_with_signs_of_life_is_respected(bucket, monkeypatch):
+  monkeypatch.setattr(lock, "LEASE", 2.0)
+  monkeypatch.setattr(lock, "BEAT", 0.1)
   _foreign(bucket, "living")
-  timer = threading.Timer(0.5, _foreign, (bucket, "living"))
-  timer.start()
-  with pytest.raises(UserError, match="process 77 on elsewhere"):
-    train.run(_config(), storage.path("gs://bucket/living"))
-  timer.join()
+  over = threading.Event()
+
+  def live():
+    while not over.wait(0.5):
+      _foreign(bucket, "living")
+
+  thread = threading.Thread(target=live)
+  thread.start()
+  try:
+    with pytest.raises(UserError, match="process 77 on elsewhere"):
+      train.run(_config(), storage.path("gs://bucket/living"))
+  finally:
+    over.set()
+    thread.join()
   assert json.loads(bucket.read("living/lock.json"))["pid"] == 77
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_who_is_to_be_replaced_has_time_to_end(killed, bucket, monkeypatch):
+  """A sign of life, and then the end, in good order or by a kill: the replacement goes on instead of ending."""
+  monkeypatch.setattr(lock, "LEASE", 2.0)
+  monkeypatch.setattr(lock, "BEAT", 0.1)
+  _foreign(bucket, "replaced")
+  workdir = storage.path("gs://bucket/replaced")
+  timers = [threading.Timer(0.5, _foreign, (bucket, "replaced"))]
+  if not killed:
+    timers.append(
+      threading.Timer(1.0, lambda: storage.delete(workdir / lock.LOCK, storage.read(workdir / lock.LOCK)[1]))
+    )
+  for timer in timers:
+    timer.start()
+  with lock.only_writer(workdir):
+    assert lock.holder(workdir)["pid"] == os.getpid()
+  for timer in timers:
+    timer.join()
+
+
+def test_all_is_uploaded_before_the_lock_is_let_go(bucket, monkeypatch):
+  """A successor may begin at once."""
+  workdir = storage.path("gs://bucket/ending")
+  seen = []
+  monkeypatch.setattr(
+    storage, "delete", lambda path, generation: seen.append(bucket.read("ending/metrics.jsonl"))
+  )
+  with lock.only_writer(workdir):
+    storage.local(workdir / "metrics.jsonl").write_text("the last line")
+  assert seen == [b"the last line"]
 
 
 def test_who_has_lost_the_lock_ends(bucket, tmp_path):

@@ -266,17 +266,22 @@ def test_settings_are_tried_in_order_and_only_where_the_state_fits():
   found = dict(
     model=dict(remat=False, scan=False),
     mesh=dict(data=8, fsdp=1),
+    mesh_data=-1,
     microbatches=1,
     batch_size=64,
     parameters=1e9,
   )
-  everything = list(search.settings(found, 8, 1e12))
+  everything = list(search.settings(found, 1e12))
   both = {"model.remat": True, "model.scan": True}
   assert everything[:3] == [{"model.remat": True}, both, both | {"mesh.fsdp": 2}]
   assert everything[3:5] == [both | {"mesh.fsdp": 4}, both | {"mesh.fsdp": 8}]
   assert everything[5:] == [both | {"mesh.fsdp": 8, "microbatches": n} for n in (2, 4, 8)]
-  scarce = list(search.settings(found, 8, 4e9))
+  scarce = list(search.settings(found, 4e9))
   assert scarce[0] == both | {"mesh.fsdp": 8}
+  fixed = list(
+    search.settings(found | {"mesh_data": 8}, 4e9)
+  )  # or the mesh would want more devices than there are
+  assert fixed[0] == both | {"mesh.fsdp": 8, "mesh.data": 1}
   assert search.flags("pretrain", {"mesh.fsdp": 2}) == ["--config.pretrain.mesh.fsdp=2"]
 
 

@@ -115,7 +115,7 @@ def make(values: dict[str, Any], spec: str, overrides: list[tuple[str, Any]]) ->
 
   found, tried = look([]), []
   if not found["fits"]:
-    for setting in search.settings(found, where.num_devices, hbm):
+    for setting in search.settings(found, hbm):
       if len(tried) >= values["tries"]:
         break
       prefix = f"{found['stage']}." if found["stage"] else ""

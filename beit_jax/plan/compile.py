@@ -127,6 +127,7 @@ def compile_step(
     batch_size=config.batch_size,
     microbatches=config.microbatches,
     mesh=dict(step.mesh.shape),
+    mesh_data=config.mesh.data,
     model={key: config.model.get(key) for key in ("remat", "scan", "dtype")},
     parameters=trees.num_params(step.plan.param_shapes),
     examples=len(step.plan.source),

@@ -9,13 +9,14 @@ STATE_BYTES = 16  # of a parameter: itself, its gradient, and two moments, float
 ROOM = 0.9  # of the memory, which the state alone may take for a setting to be tried
 
 
-def settings(found: dict[str, Any], num_devices: int, hbm: float) -> Iterator[Setting]:
+def settings(found: dict[str, Any], hbm: float) -> Iterator[Setting]:
   """What to try after a setting that does not fit, never making the effective batch another one.
 
   Rematerialisation, then with layer scan, then with the state spread over 2, 4, ... devices, then with the batch in
   parts. Where the state alone would not fit it is not worth compiling.
   """
   model, fsdp, parts = found["model"], found["mesh"]["fsdp"], found["microbatches"]
+  num_devices = found["mesh"]["data"] * fsdp
   start: Setting = {}
   has_blocks = model.get("remat") is not None
   ladder: list[Setting] = []
@@ -29,7 +30,8 @@ def settings(found: dict[str, Any], num_devices: int, hbm: float) -> Iterator[Se
     wider = fsdp * 2**power
     if wider > num_devices or num_devices % wider:
       break
-    ladder.append(start | {"mesh.fsdp": wider})
+    fixed = {} if found["mesh_data"] == -1 else {"mesh.data": num_devices // wider}
+    ladder.append(start | {"mesh.fsdp": wider} | fixed)
   last = ladder[-1] if ladder else start
   most = found["batch_size"] // num_devices
   ladder += [last | {"microbatches": parts * 2**n} for n in range(1, 6) if most % (parts * 2**n) == 0]
