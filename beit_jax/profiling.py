@@ -23,8 +23,11 @@ class Trace:
     """Before a step's batch is asked for; `state`: what the step will work on."""
     if step == self._first and jax.process_index() == 0:
       jax.block_until_ready(state)  # or the steps under way would be in it
-      jax.profiler.start_trace(storage.local(self._folder))
-      self._running = True
+      try:
+        jax.profiler.start_trace(storage.local(self._folder))
+        self._running = True
+      except Exception as error:  # a run does not end for want of a profile
+        log.warning("no profile in %s: %s", self._folder, error)
 
   def after(self, step: int, state: Any) -> None:
     """After the step was begun; `state`: its result."""
@@ -35,5 +38,8 @@ class Trace:
   def close(self) -> None:
     if self._running:
       self._running = False
-      jax.profiler.stop_trace()
-      log.info("profile: %s", self._folder)
+      try:
+        jax.profiler.stop_trace()
+        log.info("profile: %s", self._folder)
+      except Exception as error:  # a full disk, mostly
+        log.warning("no profile in %s: %s", self._folder, error)

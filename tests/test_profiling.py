@@ -41,6 +41,12 @@ def test_a_run_that_ends_within_the_steps_writes_its_trace(tmp_path):
   assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
+def test_a_trace_that_cannot_be_written_costs_no_run(tmp_path, caplog):
+  (tmp_path / "profile").write_text("a file where a folder is wanted")
+  assert train.run(tiny.config("dvae", total_steps=3, profile_steps=(1, 2)), tmp_path)["step"] == 3
+  assert [r.message for r in caplog.records if f"no profile in {tmp_path / 'profile'}" in r.message]
+
+
 def test_no_trace_unless_asked_for(tmp_path, caplog):
   train.run(tiny.config("dvae", total_steps=2), tmp_path / "a")
   train.run(tiny.config("dvae", total_steps=2, profile_steps=(3, 4)), tmp_path / "b")
