@@ -12,7 +12,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import shutil
 import time
 from collections.abc import Mapping
@@ -32,11 +31,13 @@ from beit_jax.logs import log
 from beit_jax.train_state import TrainState
 
 DESCRIPTION, DIGEST = "description.json", "digest.json"
+SAVED = "saved.json"  # in the workdir: there has been a complete checkpoint, which must not be forgotten
 ATTEMPTS = 3  # of a save whose error may pass
+PAUSE = 1.0  # seconds before the next
+DEFECTS = {
+  getattr(errno, name) for name in ("EIO", "EBADMSG", "EUCLEAN") if hasattr(errno, name)
+}  # of a disk
 SLOW_SAVE = "BEIT_JAX_SLOW_SAVE"  # seconds before and after each file of the seal; for tests that kill
-PASSING = {
-  getattr(errno, name) for name in ("EAGAIN", "EINTR", "EBUSY", "EIO", "ETIMEDOUT", "ESTALE", "ECONNRESET")
-}
 
 
 def _digests(folder: Path, wanted: Mapping[str, Mapping[str, Any]] = MappingProxyType({})) -> dict[str, Any]:
@@ -56,8 +57,12 @@ def sha256(path: Path) -> str:
 
 
 def _hash(path: Path, kind: str) -> str:
-  with path.open("rb") as file:
-    return hashlib.file_digest(file, kind).hexdigest()
+  try:
+    with path.open("rb") as file:
+      return hashlib.file_digest(file, kind).hexdigest()
+  except OSError as error:
+    error.filename = str(path)  # a read does not say of what
+    raise
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -71,6 +76,18 @@ def write_whole(path: Path, text: str) -> None:
     file.flush()
     os.fsync(file.fileno())
   os.replace(temporary, path)
+  _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+  number = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(number)
+  except OSError:
+    if path.is_file():  # some file systems know this of files only
+      raise
+  finally:
+    os.close(number)
 
 
 def _write_json(path: Path, value: Any) -> None:
@@ -82,14 +99,7 @@ def _flush(folder: Path) -> None:
   if storage.remote(folder):
     return
   for path in (*folder.rglob("*"), folder, folder.parent):
-    number = os.open(path, os.O_RDONLY)
-    try:
-      os.fsync(number)
-    except OSError:
-      if path.is_file():  # some file systems know this of files only
-        raise
-    finally:
-      os.close(number)
+    _sync(path)
 
 
 def fault(folder: Path) -> str | None:
@@ -102,7 +112,12 @@ def fault(folder: Path) -> str | None:
     return f"damaged: {DIGEST} is not JSON"
   if not isinstance(wanted, dict) or not all(isinstance(row, dict) for row in wanted.values()):
     return f"damaged: {DIGEST} names no files"
-  found = _digests(folder, wanted)
+  try:
+    found = _digests(folder, wanted)
+  except OSError as error:
+    if error.errno not in DEFECTS:
+      raise
+    return f"damaged: {error.filename or 'a file'} cannot be read ({error.strerror})"
   for name in sorted(set(wanted) | set(found)):
     if wanted.get(name) != found.get(name):
       state = "missing" if name not in found else "not in the digest" if name not in wanted else "changed"
@@ -199,28 +214,6 @@ def write_model(folder: Path, params: Any, description: dict[str, Any]) -> None:
   _write_json(folder / DIGEST, _digests(folder))
 
 
-def may_pass(error: Exception) -> bool:
-  """Whether the same save may succeed a moment later."""
-  if isinstance(error, OSError) and error.errno is not None:
-    return error.errno in PASSING
-  if isinstance(error, storage.errors()):
-    return getattr(error, "code", None) not in (400, 401, 403, 404)
-  return isinstance(error, ConnectionError | TimeoutError) or bool(
-    re.search(r"UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED", str(error))
-  )
-
-
-def _brief(error: Exception) -> str:
-  """What the system says, then the first line; TensorStore's errors are pages long and say it last."""
-  text = str(error).strip() or type(error).__name__
-  line = text.splitlines()[0]
-  line = line if len(line) <= 300 else f"{line[:300]}..."
-  said = re.search(
-    r"No space left on device|Disk quota exceeded|Read-only file system|Permission denied", text
-  )
-  return line if said is None or said[0] in line else f"{said[0]}: {line}"
-
-
 class Checkpointer:
   """Saves and restores the state of one run.
 
@@ -228,11 +221,19 @@ class Checkpointer:
   thread, while training goes on. Older checkpoints are deleted only when a newer one is sealed.
   """
 
-  def __init__(self, workdir: Path, *, keep: int, asynchronous: bool = True):
+  def __init__(
+    self, workdir: Path, *, keep: int, asynchronous: bool = True, needed: bool = True, fresh: bool = False
+  ):
+    """
+    Args:
+      needed: without them the run cannot go on, so that it is refused where all are damaged; else it does without.
+      fresh: the run has just begun, and what is there is of another one: put aside.
+    """
     self.root = storage.absolute(workdir) / "checkpoints"
     self._quarantine = storage.absolute(workdir) / "damaged"
     self._keep, self._failures, self._saving = keep, 0, 0
-    self._put_aside()
+    self._to_mark = needed
+    self._put_aside(needed, fresh)
     if jax.process_count() > 1:
       multihost_utils.sync_global_devices("checkpoints that cannot be used were put aside")
     # Orbax would delete the old ones as soon as the new one is committed, which is before it is sealed.
@@ -243,17 +244,17 @@ class Checkpointer:
     self._sealer = concurrent.futures.ThreadPoolExecutor(1, "seal")
     self._sealing: concurrent.futures.Future | None = None
 
-  def _put_aside(self) -> None:
+  def _put_aside(self, needed: bool, fresh: bool) -> None:
     """Moves unfinished and damaged checkpoints that are newer than the newest good one out of the way, loudly.
 
     Raises:
-      UserError: there are damaged ones and no good one. Nothing is moved then.
+      UserError: there are damaged ones and no good one, which are needed. Nothing is moved then.
     """
     if jax.process_index() != 0:
       return
     faults = {}
     for step in steps(self.root)[::-1]:
-      problem = fault(self.root / str(step))
+      problem = "of an earlier run" if fresh else fault(self.root / str(step))
       if problem is None:
         break
       faults[step] = problem
@@ -261,7 +262,7 @@ class Checkpointer:
       damaged = [
         f"{self.root / str(step)} is {problem}" for step, problem in faults.items() if "damaged" in problem
       ]
-      if damaged:
+      if damaged and needed:
         raise UserError(
           "no checkpoint of this run can be used:\n  "
           + "\n  ".join(damaged)
@@ -306,19 +307,30 @@ class Checkpointer:
     if jax.process_index() == 0:
       pause = float(os.environ.get(SLOW_SAVE, 0))
       folder = self.root / str(step)
-      storage.push()  # metrics up to this step are there before the checkpoint counts
+      self._push_metrics()
       time.sleep(pause)
       _write_json(folder / DESCRIPTION, description)
       time.sleep(pause)
       _flush(folder)
       _write_json(folder / DIGEST, _digests(folder))
       time.sleep(pause)
+      if self._to_mark:
+        if not (self.root.parent / SAVED).is_file():
+          _write_json(self.root.parent / SAVED, {"first": step})
+        self._to_mark = False
     if self._keep:
       for old in sorted(self._manager.all_steps())[: -self._keep]:
         try:
           self._manager.delete(old)
         except Exception as error:  # the new one is sealed: no reason to call its save failed
-          log.warning("%s could not be deleted (%s)", self.root / str(old), _brief(error))
+          log.warning("%s could not be deleted (%s)", self.root / str(old), storage.brief(error))
+
+  def _push_metrics(self) -> None:
+    """Metrics up to this step are there before the checkpoint counts."""
+    storage.push()
+    metrics = self.root.parent / "metrics.jsonl"
+    if not storage.remote(metrics) and metrics.is_file():
+      _sync(metrics)
 
   def _failed(self, error: Exception) -> None:
     """A save's error: remembered when it may pass, else raised, with the half-written files removed."""
@@ -332,15 +344,15 @@ class Checkpointer:
       if not storage.remote(self.root):
         for half in self.root.glob("*.orbax-checkpoint-tmp*"):
           shutil.rmtree(half, ignore_errors=True)
-    if may_pass(error) and self._failures < ATTEMPTS and jax.process_count() == 1:
-      log.warning(
-        "saving in %s failed (%s); it will be tried again at the next step", self.root, _brief(error)
-      )
+    if storage.may_pass(error) and self._failures < ATTEMPTS and jax.process_count() == 1:
+      text = "saving in %s failed (%s); it will be tried again at the next step"
+      log.warning(text, self.root, storage.brief(error))
+      time.sleep(PAUSE)  # the next step may be the same one
       return
     there = storage.remote(self.root) or self.root.parent.is_dir()
     hint = "" if there else f"; {self.root.parent} is no longer there"
-    raise (Outage if may_pass(error) else UserError)(
-      f"saving in {self.root} failed{hint}: {_brief(error)}. Earlier checkpoints there are as they "
+    raise (Outage if storage.may_pass(error) else UserError)(
+      f"saving in {self.root} failed{hint}: {storage.brief(error)}. Earlier checkpoints there are as they "
       "were; make room or mend the disk, and give the same command again to go on from the newest"
     ) from error
 
@@ -401,4 +413,4 @@ class Checkpointer:
       except Exception as error:  # Orbax raises once more what a failed save has raised
         if not self._failures:
           raise
-        log.warning("closing %s: %s", self.root, _brief(error))
+        log.warning("closing %s: %s", self.root, storage.brief(error))

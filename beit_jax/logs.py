@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -109,7 +110,10 @@ class Logger:
       rows = [line for line in self._path.read_text(errors="replace").splitlines() if _step_of(line) <= step]
       rows = [row for row in rows if not (again and _step_of(row) == step and '"eval_' in row)]
       temporary = self._path.with_suffix(".tmp")  # a kill in between leaves the old file or the new one
-      temporary.write_text("".join(f"{row}\n" for row in rows))
+      with temporary.open("w") as file:
+        file.write("".join(f"{row}\n" for row in rows))
+        file.flush()
+        os.fsync(file.fileno())
       temporary.replace(self._path)
 
   def write(self, step: int, metrics: Mapping[str, float]) -> None:

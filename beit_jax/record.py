@@ -75,7 +75,7 @@ def describe(config, objective, source) -> dict[str, Any]:
   text = dict(
     version=beit_jax.__version__,
     preset=config.model.get("preset", ""),
-    dataset=source.description,
+    dataset={**source.description, "num_examples": len(source)},
     config=config.to_dict(),
     packages={name: version(name) for name in PACKAGES},
     python=platform.python_version(),
@@ -134,9 +134,9 @@ def count(workdir: Path, key: str) -> int:
 
 
 def may_begin(workdir: Path, begun: int = 0) -> None:
-  """Refuses to begin where metrics.jsonl tells of checkpoints that are gone, and says what is begun again.
+  """Refuses to begin where complete checkpoints have been and are gone, and says what is begun again.
 
-  A run has a complete checkpoint before each evaluation, and the one before the last is complete when one is begun.
+  `saved.json` tells of them, and so does an evaluation, before which there always is one.
 
   Args:
     begun: the step at which the run begins: 0, or that of `resume`.
@@ -144,23 +144,20 @@ def may_begin(workdir: Path, begun: int = 0) -> None:
   Raises:
     UserError: the run had checkpoints.
   """
+  if jax.process_index() != 0:
+    return
   found = [row for row in rows(workdir) if row["step"] > begun]
   reached = max((row["step"] for row in found), default=begun)
-  if not found or jax.process_index() != 0:
-    return
-  try:
-    every = json.loads((workdir / "config.json").read_text())["checkpoint"]["every_steps"]
-  except (OSError, ValueError, KeyError, TypeError):
-    every = None
-  evaluated = any(key.startswith("eval_") for row in found for key in row)
-  if evaluated or every and reached - begun > 2 * every + checkpoint.ATTEMPTS:
+  mark = workdir / checkpoint.SAVED
+  if mark.is_file() or any(key.startswith("eval_") for row in found for key in row):
     raise UserError(
-      f"{workdir / 'metrics.jsonl'} tells of {reached} steps, and there is no complete checkpoint in "
-      f"{workdir / 'checkpoints'} any more: put the checkpoints back (look into {workdir / 'damaged'} too), take "
-      "another --workdir, or move metrics.jsonl away to begin anew"
+      f"{workdir} had complete checkpoints (metrics.jsonl tells of {reached} steps), and there is none in "
+      f"{workdir / 'checkpoints'} any more: put them back (look into {workdir / 'damaged'} too), take another "
+      f"--workdir, or move {checkpoint.SAVED} and metrics.jsonl away to begin anew"
     )
-  text = "%s: the run before got to step %d, with no checkpoint yet; this one begins at step %d"
-  log.warning(text, workdir, reached, begun)
+  if found:
+    text = "%s: the run before got to step %d, with no checkpoint yet; this one begins at step %d"
+    log.warning(text, workdir, reached, begun)
 
 
 # What may differ when a run goes on: none of it changes what is computed from a step on, but for the run's length.
@@ -177,8 +174,22 @@ def _leaves(tree: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def same_data(folder: Path, description: dict[str, Any]) -> None:
-  """Warns of files that were added or removed since a checkpoint; refusing would bring nothing back."""
+  """Warns of files that were added or removed since a checkpoint; refusing would bring nothing back.
+
+  Raises:
+    UserError: classes have other numbers than they had, so that the network would have to learn them anew.
+  """
   texts = (checkpoint.read_description(folder), description)
+  have, want = (text.get("labels") for text in texts)
+  if have and want and have != want:
+    number = next(
+      (i for i, (a, b) in enumerate(zip(have, want, strict=False)) if a != b), min(len(have), len(want))
+    )
+    names = [repr(of[number]) if number < len(of) else "none" for of in (have, want)]
+    raise UserError(
+      f"{folder}: class {number} was {names[0]} and is {names[1]} in the data now: give the classes (folders, or the "
+      "label file) the names of before, or begin in another --workdir with init_from"
+    )
   before, now = (text.get("dataset", {}).get("num_examples") for text in texts)
   if None not in (before, now) and before != now:
     log.warning(
@@ -189,18 +200,26 @@ def same_data(folder: Path, description: dict[str, Any]) -> None:
     )
 
 
+def _differences(folder: Path, config) -> dict[str, str]:
+  """Dotted key -> what a checkpoint's config and this one have for it, where they differ."""
+  before = dict(_leaves(checkpoint.read_description(folder).get("config", {})))
+  now = dict(_leaves(json.loads(json.dumps(config.to_dict(), default=str))))
+  names = [n for n in sorted(before.keys() & now.keys()) if before[n] != now[n]]
+  return {n: f"{n}: {before[n]!r} in the checkpoint, {now[n]!r} in the config" for n in names}
+
+
+def differing(folder: Path, config, section: str) -> str:
+  """A line for each key of a section that differs."""
+  return "\n  ".join(line for n, line in _differences(folder, config).items() if n.startswith(f"{section}."))
+
+
 def same_run(folder: Path, config) -> None:
   """Refuses to go on from a checkpoint of the run's own folder with another recipe; lists what differs freely.
 
   Raises:
     UserError: a key that changes the training differs.
   """
-  before = dict(_leaves(checkpoint.read_description(folder).get("config", {})))
-  now = dict(_leaves(json.loads(json.dumps(config.to_dict(), default=str))))
-  differ = {n: (before[n], now[n]) for n in sorted(before.keys() & now.keys()) if before[n] != now[n]}
-  lines = {
-    n: f"{n}: {have!r} in the checkpoint, {want!r} in the config" for n, (have, want) in differ.items()
-  }
+  lines = _differences(folder, config)
   wrong = [line for name, line in lines.items() if not FREE.fullmatch(name)]
   if wrong:
     raise UserError(
@@ -214,7 +233,9 @@ def same_run(folder: Path, config) -> None:
 
 
 def write_config(config, workdir) -> None:
+  """config.json; a result of the folder, which is another config's or `finished` would have found it, goes."""
   if jax.process_index() == 0:
+    (workdir / RESULT).unlink(missing_ok=True)
     text = json.dumps(config.to_dict(), indent=1, default=str)
     checkpoint.write_whole(workdir / "config.json", text + "\n")
 

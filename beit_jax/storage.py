@@ -7,6 +7,7 @@ metrics.jsonl, TensorBoard) is written to a local folder, `local(path)`, and `pu
 
 import atexit
 import base64
+import errno
 import functools
 import hashlib
 import logging
@@ -140,6 +141,36 @@ def errors() -> tuple[type[Exception], ...]:
 
   dropped = requests.exceptions.ConnectionError, requests.exceptions.Timeout
   return HttpError, aiohttp.ClientError, GoogleAPIError, GoogleAuthError, *dropped
+
+
+PASSING = {
+  getattr(errno, name) for name in ("EAGAIN", "EINTR", "EBUSY", "EIO", "ETIMEDOUT", "ESTALE", "ECONNRESET")
+}
+
+
+def may_pass(error: Exception) -> bool:
+  """Whether the same save may succeed a moment later."""
+  if isinstance(error, OSError) and error.errno is not None:
+    return error.errno in PASSING
+  if isinstance(error, errors()):
+    return getattr(error, "code", None) not in (400, 401, 403, 404)
+  number = re.search(r"os_error_code='(\d+)'", str(error))  # TensorStore's way to say what the system said
+  if number:
+    return int(number[1]) in PASSING
+  return isinstance(error, ConnectionError | TimeoutError) or bool(
+    re.search(r"UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED", str(error))
+  )
+
+
+def brief(error: Exception) -> str:
+  """What the system says, then the first line; TensorStore's errors are pages long and say it last."""
+  text = str(error).strip() or type(error).__name__
+  line = text.splitlines()[0]
+  line = line if len(line) <= 300 else f"{line[:300]}..."
+  said = re.search(
+    r"No space left on device|Disk quota exceeded|Read-only file system|Permission denied", text
+  )
+  return line if said is None or said[0] in line else f"{said[0]}: {line}"
 
 
 def check_writable(folder: Any) -> None:

@@ -71,7 +71,7 @@ def run(config: ConfigDict, workdir: Path, name: str = "") -> dict[str, Any]:
         return _run(config, workdir, name or workdir.name, mesh, watch)
   except (OSError, *storage.errors()) as error:
     what = f"{getattr(error, 'filename', None) or workdir}: {getattr(error, 'strerror', None) or error}"
-    raise (Outage if checkpoint.may_pass(error) else UserError)(
+    raise (Outage if storage.may_pass(error) else UserError)(
       f"{what}. Checkpoints in {workdir} are as they were; give the same command again when it is mended"
     ) from error
 
@@ -140,8 +140,14 @@ def _run(
   with contextlib.ExitStack() as stack:
     saver = stack.enter_context(contextlib.closing(checkpoint.Checkpointer(workdir, **options)))
     state = _restore(config, objective, saver, state, shapes, shardings, description)
-    best = stack.enter_context(contextlib.closing(Best(workdir, config.checkpoint.best)))
     start_step = int(state.step)
+    if start_step > total_steps:
+      raise UserError(
+        f"config key 'total_steps': {total_steps}, but this run begins at step {start_step} already; give "
+        f"{start_step} to evaluate only, or more"
+      )
+    best = Best(workdir, config.checkpoint.best, fresh=saver.latest() is None)
+    stack.enter_context(contextlib.closing(best))
     record.write_config(config, workdir)
     only_file(f"{name}: config {json.dumps(config.to_dict(), default=str)}")
     _announce(
@@ -231,12 +237,12 @@ def _bad_images(workdir: Path) -> Path:
 class Best:
   """Keeps the state of the best evaluation in workdir/best; `metric` "" keeps none."""
 
-  def __init__(self, workdir: Path, metric: str):
+  def __init__(self, workdir: Path, metric: str, fresh: bool):
+    """`fresh`: the run begins; what a run before it has left here is put aside."""
     self._metric, self._saver = metric, None
     if metric:
-      self._saver = checkpoint.Checkpointer(
-        workdir / "best", keep=2
-      )  # the one before, until the new one is sealed
+      # Of two the older one is there until the new one is sealed.
+      self._saver = checkpoint.Checkpointer(workdir / "best", keep=2, needed=False, fresh=fresh)
       latest, before = self._saver.latest(), {}
       if latest is not None:
         before = checkpoint.read_description(self._saver.root / str(latest)).get("best", {})
@@ -312,8 +318,16 @@ def _restore(config, objective, saver, state, shapes, shardings, description) ->
   record.may_begin(saver.root.parent, begun)
   if folder:
     record.same_model(folder, description)
+    record.same_data(folder, description)
     log.info("resume: step, parameters and optimizer from %s", folder)
-    return saver.restore(folder, shapes, shardings)
+    try:
+      return saver.restore(folder, shapes, shardings)
+    except ValueError as error:  # Orbax's, of trees that differ
+      raise UserError(
+        f"config key 'resume': the optimizer's state in {folder} is not that of this config:\n  "
+        f"{record.differing(folder, config, 'optimizer') or storage.brief(error)}\n"
+        "Give the values of before, or init_from, which takes the weights only"
+      ) from error
   if config.init_from:
     pretrained = convert.load(config.init_from)
     found = objective.adapt(pretrained, state.params)

@@ -358,20 +358,31 @@ def test_a_run_whose_checkpoints_are_gone_is_not_begun_again(run, tmp_path):
     assert (workdir / "metrics.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize(
-  "steps, every, fact",
-  [(40, 20, None), (44, 20, "tells of 44"), (3, 1, None), (6, 1, "tells of 6"), (999, None, None)],
-)
-def test_a_run_that_had_no_checkpoint_yet_begins_again_loudly(steps, every, fact, tmp_path, caplog):
-  (tmp_path / "config.json").write_text(json.dumps({"checkpoint": {"every_steps": every}}))
-  rows = "".join(json.dumps({"step": i, "loss": 1.0}) + "\n" for i in range(1, steps + 1))
+def test_a_run_that_had_no_checkpoint_yet_begins_again_loudly(tmp_path, caplog):
+  rows = "".join(json.dumps({"step": i, "loss": 1.0}) + "\n" for i in range(1, 41))
   (tmp_path / "metrics.jsonl").write_text(rows + '{"step": 10000, "lo')
-  if fact:
-    with pytest.raises(UserError, match=fact):
-      record.may_begin(tmp_path)
-  else:
-    record.may_begin(tmp_path)
-    assert f"got to step {steps}, with no checkpoint yet" in caplog.text
+  record.may_begin(tmp_path)
+  assert "got to step 40, with no checkpoint yet" in caplog.text
+
+
+def test_one_complete_checkpoint_is_never_forgotten(tmp_path):
+  """However few steps after it a run ended, and whatever became of its checkpoints."""
+
+  def ends(self, step, *_):
+    if step == 4:
+      raise UserError("the end")
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(train.Trace, "before", ends)
+    with pytest.raises(UserError, match="the end"):
+      train.run(_config(**{"checkpoint.every_steps": 2, "eval.every_steps": None}), tmp_path)
+  assert checkpoint.steps(tmp_path / "checkpoints") == [2] and (tmp_path / "saved.json").is_file()
+  (tmp_path / "checkpoints").rename(tmp_path / "elsewhere")
+  with pytest.raises(UserError, match=r"had complete checkpoints .*move saved.json and metrics.jsonl away"):
+    train.run(_config(), tmp_path)
+  for name in ("saved.json", "metrics.jsonl"):
+    (tmp_path / name).unlink()
+  assert train.run(_config(), tmp_path)["step"] == 6 and _rows(tmp_path)[0]["step"] == 1
 
 
 def test_what_was_evaluated_was_saved(tmp_path):
@@ -382,12 +393,12 @@ def test_what_was_evaluated_was_saved(tmp_path):
 
 def test_steps_count_from_where_a_resume_began(tmp_path, caplog):
   """A run with `resume`, killed before its first own checkpoint, may be given again."""
-  (tmp_path / "config.json").write_text(json.dumps({"checkpoint": {"every_steps": 5}}))
   (tmp_path / "metrics.jsonl").write_text('{"step": 101, "loss": 1.0}\n{"step": 102, "loss": 1.0}\n')
   record.may_begin(tmp_path, 100)
   assert "got to step 102, with no checkpoint yet; this one begins at step 100" in caplog.text
+  (tmp_path / "saved.json").write_text("{}")
   with pytest.raises(UserError, match="tells of 102"):
-    record.may_begin(tmp_path)
+    record.may_begin(tmp_path, 100)
 
 
 def test_nothing_was_begun(tmp_path, caplog):
@@ -580,15 +591,8 @@ def test_an_error_while_the_last_checkpoint_is_sealed_is_tried_again(monkeypatch
 
   monkeypatch.setattr(checkpoint, "_write_json", fails_once)
   assert train.run(_config(total_steps=2, **{"checkpoint.every_steps": 1000}), tmp_path)["step"] == 2
-  assert [path.parent.name for path in calls] == ["2"] * 4 and "tried again" in caplog.text
+  assert [path.parent.name for path in calls] == ["2"] * 4 + [tmp_path.name] and "tried again" in caplog.text
   assert checkpoint.find(tmp_path).name == "2"
-
-
-def test_a_renamed_checkpoint_is_resumed(tmp_path, caplog):
-  train.run(_config(total_steps=2), tmp_path / "first")
-  (tmp_path / "first/checkpoints/2").rename(tmp_path / "renamed")
-  result = train.run(_config(total_steps=3, resume=str(tmp_path / "renamed")), tmp_path / "second")
-  assert result["step"] == 3 and "from step 2" in caplog.text
 
 
 def test_a_full_disk_stops_the_run_and_keeps_what_is_there(monkeypatch, tmp_path):
