@@ -160,6 +160,18 @@ def may_begin(workdir: Path, begun: int = 0) -> None:
     log.warning(text, workdir, reached, begun)
 
 
+def may_end(start_step: int, total_steps: int) -> None:
+  """
+  Raises:
+    UserError: the run is to be shorter than it is.
+  """
+  if start_step > total_steps:
+    raise UserError(
+      f"config key 'total_steps': {total_steps}, but this run begins at step {start_step} already; give "
+      f"{start_step} to evaluate only, or more"
+    )
+
+
 # What may differ when a run goes on: none of it changes what is computed from a step on, but for the run's length.
 FREE = re.compile(
   r"log_every_steps|profile_steps|total_(steps|epochs)|eval_only|figures|microbatches|(.*\.)?init_from|resume"

@@ -141,11 +141,7 @@ def _run(
     saver = stack.enter_context(contextlib.closing(checkpoint.Checkpointer(workdir, **options)))
     state = _restore(config, objective, saver, state, shapes, shardings, description)
     start_step = int(state.step)
-    if start_step > total_steps:
-      raise UserError(
-        f"config key 'total_steps': {total_steps}, but this run begins at step {start_step} already; give "
-        f"{start_step} to evaluate only, or more"
-      )
+    record.may_end(start_step, total_steps)
     best = Best(workdir, config.checkpoint.best, fresh=saver.latest() is None)
     stack.enter_context(contextlib.closing(best))
     record.write_config(config, workdir)

@@ -273,6 +273,16 @@ def test_damaged_checkpoint(flags):
   assert status == "fail" and str(folders[0]) in what and "begin anew" in advice
 
 
+def test_a_run_that_is_longer_than_it_is_to_be(flags):
+  command = flags("classify")
+  _save(prepare(command), 4)
+  found = _found(doctor.runs.checkpoints, prepare([*command, "--config.total_steps=3"]))
+  assert [status for status, *_ in found] == ["fail"] and "begins at step 4 already" in found[0][1]
+  assert (
+    "only evaluates" in _found(doctor.runs.checkpoints, prepare([*command, "--config.total_steps=4"]))[0][1]
+  )
+
+
 def test_checkpoints_that_are_gone(flags):
   machine = prepare(flags("classify"))
   folder = machine.runs[0].folder

@@ -202,7 +202,10 @@ def checkpoints(machine: Machine, run: Run) -> Found:
     try:
       description = record.describe(run.config, machine.objective(run), machine.main_source(run))
       record.same_model(root / str(good), description)
-      if good >= _total_steps(machine, run):
+      record.same_data(root / str(good), description)
+      total_steps = _total_steps(machine, run)
+      record.may_end(good, total_steps)
+      if good == total_steps:
         then = f"is at its end, step {good}: only evaluates"
     except Skip:
       pass
