@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Slurm: submits a job of one process per node, which goes on by itself after the time limit or a preemption.
+# Slurm: submits a job of one process per node, which goes on by itself after the time limit or a preemption, and when a
+# process was killed. `scancel JOB` ends it.
 #
 #   launch/slurm.sh --nodes=4 --gpus=8 --time=24:00:00 [--partition=P] -- --config=configs/beit_base.py --workdir=/shared/run
 #
@@ -38,7 +39,7 @@ script() {
 #SBATCH --cpus-per-task=${flags[cpus]}
 #SBATCH --mem=${flags[mem]}
 #SBATCH --time=${flags[time]}
-#SBATCH --signal=B:TERM@${flags[warning]}
+#SBATCH --signal=B:USR1@${flags[warning]}
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=${flags[name]}-%j.log
@@ -51,20 +52,39 @@ HEAD
 set -u
 cd $(quote "$ROOT") || exit 1
 ${flags[setup]:-:}
-# The warning before the time limit comes here (B:). srun would kill its tasks on it, so scancel passes it on to them.
-asked=
-trap 'asked=1; scancel --signal=TERM "\$SLURM_JOB_ID"' TERM
-srun --ntasks-per-node=1 --cpus-per-task=${flags[cpus]} --kill-on-bad-exit=1 $(quote "${flags[python]}" -m beit_jax.main "${rest[@]}") &
+# The warning before the time limit is USR1, to this shell alone (B:). TERM is scancel, or a preemption after which Slurm
+# itself queues the job again. srun would kill its tasks on a signal, so scancel tells them; once only, since at the second
+# signal they leave without saving.
+first= caught=
+heard() {
+  caught=1
+  [ -z "\$first" ] || return 0
+  first=\$1
+  scancel --signal=TERM "\$SLURM_JOB_ID"
+}
+trap 'heard USR1' USR1
+trap 'heard TERM' TERM
+# When one process ends, the others end by themselves, with the status of the one that failed; srun's own kill would come
+# first and hide it. --wait (seconds after the first end) is for those that hang.
+srun --ntasks-per-node=1 --cpus-per-task=${flags[cpus]} --kill-on-bad-exit=0 --wait=600 $(quote "${flags[python]}" -m beit_jax.main "${rest[@]}") &
 child=\$!
-wait "\$child"
-status=\$?
-if [ -n "\$asked" ]; then # the signal interrupted the wait
+caught=1
+while [ -n "\$caught" ]; do # every signal interrupts the wait
+  caught=
   wait "\$child"
   status=\$?
-fi
-if [ -n "\$asked" ] && [ "\$status" -ne 0 ]; then
-  scontrol requeue "\$SLURM_JOB_ID"
-fi
+done
+case "\$first:\$status" in
+  TERM:* | *:0 | :1 | :2) ;; # told to end; done; a failure or a mistake of the run itself
+  USR1:*) scontrol requeue "\$SLURM_JOB_ID" ;;
+  *) # 143: the TERM of a preemption reached the tasks only; 75: another process died; 137: killed
+    if [ "\${SLURM_RESTART_COUNT:-0}" -lt 20 ]; then # of any kind, the time limit's too
+      scontrol requeue "\$SLURM_JOB_ID"
+    else
+      echo "error: status \$status after \$SLURM_RESTART_COUNT restarts; not queued again: see the lines above" >&2
+    fi
+    ;;
+esac
 exit "\$status"
 BODY
 }

@@ -17,8 +17,8 @@
 # --dry-run: shows the commands
 #
 # run: every worker trains detached and writes ~/run.log; the exit status ends up in ~/run.status. stop: asks it to save
-# and end. babysit: does whatever is missing, again and again, until the run has ended with status 0, or 2 (a mistake);
-# end it before stop.
+# and end. babysit: does whatever is missing, again and again, until the run has ended with status 0, or 2 (a mistake), or
+# has failed at once too often; end it before stop. The slice stays until delete.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -54,6 +54,23 @@ check_type() {
 }
 
 state() { run "${tpu[@]}" describe "$name" "${where[@]}" '--format=value(state)'; }
+requested() { run "${queue[@]}" describe "$name" "${where[@]}" '--format=value(state.state)'; }
+
+# ask state|requested: what gcloud says; MISSING only if it says that there is none; else, as without network, UNKNOWN.
+ask() {
+  local errors said
+  errors=$(mktemp)
+  if said=$("$1" 2>"$errors"); then
+    echo "${said:-UNKNOWN}"
+  elif grep -q -e NOT_FOUND -e 'was not found' "$errors"; then
+    echo MISSING
+  else
+    tail -n 3 "$errors" >&2
+    echo UNKNOWN
+  fi
+  rm -f "$errors"
+}
+
 on() { run "${tpu[@]}" ssh "$name" "${where[@]}" "--worker=$1" "--command=$2"; }
 
 create() {
@@ -61,12 +78,28 @@ create() {
   [[ ${flags[spot]} == no ]] || spot=(--spot)
   if [[ ${flags[queued]} == yes ]]; then
     run "${queue[@]}" create "$name" "--node-id=$name" "${where[@]}" "--accelerator-type=${flags[type]}" \
-      "--runtime-version=$version" "${spot[@]}"
-    [[ ${flags[dry-run]} == no ]] || return 0
-    until [[ $(state 2>/dev/null) == READY ]]; do sleep "${flags[poll]}"; done
+      "--runtime-version=$version" "${spot[@]}" || return
+    [[ ${flags[dry-run]} == yes ]] || granted
   else
     run "${tpu[@]}" create "$name" "${where[@]}" "--accelerator-type=${flags[type]}" "--version=$version" "${spot[@]}"
   fi
+}
+
+# Waits until the queued resource is there; fails when it never will be.
+granted() {
+  local request before=''
+  until [[ $(ask state 2>/dev/null) == READY ]]; do
+    request=$(ask requested)
+    case $request in
+      FAILED | SUSPENDED)
+        echo "error: the queued resource $name is $request; delete it ($0 delete --queued ...) and create it again" >&2
+        return 1
+        ;;
+    esac
+    [[ $request == "$before" ]] || echo "$(date +%T) the queued resource $name is $request"
+    before=$request
+    sleep "${flags[poll]}"
+  done
 }
 
 delete() {
@@ -90,9 +123,9 @@ install() {
     script+='sudo apt-get update -qq; sudo apt-get install -qq -y gcsfuse; sudo mkdir -p /mnt/bucket; '
     script+="sudo chown \"\$(id -un)\" /mnt/bucket"
   fi
-  run git -C "$ROOT" archive --format=tar.gz "--output=$archive" HEAD
-  run "${tpu[@]}" scp "$archive" "$name:beit_jax.tgz" "${where[@]}" --worker=all
-  on all "$script"
+  run git -C "$ROOT" archive --format=tar.gz "--output=$archive" HEAD &&
+    run "${tpu[@]}" scp "$archive" "$name:beit_jax.tgz" "${where[@]}" --worker=all &&
+    on all "$script"
 }
 
 # The command crosses gcloud's ssh, the login shell there and a detached bash: quoted once for each.
@@ -106,29 +139,56 @@ exit 1; fi && ${mount}rm -f ../run.status && { setsid nohup bash -c $(quote "$in
 }
 
 alive="if kill -0 \"\$(cat run.pid 2>/dev/null)\" 2>/dev/null; then echo running; else cat run.status 2>/dev/null || echo none; fi"
-stop() { on all "kill -$1 -- \"-\$(cat run.pid)\" 2>/dev/null || echo 'nothing runs here'"; }
+stop() { on all "kill -$1 -- \"-\$(cat run.pid 2>/dev/null)\" 2>/dev/null || echo 'nothing runs here'"; }
+
+# What babysit does. Each may fail (`set -e` does not count below `||`, hence the &&); the next look finds what is left.
+again() { delete && create && install && train; }
+bare() { stop KILL && install && train; } # worker 0 was made anew or rebooted; others may still run
+missing() {
+  local request=MISSING
+  [[ ${flags[queued]} == no ]] || request=$(ask requested)
+  case $request in
+    UNKNOWN) return 1 ;;
+    MISSING) create && install && train ;;
+    ACCEPTED | CREATING | PROVISIONING | WAITING_FOR_RESOURCES) granted && install && train ;;
+    *) again ;; # the request has outlived its slice, or came to nothing
+  esac
+}
+
+soon=$((600 + 10#${flags[poll]})) # seconds from a restart to a look that finds it failed: it got nowhere
+most_restarts=5                   # of such runs in a row: a bug would keep a slice that costs busy for ever
+restarts=0 started=''             # the latter: $SECONDS at the last restart
+
+restart() {
+  [[ -n $started ]] && ((SECONDS - started <= soon)) || restarts=0
+  ((restarts < most_restarts)) || die "the run failed with status $1 within 10 minutes of each of its last \
+$restarts restarts: see $0 tail --name=$name ${where[*]}; the slice is still there, and costs until it is deleted"
+  stop KILL && train || return
+  restarts=$((restarts + 1)) started=$SECONDS
+}
 
 babysit() {
-  local now status
+  local now status repair
   while :; do
-    now=$(state 2>/dev/null) || now=MISSING
-    status=
+    now=$(ask state)
+    status='' repair=''
     case $now in
       READY) status=$(on 0 "$alive") || status=unreachable ;;
-      PREEMPTED | TERMINATED | STOPPED) delete && create && install && train ;;
-      MISSING)
-        [[ ${flags[queued]} == no ]] || delete 2>/dev/null || true # the request may outlive the slice
-        create && install && train
-        ;;
+      PREEMPTED | TERMINATED | STOPPED) repair=again ;;
+      MISSING) repair=missing ;;
     esac
     echo "$(date +%T) $name $now $status"
     case $status in
       0) return 0 ;;
       2) die "the run ended with a mistake of its own: see $0 tail --name=$name ${where[*]}" ;;
-      none) install && train ;;
+      none) repair=bare ;;
       '' | running | unreachable) ;;
-      *) stop KILL && train ;; # it failed, or another process of it did
+      *) repair=restart ;; # it failed, or another process of it did
     esac
+    if [[ -n $repair ]]; then
+      [[ $repair == restart ]] || restarts=0
+      "$repair" "$status" || echo "$(date +%T) $name a repair failed; looking again in ${flags[poll]} s" >&2
+    fi
     sleep "${flags[poll]}"
   done
 }

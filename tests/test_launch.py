@@ -1,10 +1,12 @@
 """The launch scripts against fakes of gcloud, kubectl, sbatch, srun: what they call, what arrives at the far end."""
 
+import inspect
 import json
 import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -25,8 +27,9 @@ HARD = (
 POD = ("--name=pod", "--zone=us-west4-a")
 MAIN = ("--", "--config=configs/quickstart.py")
 
-# Writes its argv and standard input to calls.jsonl, then does as $FAKE_<NAME> says.
-FAKE = """#!{python}
+# Writes its argv and standard input to calls.jsonl, then does as $FAKE_<NAME> says. Like the real one, kubectl takes no
+# TYPE/NAME beside a TYPE.
+FAKE = """#!{python} -IS
 import json, os, sys
 name = os.path.basename(sys.argv[0])
 stdin = "" if name in ("gcloud", "python", "srun", "git") else sys.stdin.read()
@@ -34,6 +37,9 @@ with open(os.environ["CALLS"], "a") as file:
   file.write(json.dumps([name, *sys.argv[1:]]) + "\\n")
 if stdin:
   open(os.environ["CALLS"] + ".stdin", "w").write(stdin)
+words = [word for word in sys.argv[1:] if not word.startswith("-")]
+if name == "kubectl" and 0 < sum("/" in word for word in words[1:]) < len(words[1:]):
+  sys.exit("error: a resource type beside TYPE/NAME: " + " ".join(words[1:]))
 answers = os.environ.get("FAKE_" + name.upper())
 if answers:
   exec(open(answers).read())
@@ -155,54 +161,158 @@ def test_pod_stop_lets_the_run_save(fakes, tmp_path, monkeypatch):
   assert _wait_for(fakes / "run.status") == "143"
 
 
-PREEMPTED_ONCE = """
-seen = pathlib.Path(os.environ['CALLS'] + '.states')
-states = {states!r}
-if argv[0] == 'describe':
-  n = int(seen.read_text()) if seen.exists() else 0
-  seen.write_text(str(n + 1))
-  if states[n] is None:
-    sys.exit(1)
-  print(states[n])
-elif argv[0] == 'ssh' and 'run.status 2' in command:
-  n = int(seen.read_text()) - 1
-  print({statuses!r}[n])
-"""
+def test_pod_stop_where_nothing_runs(fakes, tmp_path, monkeypatch):
+  _gcloud(tmp_path, monkeypatch, "if argv[0] == 'ssh': sys.exit(ssh(command))")
+  run = _shell([LAUNCH / "tpu_pod.sh", "stop", *POD], fakes)
+  assert (run.returncode, run.stdout, run.stderr) == (0, "nothing runs here\n", "")
+
+
 KINDS = {"run.status 2": "status?", "setsid": "train", "kill -KILL": "kill", "uv venv": "install"}
+
+
+def _kind(call):
+  """In one word; those of queued resources begin with q-."""
+  kind = next((kind for text, kind in KINDS.items() if text in call[-1]), call[4])
+  return "q-" * (call[3] == "queued-resources") + kind
+
+
+def _answer(tmp_path, monkeypatch, **answers):
+  """The n-th call of a kind is answered by the n-th of its answers, none where none is given; ERROR: it fails so."""
+  _gcloud(
+    tmp_path,
+    monkeypatch,
+    f"""
+KINDS, answers = {KINDS!r}, {answers!r}
+{inspect.getsource(_kind)}
+kind = _kind(sys.argv)
+if kind in answers:
+  counter = pathlib.Path(os.environ['CALLS'] + '.' + kind)
+  n = int(counter.read_text()) if counter.exists() else 0
+  counter.write_text(str(n + 1))
+  answer = str(answers[kind][n])
+  sys.exit(answer) if 'ERROR' in answer else print(answer)
+""",
+  )
+
+
+def _pod_calls():
+  return " ".join(_kind(call) for call in _calls() if call[0] == "gcloud")
+
+
+def _babysit(fakes, *flags):
+  args = ("babysit", *POD, "--type=v4-32", "--poll=0", *flags, *MAIN)
+  return _shell([LAUNCH / "tpu_pod.sh", *args], fakes)
+
+
+GONE = "ERROR: (gcloud.compute.tpus.tpu-vm.describe) NOT_FOUND: Resource 'pod' was not found"
+FLAKY = "ERROR: the network is unreachable"
 
 
 @pytest.mark.parametrize(
   "states, statuses, wanted",
   [
-    (
-      ["PREEMPTED", "CREATING", "READY"],
-      [0, 0, 0],
-      "describe delete create scp install train describe describe status?",
-    ),
-    ([None, "READY"], [0, 0], "describe create scp install train describe status?"),
-    (["READY", "READY"], ["none", 0], "describe status? scp install train describe status?"),
-    (
-      ["READY", "READY", "READY"],
-      ["running", 75, 0],
-      "describe status? describe status? kill train describe status?",
-    ),
+    (["PREEMPTED", "CREATING", "READY"], [0], "describe delete create scp install train describe describe status?"),
+    ([GONE, "READY"], [0], "describe create scp install train describe status?"),
+    ([FLAKY, "", "READY"], [0], "describe describe describe status?"),
+    (["READY", "READY"], ["none", 0], "describe status? kill scp install train describe status?"),
+    (["READY", "READY", "READY"], ["running", 75, 0], "describe status? describe status? kill train describe status?"),
+    (["READY", "READY"], [FLAKY, 0], "describe status? describe status?"),
     (["READY"], [2], "describe status?"),
   ],
-  ids=["preempted", "not there", "bare", "a process died", "mistake"],
-)
+  ids=["preempted", "not there", "no answer", "bare", "a process died", "unreachable", "mistake"],
+)  # fmt: skip
 def test_babysit(states, statuses, wanted, fakes, tmp_path, monkeypatch):
-  _gcloud(tmp_path, monkeypatch, PREEMPTED_ONCE.format(states=states, statuses=statuses))
-  run = _shell([LAUNCH / "tpu_pod.sh", "babysit", *POD, "--type=v4-32", "--poll=0", *MAIN], fakes)
+  _answer(tmp_path, monkeypatch, **{"describe": states, "status?": statuses})
+  run = _babysit(fakes)
   assert run.returncode == (2 if statuses[-1] == 2 else 0), run.stderr
-  calls = [call for call in _calls() if call[0] == "gcloud"]
-  kinds = [next((k for text, k in KINDS.items() if text in call[-1]), call[4]) for call in calls]
-  assert " ".join(kinds) == wanted
+  assert _pod_calls() == wanted
+  assert ("UNKNOWN" in run.stdout and FLAKY in run.stderr) == (states[0] == FLAKY)
+
+
+SETUP = "q-create describe scp install train"
+
+
+@pytest.mark.parametrize(
+  "states, requests, wanted",
+  [
+    ([FLAKY, "READY"], [], "describe"),
+    ([GONE, "READY", "READY"], [GONE], f"describe q-describe {SETUP}"),
+    ([GONE, "READY"], [FLAKY], "describe q-describe"),
+    ([GONE, GONE, "READY", "READY"], ["WAITING_FOR_RESOURCES", "PROVISIONING"],
+     "describe q-describe describe q-describe describe scp install train"),
+    ([GONE, "READY", "READY"], ["SUSPENDED"], f"describe q-describe q-delete {SETUP}"),
+    ([GONE, GONE, GONE, "READY", "READY"], [GONE, "FAILED", "FAILED"],
+     f"describe q-describe q-create describe q-describe describe q-describe q-delete {SETUP}"),
+  ],
+  ids=["no answer", "no request", "no answer on it", "it waits", "it outlived the slice", "it fails"],
+)  # fmt: skip
+def test_babysit_queued(states, requests, wanted, fakes, tmp_path, monkeypatch):
+  """A request is deleted only when gcloud says that there is no slice, and that none will come of it."""
+  _answer(tmp_path, monkeypatch, **{"describe": states, "q-describe": requests, "status?": [0]})
+  run = _babysit(fakes, "--queued")
+  assert run.returncode == 0, run.stderr
+  assert _pod_calls() == wanted + " describe status?"
+
+
+@pytest.mark.parametrize("state", ["FAILED", "SUSPENDED"])
+def test_create_ends_when_the_request_has(state, fakes, tmp_path, monkeypatch):
+  _answer(tmp_path, monkeypatch, **{"describe": [GONE] * 2, "q-describe": ["ACCEPTED", state]})
+  run = _shell([LAUNCH / "tpu_pod.sh", "create", *POD, "--type=v4-32", "--queued", "--poll=0"], fakes)
+  assert run.returncode == 1 and f"the queued resource pod is {state}; delete it" in run.stderr
+  assert _pod_calls() == "q-create describe q-describe describe q-describe"
+
+
+@pytest.mark.parametrize(
+  "broken, states, statuses, wanted",
+  [
+    ("create", [GONE, GONE], [0], "describe create describe create scp install train"),
+    ("delete", ["PREEMPTED", "PREEMPTED"], [0], "describe delete describe delete create scp install train"),
+    ("scp", [GONE], ["none", 0], "describe create scp describe status? kill scp install train"),
+    ("install", [GONE], ["none", 0], "describe create scp install describe status? kill scp install train"),
+    ("train", [GONE], ["none", 0], "describe create scp install train describe status? kill scp install train"),
+    ("train", [], [75, 75, 0], "describe status? kill train describe status? kill train"),
+    ("kill", [], [75, 75, 0], "describe status? kill describe status? kill train"),
+    ("kill", [], ["none", "none", 0], "describe status? kill describe status? kill scp install train"),
+  ],
+  ids=["create", "delete", "scp", "install", "train", "train again", "kill", "kill of a bare one"],
+)  # fmt: skip
+def test_babysit_outlives_its_repairs(broken, states, statuses, wanted, fakes, tmp_path, monkeypatch):
+  """One that fails is tried again at the next look, and nothing that needs it is done."""
+  answers = {"describe": [*states, *["READY"] * len(statuses)], "status?": statuses, broken: [FLAKY, ""]}
+  _answer(tmp_path, monkeypatch, **answers)
+  run = _babysit(fakes)
+  assert run.returncode == 0, run.stderr
+  assert _pod_calls() == wanted + " describe status?"
+  assert run.stderr.count("a repair failed") == 1
+
+
+@pytest.mark.parametrize(
+  "states, passes, restarts, ends",
+  [
+    (["READY"] * 9, 0, 5, True),
+    (["READY"] * 9, 700, 8, False),
+    ([*["READY"] * 4, "PREEMPTED", *["READY"] * 5], 0, 9, False),
+  ],
+  ids=["at once", "after a while", "preempted in between"],
+)
+def test_babysit_gives_up_on_a_run_that_fails_at_once(
+  states, passes, restarts, ends, fakes, tmp_path, monkeypatch
+):
+  """`passes`: seconds between two looks."""
+  (tmp_path / "clock.sh").write_text(f"sleep() {{ SECONDS=$((SECONDS + {passes})); }}\n")
+  monkeypatch.setenv("BASH_ENV", str(tmp_path / "clock.sh"))
+  _answer(tmp_path, monkeypatch, **{"describe": states, "status?": [*[1] * 8, 0]})
+  run = _babysit(fakes)
+  assert run.returncode == (2 if ends else 0), run.stderr
+  assert _pod_calls().split().count("train") == restarts
+  message = "failed with status 1 within 10 minutes of each of its last 5 restarts"
+  assert (message in run.stderr) == ends
 
 
 def test_babysit_dry_run_is_the_round_after_a_preemption(fakes, tmp_path, monkeypatch):
   args = ("babysit", *POD, "--type=v6e-16", "--spot", "--poll=0")
   dry = _shell([LAUNCH / "tpu_pod.sh", *args, "--dry-run", *MAIN], fakes)
-  _gcloud(tmp_path, monkeypatch, PREEMPTED_ONCE.format(states=["PREEMPTED", "READY"], statuses=[0, 0]))
+  _answer(tmp_path, monkeypatch, **{"describe": ["PREEMPTED", "READY"], "status?": [0]})
   assert _shell([LAUNCH / "tpu_pod.sh", *args, *MAIN], fakes).returncode == 0
   calls = [call for call in _calls() if call[0] != "sleep"]
   assert [shlex.split(line) for line in dry.stdout.splitlines()] == calls
@@ -249,7 +359,19 @@ def test_gke_manifest(accelerator, topology, selector, hosts, per_host, fakes):
   assert pod["serviceAccountName"] == "trainer"
   (container,) = pod["containers"]
   assert container["resources"] == {"limits": {"google.com/tpu": per_host}}
-  assert container["volumeMounts"][0]["name"] == pod["volumes"][0]["name"]
+  assert {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]} == {
+    "/dev/shm": "shared-memory",
+    "/mnt/bucket": "bucket",
+  }
+  shared, bucket = pod["volumes"]
+  assert shared == {"name": "shared-memory", "emptyDir": {"medium": "Memory"}}
+  assert bucket["name"] == "bucket" and bucket["csi"]["volumeAttributes"]["bucketName"] == "my-bucket"
+  assert job["template"]["metadata"]["annotations"] == {
+    "gke-gcsfuse/volumes": "true",
+    "gke-gcsfuse/cpu-limit": "0",
+    "gke-gcsfuse/memory-limit": "0",
+    "gke-gcsfuse/ephemeral-storage-limit": "0",
+  }
   # Kubernetes reads $$ as $ and expands $(NAME) only.
   assert [word.replace("$$", "$") for word in container["command"]] == [
     "python",
@@ -258,6 +380,30 @@ def test_gke_manifest(accelerator, topology, selector, hosts, per_host, fakes):
     *HARD,
   ]
   assert not any("$(" in word.replace("$$", "") for word in container["command"])
+
+
+def test_gke_without_a_bucket_has_shared_memory(fakes):
+  run = _shell(
+    [LAUNCH / "gke" / "gke.sh", "render", *GKE[2:], "--accelerator=v5e", "--topology=2x4", *MAIN], fakes
+  )
+  pod = yaml.safe_load(run.stdout)["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]
+  assert pod["metadata"]["annotations"] == {}
+  assert pod["spec"]["containers"][0]["volumeMounts"] == [{"name": "shared-memory", "mountPath": "/dev/shm"}]
+  assert pod["spec"]["volumes"] == [{"name": "shared-memory", "emptyDir": {"medium": "Memory"}}]
+  assert "--shm-size=" in (LAUNCH / "Dockerfile").read_text()
+
+
+@pytest.mark.parametrize(
+  "state, deleted", [("Completed", True), ("Failed", True), ("", False), ("Suspended", False)]
+)
+def test_gke_apply_replaces_a_set_that_has_ended(state, deleted, fakes, tmp_path, monkeypatch):
+  (tmp_path / "kubectl.py").write_text(f"if 'get' in sys.argv: print({state!r}, end='')")
+  monkeypatch.setenv("FAKE_KUBECTL", str(tmp_path / "kubectl.py"))
+  apply = [LAUNCH / GKE[0], *GKE[1:], "--accelerator=v5e", "--topology=2x4"]
+  dry = _shell([*apply, "--dry-run", *MAIN], fakes)
+  for command in ([*apply, *MAIN], ["bash", "-c", dry.stdout]):
+    assert _shell(command, fakes).returncode == 0
+    assert [call[2] for call in _calls()] == ["get", *["delete"] * deleted, "apply"]
 
 
 def _batch(fakes, *flags):
@@ -272,28 +418,55 @@ def test_slurm_job(fakes, monkeypatch):
   flags = ("--nodes=4", "--gpus=a100:8", "--partition=big", "--time=1-00:00:00", "--warning=300")
   script = _batch(fakes, *flags, "--setup=export SEEN='a b'", "--", *HARD)
   for line in ("nodes=4", "ntasks-per-node=1", "gpus-per-node=a100:8", "partition=big", "time=1-00:00:00",
-               "signal=B:TERM@300", "requeue"):  # fmt: skip
+               "signal=B:USR1@300", "requeue"):  # fmt: skip
     assert f"#SBATCH --{line}\n" in script
   assert _shell(["bash", "-c", script], fakes).returncode == 0
   (srun,) = _calls()
+  assert {"--kill-on-bad-exit=0", "--wait=600"} < set(srun)
   assert srun[srun.index("python") :] == ["python", "-m", "beit_jax.main", *HARD]
 
 
-@pytest.mark.parametrize("status, requeued", [(143, True), (0, False)])
-def test_slurm_warning_saves_and_requeues(status, requeued, fakes, tmp_path, monkeypatch):
-  """TERM to the batch shell goes to the tasks by scancel, not through srun; a run that is done is not queued again."""
+@pytest.mark.parametrize(
+  "signals, status, restarts, requeued",
+  [
+    ("", 0, "", False), ("", 1, "", False), ("", 2, "", False),
+    ("", 143, "", True), ("", 75, "3", True), ("", 137, "19", True), ("", 75, "20", False),
+    ("USR1", 143, "50", True), ("USR1", 0, "", False), ("USR1 USR1 TERM", 75, "", True),
+    ("TERM", 143, "", False), ("TERM TERM USR1", 75, "", False),
+  ],
+)  # fmt: skip
+def test_slurm_signals_and_requeues(signals, status, restarts, requeued, fakes, tmp_path, monkeypatch):
+  """USR1, the warning, and TERM reach the tasks by scancel, not through srun, and once; the job waits for srun."""
   monkeypatch.setenv("SLURM_JOB_ID", "7")
-  training = tmp_path / "srun.py"
-  training.write_text(f"import time\ntime.sleep(1.5)\nsys.exit({status})")
-  monkeypatch.setenv("FAKE_SRUN", str(training))
+  monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+  if restarts:
+    monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
+  end, ended = tmp_path / "end", tmp_path / "ended"
+  (tmp_path / "srun.py").write_text(
+    f"import pathlib, time\nend, ended = map(pathlib.Path, {(str(end), str(ended))})\nstop = time.monotonic() + 30\n"
+    "while not end.exists() and time.monotonic() < stop:\n  time.sleep(0.02)\n"
+    f"ended.touch()\nsys.exit({status})"
+  )
+  monkeypatch.setenv("FAKE_SRUN", str(tmp_path / "srun.py"))
   script = _batch(fakes, *MAIN)
-  job = subprocess.Popen(["bash", "-c", script], cwd=fakes)
-  _wait_for(Path(os.environ["CALLS"]))
-  job.terminate()
-  assert job.wait(20) == status
-  names = [call for call in _calls() if call[0] != "srun"]
-  assert names[0] == ["scancel", "--signal=TERM", "7"]
-  assert names[1:] == ([["scontrol", "requeue", "7"]] if requeued else [])
+  job = subprocess.Popen(["bash", "-c", script], cwd=fakes, stderr=subprocess.PIPE, text=True)
+  calls = Path(os.environ["CALLS"])
+  _wait_for(calls)
+  for i, name in enumerate(signals.split()):
+    job.send_signal(getattr(signal, f"SIG{name}"))
+    while i == 0 and "scancel" not in calls.read_text() and job.poll() is None:
+      time.sleep(0.02)
+    time.sleep(0.2)  # until bash waits again
+  assert job.poll() is None
+  end.touch()
+  _, errors = job.communicate(timeout=20)
+  assert job.returncode == status and ended.exists()
+  assert ("not queued again" in errors) == (restarts == "20")
+  others = [call for call in _calls() if call[0] != "srun"]
+  assert others == [
+    *[["scancel", "--signal=TERM", "7"]] * bool(signals),
+    *[["scontrol", "requeue", "7"]] * requeued,
+  ]
 
 
 def test_single_host(fakes):

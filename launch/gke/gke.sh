@@ -11,7 +11,8 @@
 #   gs://BUCKET/RUN needs no mount
 # --service-account: of Kubernetes, which may read and write the bucket     --namespace=default      --spot
 # --restarts=50: of the whole set, when a pod is evicted or fails           --grace=120: seconds to save when evicted
-# --dry-run: shows the command; the image is built from launch/Dockerfile with --build-arg EXTRA=tpu,gcs
+# apply: deletes a set of that name that has ended first, which would stay as it is; the run goes on in the same workdir
+# --dry-run: shows the commands; the image is built from launch/Dockerfile with --build-arg EXTRA=tpu,gcs
 #
 # The cluster needs JobSet (https://jobset.sigs.k8s.io).
 set -euo pipefail
@@ -28,6 +29,8 @@ parse "$@"
 check name '[a-z]([-a-z0-9]{0,38}[a-z0-9])?' "lower-case letters, digits and dashes, 40 at most"
 check namespace '[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?' "a Kubernetes namespace"
 kubectl=(kubectl "--namespace=${flags[namespace]}")
+# Foreground: until its Jobs are gone too, whose names the next set needs.
+delete=("${kubectl[@]}" delete "jobset/${flags[name]}" --cascade=foreground)
 selector=jobset.sigs.k8s.io/jobset-name=${flags[name]}
 
 plan() {
@@ -82,10 +85,12 @@ render() {
     value[account]="$n              serviceAccountName: ${flags[service-account]}"
   fi
   if [[ -n ${flags[bucket]} ]]; then
-    value[annotations]='{gke-gcsfuse/volumes: "true"}'
-    value[mounts]="$n                  volumeMounts: [{name: bucket, mountPath: /mnt/bucket}]"
-    value[volumes]="$n              volumes:
-                - name: bucket
+    local key # what the sidecar that mounts may use; "0": no limit
+    value[annotations]='gke-gcsfuse/volumes: "true"'
+    for key in cpu memory ephemeral-storage; do value[annotations]+=", gke-gcsfuse/$key-limit: \"0\""; done
+    value[annotations]="{${value[annotations]}}"
+    value[mounts]=', {name: bucket, mountPath: /mnt/bucket}'
+    value[volumes]="$n                - name: bucket
                   csi:
                     driver: gcsfuse.csi.storage.gke.io
                     volumeAttributes:
@@ -102,22 +107,35 @@ render() {
   done <"$ROOT/launch/gke/jobset.yaml"
 }
 
+# Shell commands: a set that has ended makes way.
+clear_ended() {
+  local get=("${kubectl[@]}" get "jobset/${flags[name]}" --ignore-not-found '--output=jsonpath={.status.terminalState}')
+  echo "ended=\$($(quote "${get[@]}"))"
+  echo "case \$ended in Completed | Failed) $(quote "${delete[@]}") ;; esac"
+}
+
 case $action in
   render) plan && render ;;
   apply)
     plan
+    commands=$(clear_ended)
     if [[ ${flags[dry-run]} == yes ]]; then
       for i in "${!given[@]}"; do
         [[ ${given[i]} == -- ]] && break
         [[ ${given[i]} == --dry-run ]] && unset "given[i]"
       done
+      echo "$commands"
       echo "$(quote "$ROOT/launch/gke/gke.sh" render "${given[@]}") | $(quote "${kubectl[@]}" apply --filename=-)"
     else
+      eval "$commands"
       render | "${kubectl[@]}" apply --filename=-
     fi
     ;;
-  status) run "${kubectl[@]}" get "jobset/${flags[name]}" pods "--selector=$selector" --output=wide ;;
+  status)
+    run "${kubectl[@]}" get jobset "${flags[name]}" --output=wide
+    run "${kubectl[@]}" get pods "--selector=$selector" --output=wide
+    ;;
   logs) run "${kubectl[@]}" logs --follow --tail=100 "--selector=$selector,batch.kubernetes.io/job-completion-index=0" ;;
-  delete) run "${kubectl[@]}" delete "jobset/${flags[name]}" ;;
+  delete) run "${delete[@]}" ;;
   *) die "unknown command '$action': render, apply, status, logs or delete; see --help" ;;
 esac
