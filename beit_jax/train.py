@@ -194,7 +194,7 @@ def _run(
       is_last = step == total_steps
       meter.push(step, metrics, batch, is_last or step == 1 or step % config.log_every_steps == 0)
       meter.settle(ahead)
-      stopping = watch.requested(step)
+      stopping = watch.requested()
       evaluating = eval_source is not None and due(step, config.eval.every_steps)
       surely = is_last or stopping or evaluating  # on disk before anything else is begun
       if surely or due(step, config.checkpoint.every_steps) or saver.wanted():
