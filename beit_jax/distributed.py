@@ -8,6 +8,7 @@ the processes call a roll first (rollcall.py), on the same port: the missing are
 own heartbeat finds hosts that vanish together with their network.
 """
 
+import contextlib
 import dataclasses
 import importlib.util
 import os
@@ -20,15 +21,18 @@ import urllib.error
 import urllib.request
 import zlib
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import jax
 
-from beit_jax import rollcall
+from beit_jax import rollcall, storage
 from beit_jax.errors import UserError
 from beit_jax.logs import log
 from beit_jax.rollcall import Place
 
 TPU_PORT = 8482
+# Seconds for a new file to be seen by all: NFS may show a folder as it was up to 60 s ago (acdirmax).
+PATIENCE = 65.0
 
 
 @dataclasses.dataclass
@@ -218,7 +222,8 @@ def initialize(flags: Flags) -> Place | None:
   """Joins the other processes of this run, if there are any; None if this is the only one.
 
   Raises:
-    UserError: some processes did not come in time; it names them.
+    Outage: some processes did not come in time; it names them.
+    UserError: the processes do not agree on who they are.
   """
   global _crew
   place = from_flags(flags)
@@ -247,15 +252,61 @@ def initialize(flags: Flags) -> Place | None:
 
 
 def barrier(name: str, timeout: float = 300.0) -> None:
-  """Waits until every process is here; a UserError names those that are not, after `timeout` seconds."""
+  """Waits until every process is here; an Outage names those that are not, after `timeout` seconds."""
   if _crew is not None:
     _crew.barrier(name, timeout)
 
 
-def tell(text: str) -> None:
-  """Says to all the others why this process is about to end."""
-  if _crew is not None:
-    _crew.fail(text)
+def check_shared(flag: str, folder: Path) -> None:
+  """Makes sure that all processes see in `folder` what process 0 writes there. In a bucket all do.
+
+  Raises:
+    UserError: this one does not.
+  """
+  if _crew is None or storage.remote(folder):
+    return
+  mine, seen = _crew.place.index == 0, True
+  file = folder / f".shared-{_crew.token}"
+  try:
+    if mine:
+      file.write_text("beit_jax\n")
+    barrier("a file for all to see is there")
+    seen = mine or _appears(file)
+    barrier("all have looked for it", PATIENCE + 300)
+  except OSError as error:
+    raise UserError(f"{flag}={folder}: nothing can be written there ({error})") from None
+  finally:
+    if mine:
+      with contextlib.suppress(OSError):
+        file.unlink()
+  if not seen:
+    bucket = ", or gs://BUCKET/RUN" if flag == "--workdir" else ""
+    raise UserError(
+      f"{flag}={folder.absolute()}: {_crew.place} does not see there what process 0 ({_crew.hosts[0]}) writes; "
+      f"it must be on a file system that all processes share{bucket}"
+    )
+  barrier("all see it")  # nothing is begun before
+
+
+def _appears(file: Path) -> bool:
+  """Lists the folder anew each time: a look-up by name that failed may be remembered."""
+  end = time.monotonic() + PATIENCE
+  while True:
+    with contextlib.suppress(OSError):
+      if file.name in os.listdir(file.parent):
+        return True
+    if time.monotonic() > end:
+      return False
+    time.sleep(0.5)
+
+
+def tell(text: str, status: int) -> None:
+  """Says to all the others why this process is about to end, and with which status: 2 is then theirs too, else 75.
+
+  Nothing is said where another has ended by now: a collective or a save that breaks is the consequence.
+  """
+  if _crew is not None and not _crew.stopped.wait(rollcall.GRACE if status < 128 else 0):
+    _crew.fail(text, status)
 
 
 def shutdown() -> None:
@@ -281,10 +332,16 @@ def run(main: Callable[[list[str]], int], argv: list[str]) -> None:
   except Exception as error:
     if not active():
       raise
-    traceback.print_exc()
-    _crew.stopped.wait(rollcall.GRACE)  # a broken collective is the consequence: who died is the news
-    tell(f"{type(error).__name__}: {error}")
-    status = 1
+    if isinstance(error, UserError):  # at the very end, where `main` has returned
+      print(f"error: {error}", file=sys.stderr)
+    else:
+      traceback.print_exc()
+    status = getattr(error, "status", 1)
+    tell(str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}", status)
+    if (
+      _crew.stopped.is_set()
+    ):  # a thread says who was the first, and ends this process with the status of that
+      time.sleep(2 * rollcall.GRACE)
   if not active():
     if status:
       end = threading.Timer(rollcall.GRACE, os._exit, (status,))

@@ -42,6 +42,7 @@ def _main(argv: list[str]) -> int:
     folder = storage.path(workdir or f"runs/{Path(path).stem}{'_' if variant else ''}{variant}")
     check_buckets(config.to_dict())
     logs.setup(folder)
+    distributed.check_shared("--workdir", folder)
     logs.only_file(record.environment())
     logging.captureWarnings(True)
     cache = compile_cache(folder, jax.config.jax_compilation_cache_dir, jax.process_count())
@@ -53,14 +54,15 @@ def _main(argv: list[str]) -> int:
   except (UserError, *storage.errors()) as error:
     print(f"error: {error}", file=sys.stderr)
     logs.only_file(f"error: {error}")
-    distributed.tell(str(error))
-    return getattr(error, "status", Outage.status)
+    status = getattr(error, "status", Outage.status)
+    distributed.tell(str(error), status)
+    return status
   except preemption.Stopped as stopped:
     print(stopped, file=sys.stderr)
     logs.only_file(str(stopped))
     return stopped.status
   except KeyboardInterrupt:
-    distributed.tell("stopped by hand")
+    distributed.tell("stopped by hand", 130)
     print("stopped; give the same command again to go on", file=sys.stderr)
     return 130
   except Exception:

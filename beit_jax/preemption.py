@@ -4,9 +4,11 @@ The first signal lets the loop finish its step and save; where there is nothing 
 leaves at once. The exit status is 128 + the signal: 143 or 130.
 
 Of several processes any one may be asked: JAX's own service takes SIGTERM, and all agree on a step after which they
-save and stop. SIGINT is handed on to it. A compilation or an evaluation under way is not interrupted then.
+save and stop. SIGINT is handed on to it. A compilation or an evaluation under way is not interrupted then;
+only a second SIGINT leaves at once.
 """
 
+import itertools
 import logging
 import os
 import signal
@@ -21,6 +23,7 @@ from beit_jax.logs import log
 from beit_jax.notices import Notices
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_steps = itertools.count(1)  # of all stages together: a notice in the last evaluation of one ends the next
 
 
 class Stopped(Exception):
@@ -81,7 +84,7 @@ class Watch:
       if number not in self._old:
         continue
       with self._lock:
-        if self._number or self.nothing_to_save:
+        if self._number or (self.nothing_to_save and not self._several):
           self._leave(number)
         self._number = number
       if self._several:
@@ -98,9 +101,9 @@ class Watch:
     sys.stderr.flush()
     os._exit(128 + number)
 
-  def requested(self, step: int) -> int:
-    """The signal on which to stop after this step, on all processes or on none; 0 for none."""
-    if self._several and multihost_utils.reached_preemption_sync_point(step):
+  def requested(self) -> int:
+    """The signal on which to stop after this step, on all processes or on none; 0 for none. Asked once a step."""
+    if self._several and multihost_utils.reached_preemption_sync_point(next(_steps)):
       self._agreed, self._number = True, self._number or signal.SIGTERM
     return self._number if self._agreed else 0
 

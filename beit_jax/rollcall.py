@@ -14,10 +14,11 @@ import socket
 import sys
 import threading
 import time
+import uuid
 
-from beit_jax.errors import UserError
+from beit_jax.errors import Outage, UserError
 
-LOST = 75  # exit status when another process is gone: the same command may well succeed
+LOST = Outage.status  # exit status when another process is gone: the same command may well succeed
 GRACE = 3.0  # seconds a process has to end by itself when another has failed
 RETRY = 0.5
 
@@ -37,11 +38,21 @@ class Place:
 
 
 def join(place: Place, timeout: float, heartbeat: int) -> "Root | Member":
-  """Returns when every process has come; a UserError names those that have not after `timeout` seconds."""
+  """Returns when every process has come.
+
+  Raises:
+    Outage: some have not after `timeout` seconds, which it names, or the port is in use.
+    UserError: two have the same number, or another count than process 0.
+  """
   crew = (Root if place.index == 0 else Member)(place, timeout, heartbeat)
   crew.call_roll()
   threading.Thread(target=crew.watch, name="watch", daemon=True).start()
   return crew
+
+
+def _of_the_others(status: int) -> int:
+  """With what the others end when one fails with `status`: a mistake is a mistake whichever of them a launcher asks."""
+  return UserError.status if status == UserError.status else LOST
 
 
 class Channel:
@@ -83,6 +94,7 @@ class Crew:
   def __init__(self, place: Place, timeout: float, heartbeat: int):
     self.place, self.timeout, self.heartbeat = place, timeout, heartbeat
     self.hosts = [""] * place.count
+    self.token = ""  # of this start of the run, the same for all; process 0 makes it up
     self.stopped = threading.Event()  # another process is gone
     self.leaving = False  # or about to: nobody's end is news any more
     self._changed = threading.Condition()
@@ -98,27 +110,29 @@ class Crew:
         self._passed.discard(key)
         return
     missing = self._names(self._missing(key))
-    raise UserError(f"{self.place}: after {timeout:g} s at {name!r} there is no sign of {missing}")
+    raise Outage(f"{self.place}: after {timeout:g} s at {name!r} there is no sign of {missing}")
 
   def _names(self, indices) -> str:
     return ", ".join(
       f"process {i}" + (f" ({self.hosts[i]})" if self.hosts[i] else "") for i in sorted(indices)
     )
 
-  def _stop(self, text: str, died: bool) -> None:
+  def _stop(self, text: str, died: bool, status: int) -> None:
     """Ends this process, which cannot go on alone; where another failed, its own words come first."""
     if self.leaving or self.stopped.is_set():
       return
     self.stopped.set()
 
     def end():
-      message = f"error: {text}; {self.place} ends too. The same command goes on from the last checkpoint."
+      message = f"error: {text}; {self.place} ends too"
+      if status == LOST:
+        message += ". The same command goes on from the last checkpoint."
       if not died:
         time.sleep(GRACE)
       print(message, file=sys.stderr, flush=True)
       if died:
         time.sleep(GRACE)
-      os._exit(LOST)
+      os._exit(status)
 
     threading.Thread(target=end, name="end", daemon=True).start()
 
@@ -128,7 +142,7 @@ class Root(Crew):
 
   def __init__(self, *args):
     super().__init__(*args)
-    self.hosts[0] = socket.gethostname()
+    self.hosts[0], self.token = socket.gethostname(), uuid.uuid4().hex
     self._selector = selectors.DefaultSelector()
     self._members: dict[int, Channel] = {}
     self._arrived: dict[str, set[int]] = {}
@@ -138,7 +152,7 @@ class Root(Crew):
   def call_roll(self) -> None:
     server = self._listen()
     self._selector.register(server, selectors.EVENT_READ)
-    end, refused = time.monotonic() + self.timeout, ""
+    end, refused = time.monotonic() + self.timeout, None
     while len(self._members) < self.place.count - 1 and not refused:
       for key, _ in self._selector.select(RETRY):
         if key.fileobj is server:
@@ -149,7 +163,7 @@ class Root(Crew):
           refused = refused or self._hear(key.fileobj)
       if time.monotonic() > end and not refused:
         here, count = len(self._members) + 1, self.place.count
-        refused = (
+        refused = Outage(
           f"{self._names(set(range(1, count)) - self._members.keys())} did not come to {self.place.coordinator} within "
           f"{self.timeout:g} s; {here} of {count} are there. Look at the missing one's own log; is this address that "
           "of process 0 as seen from there, and the port open?"
@@ -157,11 +171,14 @@ class Root(Crew):
     self._selector.unregister(server)
     server.close()
     for key in list(self._selector.get_map().values()):
-      key.fileobj.send(**({"refused": refused} if refused else {"hosts": self.hosts}))
+      if refused:
+        key.fileobj.send(refused=str(refused), status=refused.status)
+      else:
+        key.fileobj.send(hosts=self.hosts, token=self.token)
       if refused or key.fileobj not in self._members.values():
         self._close(key.fileobj)
     if refused:
-      raise UserError(refused)
+      raise refused
 
   def _listen(self) -> socket.socket:
     """JAX will listen on the same port, while the connections made here go on."""
@@ -173,29 +190,29 @@ class Root(Crew):
         return socket.create_server(("", port), family=family, backlog=4096, dualstack_ipv6=both)
       except OSError as error:
         if time.monotonic() > end:
-          raise UserError(
-            f"port {port} of {self.hosts[0]}: {error}; is an earlier run alive there?"
-          ) from None
+          raise Outage(f"port {port} of {self.hosts[0]}: {error}; is an earlier run alive there?") from None
         time.sleep(RETRY)
 
-  def _hear(self, channel: Channel) -> str:
-    """Takes a process into the roll; strangers are sent away. Returns why there can be no run, or ""."""
+  def _hear(self, channel: Channel) -> UserError | None:
+    """Takes a process into the roll; strangers are sent away. Returns why there can be no run, if so."""
     try:
       message = (channel.receive() or [None])[0]
       if message is None:
-        return ""
+        return None
       index, count, host = int(message["hello"]), int(message["count"]), str(message["host"])
     except (OSError, KeyError, TypeError, ValueError, OverflowError):
       for index in [i for i, member in self._members.items() if member is channel]:
         del self._members[index]  # it may come again
       self._close(channel)
-      return ""
+      return None
     if count != self.place.count or not 0 < index < count:
-      return f"process {index} on {host} counts {count} processes, {self.place} counts {self.place.count}"
+      return UserError(
+        f"process {index} on {host} counts {count} processes, {self.place} counts {self.place.count}"
+      )
     if index in self._members:
-      return f"two processes say they are number {index}: on {self.hosts[index]} and on {host}"
+      return UserError(f"two processes say they are number {index}: on {self.hosts[index]} and on {host}")
     self._members[index], self.hosts[index] = channel, host
-    return ""
+    return None
 
   def _close(self, channel: Channel) -> None:
     self._selector.unregister(channel)
@@ -214,7 +231,7 @@ class Root(Crew):
           del index_of[channel]
           self._close(channel)
           if index not in self._gone:
-            self._lose(f"process {index} of {self.place.count} ({self.hosts[index]}) died", died=True)
+            self._lose(f"process {index} of {self.place.count} ({self.hosts[index]}) died", True, LOST)
     self._alone.set()
 
   def _take(self, index: int, channel: Channel, message: dict) -> None:
@@ -226,12 +243,12 @@ class Root(Crew):
       self._gone.add(index)
       if "failed" in message:
         name = f"process {index} of {self.place.count} ({self.hosts[index]})"
-        self._lose(f"{name} failed: {message['failed']}", died=False)
+        self._lose(f"{name} failed: {message['failed']}", False, _of_the_others(message.get("status")))
 
-  def _lose(self, text: str, died: bool) -> None:
+  def _lose(self, text: str, died: bool, status: int) -> None:
     if not self.leaving and not self.stopped.is_set():
-      self._send_all(lost=text, died=died)
-      self._stop(text, died)
+      self._send_all(lost=text, died=died, status=status)
+      self._stop(text, died, status)
 
   def _send_all(self, **message) -> None:
     for channel in list(self._members.values()):
@@ -250,10 +267,10 @@ class Root(Crew):
   def _missing(self, key: str) -> set[int]:
     return set(range(self.place.count)) - self._arrived.get(key, set())
 
-  def fail(self, text: str) -> None:
+  def fail(self, text: str, status: int) -> None:
     """The others go first: JAX aborts them with a stack dump when process 0, its coordinator, is gone."""
     self.leaving = True
-    self._send_all(lost=f"{self.place} failed: {text}", died=False)
+    self._send_all(lost=f"{self.place} failed: {text}", died=False, status=_of_the_others(status))
     self._alone.wait(GRACE + 2)
 
   def leave(self) -> None:
@@ -278,15 +295,15 @@ class Member(Crew):
             self._inbox = self._channel.receive()
           answer = self._inbox.pop(0)
           if "refused" in answer:
-            raise UserError(answer["refused"])
-          self.hosts = answer["hosts"]
+            raise (Outage if answer["status"] == LOST else UserError)(answer["refused"])
+          self.hosts, self.token = answer["hosts"], answer["token"]
           sock.settimeout(None)
           stack.pop_all()
         return
       except (OSError, KeyError) as error:
         why = str(error)
         time.sleep(RETRY)
-    raise UserError(
+    raise Outage(
       f"process 0 did not answer {self.place} at {self.place.coordinator} within {self.timeout:g} s: {why}. Is it "
       "running, is the address its own as seen from here, is the port open?"
     )
@@ -299,7 +316,7 @@ class Member(Crew):
         self._inbox = self._channel.receive()
     except OSError:
       self._channel.socket.close()
-      self._stop(f"process 0 of {self.place.count} ({self.hosts[0]}) died", died=True)
+      self._stop(f"process 0 of {self.place.count} ({self.hosts[0]}) died", True, LOST)
 
   def _take(self, message: dict) -> None:
     if "passed" in message:
@@ -311,7 +328,7 @@ class Member(Crew):
         self._answer = message
         self._changed.notify_all()
     elif "lost" in message:
-      self._stop(message["lost"], message["died"])
+      self._stop(message["lost"], message["died"], message["status"])
     elif "bye" in message:
       self.leaving = True
 
@@ -325,9 +342,9 @@ class Member(Crew):
       self._changed.wait_for(lambda: self._answer.get("key") == key, 10)
     return set(self._answer.get("missing", [0]))
 
-  def fail(self, text: str) -> None:
+  def fail(self, text: str, status: int) -> None:
     self.leaving = True
-    self._channel.send(failed=text)
+    self._channel.send(failed=text, status=status)
 
   def leave(self) -> None:
     self.leaving = True

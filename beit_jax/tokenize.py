@@ -26,7 +26,7 @@ from beit_jax import config as config_lib
 from beit_jax import distributed, logs, objectives, record, sharding, storage
 from beit_jax.data import pipeline, sources, tokens
 from beit_jax.data.damage import Damage
-from beit_jax.errors import UserError
+from beit_jax.errors import Outage, UserError
 from beit_jax.lock import only_writer
 from beit_jax.logs import log
 from beit_jax.objectives import Beit
@@ -191,6 +191,7 @@ def main(argv: list[str]) -> int:
     run, prefix = _chosen(config, own["stage"], folder)
     out = Path(os.path.expanduser(own["out"]))
     logs.setup(out)
+    distributed.check_shared("--out", out)
     logs.only_file(record.environment())
     logging.captureWarnings(True)
     words = [*rest, f"--out={own['out']}", *([f"--stage={own['stage']}"] if own["stage"] else [])]
@@ -205,10 +206,11 @@ def main(argv: list[str]) -> int:
   except (UserError, *storage.errors()) as error:
     print(f"error: {error}", file=sys.stderr)
     logs.only_file(f"error: {error}")
-    distributed.tell(str(error))
-    return 2
+    status = getattr(error, "status", Outage.status)
+    distributed.tell(str(error), status)
+    return status
   except KeyboardInterrupt:
-    distributed.tell("stopped by hand")
+    distributed.tell("stopped by hand", 130)
     print("stopped; give the same command again to go on", file=sys.stderr)
     return 130
   return 0

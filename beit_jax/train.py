@@ -22,6 +22,7 @@ from PIL import Image
 from beit_jax import (
   checkpoint,
   convert,
+  distributed,
   optim,
   preemption,
   ranges,
@@ -158,7 +159,7 @@ def _run(
       objective, tx, config.microbatches, jax.random.fold_in(root, 1), shardings, decay
     )
     eval_step = evaluation.make_eval_step(objective, mesh)
-    damage = Damage(source, config.data.max_bad, _bad_images(workdir))
+    damage = Damage(source, config.data.max_bad, _bad_images(workdir, jax.process_index()))
     batches = _train_batches(config, plan.reader, source, mesh, start_step, total_steps, damage)
     again = eval_source is not None and due(start_step, config.eval.every_steps) and start_step > 0
     logger = Logger(workdir, total_steps, name, start_step, again=again or start_step == total_steps)
@@ -196,7 +197,7 @@ def _run(
       is_last = step == total_steps
       meter.push(step, metrics, batch, is_last or step == 1 or step % config.log_every_steps == 0)
       meter.settle(ahead)
-      stopping = watch.requested(step)
+      stopping = watch.requested()
       evaluating = eval_source is not None and due(step, config.eval.every_steps)
       surely = is_last or stopping or evaluating  # on disk before anything else is begun
       if surely or due(step, config.checkpoint.every_steps) or saver.wanted():
@@ -215,19 +216,27 @@ def _run(
       _write_figures(config, objective, state, frozen, eval_source, source, mesh, workdir, total_steps)
   seconds = round(time.monotonic() - began, 1)
   result = dict(step=total_steps, seconds=seconds, first=meter.first, last=meter.last, eval=evaluated)
-  result |= dict(examples=len(source), skipped_steps=meter.skipped, bad_images=len(damage.known))
   storage.push()
+  distributed.barrier(f"{name}: all bad images are named", 1800)
+  bad_images = len(damage.known.keys() | _bad_of_all(source, workdir))
+  result |= dict(examples=len(source), skipped_steps=meter.skipped, bad_images=bad_images)
   record.write_result(workdir, result)
   log.info("%s: done in %.0f s, %s", name, seconds, workdir)
+  distributed.barrier(f"{name} is done", 1800)  # a next stage begins with its checkpoint
   return result
 
 
-def _bad_images(workdir: Path) -> Path:
+def _bad_images(workdir: Path, process: int) -> Path:
   """One file for all processes; in a bucket, where nothing can be appended, one for each."""
-  if not storage.remote(workdir):
+  if not (storage.remote(workdir) and process):
     return workdir / BAD_IMAGES
-  process = f"_{jax.process_index()}" if jax.process_index() else ""
-  return workdir / BAD_IMAGES.replace(".", f"{process}.")
+  return workdir / BAD_IMAGES.replace(".", f"_{process}.")
+
+
+def _bad_of_all(source, workdir) -> set[int]:
+  """The examples that any process has named."""
+  files = {_bad_images(workdir, process) for process in range(jax.process_count())}
+  return {index for file in files for index in Damage(source, 1.0, file).known}
 
 
 class Best:

@@ -10,13 +10,17 @@ import sys
 import textwrap
 import threading
 import time
+from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
+from etils import epath
+from PIL import Image
 
+from beit_jax import checkpoint, distributed, main, rollcall, tokenize
 from beit_jax import config as config_lib
-from beit_jax import distributed, rollcall
-from beit_jax.errors import UserError
+from beit_jax.errors import Outage, UserError
 from beit_jax.rollcall import Place
 from tests.conftest import ROOT
 
@@ -227,10 +231,68 @@ def test_cpu_collectives_between_processes():
   assert jax.config.jax_cpu_collectives_implementation == "gloo"
 
 
+# A folder that all see.
+
+
+def _one_of_two(monkeypatch, index, barrier=lambda *_: None):
+  crew = SimpleNamespace(
+    place=Place("flags", "a:1", 2, index), hosts=["h0", "h1"], token="t", barrier=barrier
+  )
+  monkeypatch.setattr(distributed, "_crew", crew)
+
+
+def test_a_folder_that_this_process_does_not_see(tmp_path, monkeypatch):
+  monkeypatch.setattr(distributed, "PATIENCE", 0.1)
+  _one_of_two(monkeypatch, 1)
+  for flag, more in (("--workdir", "share, or gs://BUCKET/RUN"), ("--out", "share")):
+    with pytest.raises(UserError) as error:
+      distributed.check_shared(flag, tmp_path / "gone")
+    for fact in (
+      f"{flag}={tmp_path / 'gone'}: process 1 of 2 ({socket.gethostname()})",
+      "process 0 (h0)",
+      more,
+    ):
+      assert fact in str(error.value)
+    assert str(error.value).endswith(more)
+  distributed.check_shared("--workdir", epath.Path("gs://bucket/run"))
+
+
+def test_a_folder_that_shows_late_what_is_in_it(tmp_path, monkeypatch):
+  _one_of_two(monkeypatch, 1)
+  late = threading.Timer(0.3, (tmp_path / ".shared-t").touch)
+  late.start()
+  distributed.check_shared("--workdir", tmp_path)
+  late.join()
+
+
+def test_process_0_leaves_nothing_in_the_folder_that_all_see(tmp_path, monkeypatch):
+  there = []
+  _one_of_two(monkeypatch, 0, lambda *_: there.append([path.name for path in tmp_path.iterdir()]))
+  distributed.check_shared("--workdir", tmp_path)
+  assert there == [[".shared-t"], [".shared-t"], []]
+  with pytest.raises(UserError, match="nothing can be written there"):
+    distributed.check_shared("--workdir", tmp_path / "gone")
+
+
+def test_who_makes_sure_of_it(tmp_path, monkeypatch, capsys):
+  asked = []
+
+  def check(*what):
+    asked.append(what)
+    raise UserError("not shared")
+
+  monkeypatch.setattr(distributed, "check_shared", check)
+  config = f"--config={ROOT}/configs/quickstart.py"
+  assert main.main([config, f"--workdir={tmp_path / 'run'}"]) == 2
+  assert tokenize.main([config, f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'tokens'}"]) == 2
+  assert asked == [("--workdir", tmp_path / "run"), ("--out", tmp_path / "tokens")]
+
+
 # Real processes.
 
 SCRIPT = """
 import os, sys, time
+from pathlib import Path
 from beit_jax import distributed, logs
 from beit_jax.errors import UserError
 
@@ -254,11 +316,16 @@ def main(argv):
       raise UserError("no such key")
     if what == "stopped":
       return 143
-    time.sleep(0 if what in ("fine", "twice") else 30)
+    if what in ("shared", "apart"):
+      distributed.PATIENCE = 2
+      mine = Path(sys.argv[0]).parent / ("there" if what == "apart" and me == 2 else "here")
+      mine.mkdir(exist_ok=True)
+      distributed.check_shared("--workdir", mine)
+    time.sleep(0 if what in ("fine", "twice", "shared") else 30)
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)
-    distributed.tell(str(error))
-    return 2
+    distributed.tell(str(error), error.status)
+    return error.status
   return 0
 
 if __name__ == "__main__":
@@ -306,8 +373,13 @@ SLOW = pytest.mark.slow
     pytest.param("twice", (0, 0, 0), "", marks=SLOW),
     pytest.param("stopped", (143, 143, 143), "", marks=SLOW),
     pytest.param("raise", (75, 1, 75), "process 1 of 3 ({host}) failed: ValueError: boom", marks=SLOW),
-    pytest.param("mistake0", (2, 75, 75), "process 0 of 3 ({host}) failed: no such key", marks=SLOW),
-    pytest.param("late", (2, 75, None), "process 1 ({host})", marks=SLOW),
+    pytest.param("mistake0", (2, 2, 2), "process 0 of 3 ({host}) failed: no such key", marks=SLOW),
+    pytest.param("mistake1", (2, 2, 2), "process 1 of 3 ({host}) failed: no such key", marks=SLOW),
+    pytest.param("late", (75, 75, 75), "no sign of process 1 ({host})", marks=SLOW),
+    pytest.param("shared", (0, 0, 0), "", marks=SLOW),
+    pytest.param(
+      "apart", (2, 2, 2), "process 2 of 3 ({host}) does not see there what process 0 ({host})", marks=SLOW
+    ),
   ],
   ids=lambda value: value if isinstance(value, str) and value.isalnum() else "",
 )
@@ -318,10 +390,12 @@ def test_three_processes(what, statuses, fact, tmp_path):
   results = _start([script, what, "--initialization_timeout=40"], range(3), 3)
   assert time.monotonic() - began < 45
   for i, ((status, error), wanted) in enumerate(zip(results, statuses, strict=True)):
-    assert wanted is None or status == wanted, (i, status, error)
-    if status == rollcall.LOST or (what == "late" and i == 0):
+    assert status == wanted, (i, status, error)
+    if what != f"mistake{i}" and status in (2, 75):
       assert fact.format(host=socket.gethostname()) in error, (i, error)
       assert "Check failure stack trace" not in error
+    assert ("goes on from the last checkpoint" in error) == (status == 75 and "ends too" in error), (i, error)
+  assert not [path for folder in ("here", "there") for path in (tmp_path / folder).glob("*")]
 
 
 @pytest.mark.parametrize(
@@ -336,7 +410,7 @@ def test_the_missing_are_named(ids, missing, tmp_path):
   script.write_text(SCRIPT)
   began = time.monotonic()
   for status, error in _start([script, "fine", "--initialization_timeout=4"], ids, 4):
-    assert status == 2 and missing in error and "stack trace" not in error, error
+    assert status == 75 and missing in error and "stack trace" not in error, error
   assert time.monotonic() - began < 30
 
 
@@ -344,7 +418,7 @@ def _join(place, timeout, results):
   try:
     results[place.index] = rollcall.join(place, timeout, 60)
   except UserError as error:
-    results[place.index] = str(error)
+    results[place.index] = error
 
 
 def _roll(places, timeout=20.0):
@@ -390,7 +464,9 @@ def test_strangers_do_not_disturb_the_roll(hostile):
 def test_one_number_twice_and_different_counts():
   address = f"localhost:{_port()}"
   results = _roll([Place("flags", address, 3, i) for i in range(2)] + [Place("flags", address, 4, 2)])
-  assert "process 2 on" in results[0] and "counts 4 processes" in results[0] and results[2] == results[0]
+  assert "process 2 on" in str(results[0]) and "counts 4 processes" in str(results[0])
+  assert str(results[2]) == str(results[1]) == str(results[0])
+  assert {type(result) for result in results.values()} == {UserError}
   address = f"localhost:{_port()}"
   crews = {}
   threads = [
@@ -401,7 +477,21 @@ def test_one_number_twice_and_different_counts():
     thread.start()
   for thread in threads:
     thread.join()
-  assert "two processes say they are number 1" in crews[0]
+  assert "two processes say they are number 1" in str(crews[0]) and type(crews[0]) is UserError
+
+
+def test_a_late_process_is_nobodys_mistake():
+  """Launchers try again, on whichever host they look."""
+  address = f"localhost:{_port()}"
+  results = _roll([Place("flags", address, 3, i) for i in range(2)], timeout=2.0)
+  assert "process 2 did not come" in str(results[0]) and str(results[1]) == str(results[0])
+  assert {type(result) for result in results.values()} == {Outage}
+  results = _roll([Place("flags", address, 3, 2)], timeout=0.1)
+  assert "process 0 did not answer" in str(results[2]) and type(results[2]) is Outage
+  results = _roll([Place("flags", address, 2, i) for i in range(2)])
+  with pytest.raises(Outage, match="no sign of process 1"):
+    results[0].barrier("saved", 0.1)
+  _leave(results)
 
 
 def test_a_process_may_come_again_while_the_roll_is_called():
@@ -432,7 +522,7 @@ def test_a_process_may_come_again_while_the_roll_is_called():
 def test_port_in_use_is_said():
   with socket.create_server(("", 0)) as taken:
     results = _roll([Place("flags", f"localhost:{taken.getsockname()[1]}", 2, 0)], timeout=1.0)
-  assert "is an earlier run alive there?" in results[0]
+  assert "is an earlier run alive there?" in str(results[0]) and type(results[0]) is Outage
 
 
 CONFIG = """
@@ -487,6 +577,35 @@ def _same_losses(some, others):
     assert one["step"] == two["step"] and one[key] == pytest.approx(two[key], rel=1e-6)
 
 
+STAGES = """
+from tests import tiny
+
+def get_config():
+  changes = {"mesh.data": 2, "total_steps": 2, "eval.split": "", "batch_size": 16}
+  changes |= {"data.source": "folder", "data.root": "ROOT", "data.num_examples": 32, "data.max_bad": 0.5}
+  two = tiny.raw("beit", **changes, **{"tokenizer.init_from": "stage:one", "optimizer.warmup_steps": 0})
+  return dict(stages=("one", "two"), one=tiny.raw("dvae", **changes), two=two)
+"""
+
+
+@SLOW
+def test_a_stage_begins_when_process_0_has_ended_the_one_before(tmp_path):
+  """Nothing else makes the others wait for the seal, without evaluation and figures. Bad images are those of both."""
+  for i in range(32):
+    folder = tmp_path / "data" / "train" / "ab"[i % 2]
+    folder.mkdir(parents=True, exist_ok=True)
+    picture = Image.fromarray(np.full((16, 16, 3), 8 * i, np.uint8))
+    folder.joinpath(f"{i}.png").write_text("broken") if i % 8 == 0 else picture.save(folder / f"{i}.png")
+  config = tmp_path / "config.py"
+  config.write_text(STAGES.replace("ROOT", str(tmp_path / "data")))
+  command = ["-m", "beit_jax.main", f"--config={config}", f"--workdir={tmp_path / 'run'}"]
+  results = _start(command, range(2), 2, timeout=300, env={checkpoint.SLOW_SAVE: "2", "XLA_FLAGS": ""})
+  assert [status for status, _ in results] == [0, 0], results
+  for stage in ("one", "two"):
+    result = json.loads((tmp_path / "run" / stage / "result.json").read_text())
+    assert (result["step"], result["bad_images"]) == (2, 4)
+
+
 @SLOW
 def test_a_run_ends_when_one_of_its_processes_is_killed(tmp_path):
   """In the middle of training: the other says who died, and soon."""
@@ -511,5 +630,5 @@ def test_a_run_ends_when_one_of_its_processes_is_killed(tmp_path):
     for process in both:
       process.kill()
       process.communicate()
-  assert both[0].returncode in (1, rollcall.LOST)
+  assert both[0].returncode == rollcall.LOST
   assert f"error: process 1 of 2 ({socket.gethostname()}) died" in error

@@ -62,9 +62,9 @@ def _asked(values, times=4):
 def test_a_notice_is_a_sigterm(key, value, metadata, caplog):
   with preemption.Watch() as watch:
     watch.nothing_to_save = False
-    assert _asked(metadata) and watch.requested(1) == 0
+    assert _asked(metadata) and watch.requested() == 0
     metadata[key] = value
-    assert _until(lambda: watch.requested(2)) and watch.requested(2) == signal.SIGTERM
+    assert _until(watch.requested) and watch.requested() == signal.SIGTERM
     with pytest.raises(preemption.Stopped) as stopped:
       watch.saved()
   assert stopped.value.status == 143 and f"{key}={value}" in caplog.text
@@ -74,7 +74,7 @@ def test_a_notice_from_before_the_start_and_a_live_migration_are_none(metadata):
   metadata |= {"preempted": "TRUE", "maintenance-event": "MIGRATE_ON_HOST_MAINTENANCE"}
   with preemption.Watch() as watch:
     watch.nothing_to_save = False
-    assert _asked(metadata, 8) and watch.requested(1) == 0
+    assert _asked(metadata, 8) and watch.requested() == 0
 
 
 def test_a_server_without_these_keys_and_no_server(metadata, monkeypatch, caplog):
@@ -96,6 +96,56 @@ def test_machines_that_are_not_googles_ask_nobody(monkeypatch, tmp_path):
   assert notices.server({}) is None
   (tmp_path / "product_name").write_text("Google Compute Engine\n")
   assert notices.server({}) == "metadata.google.internal"
+
+
+@pytest.fixture
+def two(monkeypatch):
+  """As in one of two processes: the step that JAX's service was asked about, and the SIGTERMs that it got."""
+  asked, handed = [], []
+  monkeypatch.setattr(preemption.jax, "process_count", lambda: 2)
+  ask = lambda step: bool(handed) and not asked.append(step)
+  monkeypatch.setattr(preemption.multihost_utils, "reached_preemption_sync_point", ask)
+  old = signal.signal(signal.SIGTERM, lambda *_: handed.append(1))
+  yield asked, handed
+  signal.signal(signal.SIGTERM, old)
+
+
+def test_the_first_ctrl_c_to_one_of_several_lets_a_compilation_end(two, monkeypatch):
+  _, handed = two
+  left = []
+  monkeypatch.setattr(preemption.Watch, "_leave", lambda self, number: left.append(number))
+  with preemption.Watch() as watch:
+    assert watch.nothing_to_save
+    signal.raise_signal(signal.SIGINT)
+    assert _until(lambda: handed or left) and not left
+    assert watch.requested() == signal.SIGINT
+    signal.raise_signal(signal.SIGINT)
+    assert _until(lambda: left) and left == [signal.SIGINT]
+
+
+def test_the_steps_of_a_later_stage_are_later_steps(two):
+  """JAX chooses the step after the latest it was asked about; a notice in the last evaluation of a stage counts."""
+  asked, handed = two
+  handed.append(1)
+  for _ in range(2):
+    with preemption.Watch() as watch:
+      for _ in range(3):
+        watch.requested()
+  assert asked == list(range(asked[0], asked[0] + 6))
+
+
+@SLOW
+def test_one_of_two_processes_is_asked_in_the_first_compilation(tmp_path):
+  """It saves the step that follows; JAX compiles anew where its cache is empty."""
+  workdir, log = tmp_path / "run", tmp_path / "run" / "log.txt"
+  with contextlib.ExitStack() as stack:
+    started = kills.start_all(workdir, "compiling", processes=2, workers=0, mesh=2, slow=0.0)
+    for process in started:
+      stack.callback(process.kill)
+    assert _until(lambda: log.exists() and "parameter groups" in log.read_text(), 240)
+    started[1].send_signal(signal.SIGINT)
+    assert [process.wait(kills.LIMIT) for process in started] == [143, 130]
+  assert checkpoint.steps(workdir / "checkpoints") == [kills.logged_steps(workdir)]
 
 
 @SLOW
