@@ -1,6 +1,7 @@
 """Segmentation from label maps to mIoU: formulas, the reference's windows and metrics, whole images, mistakes."""
 
 import io
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -11,6 +12,7 @@ import beit_jax
 from beit_jax import optim, sharding, train, windows
 from beit_jax.data import pipeline, segmentation, sources
 from beit_jax.data.damage import Damage
+from beit_jax.doctor import runs
 from beit_jax.errors import BadImage, UserError
 from beit_jax.objectives import Segment
 from tests import reference, tiny
@@ -270,12 +272,24 @@ def test_an_evaluation_leaves_broken_label_maps_out(tmp_path, monkeypatch):
   """Of twelve one is left out, two are too many."""
   source, seen = _scenes(tmp_path, 3), []
   objective = Segment(tiny.config("segment", **{"data.max_bad": 0.1}), source)
-  monkeypatch.setattr(objective, "_evaluate_bucket", lambda *args: seen.extend(args[3]) or np.ones((3, 9), int))
+  monkeypatch.setattr(
+    objective, "_evaluate_bucket", lambda *args: seen.extend(args[3]) or np.ones((3, 9), int)
+  )
   objective.evaluate_images(None, source, None)
   assert sorted(seen) == [i for i in range(12) if i != 3]
   (tmp_path / "images" / "training" / "04.png").write_bytes(b"")
   with pytest.raises(UserError, match=r"2 of 5 examples could not be read \(there are 12\)"):
     objective.evaluate_images(None, source, None)
+
+
+def test_the_doctor_tolerates_a_broken_label_map(tmp_path):
+  """As a run does; a map of another size is a mistake."""
+  source, config = _scenes(tmp_path, 3), tiny.config("segment")
+  reader = segmentation.Maps((16, 16), 9, config.data.to_dict(), config.segment.to_dict())
+  machine = SimpleNamespace(objective=lambda run: SimpleNamespace(reader=lambda: reader))
+  Image.new("L", (8, 8), 1).save(tmp_path / "annotations" / "training" / "04.png")
+  found = [runs._trouble(machine, SimpleNamespace(config=config), source, index) for index in (2, 3, 4)]
+  assert found[0] is None and [tolerable for tolerable, _ in found[1:]] == [True, False]
 
 
 @pytest.mark.slow

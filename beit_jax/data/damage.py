@@ -87,7 +87,8 @@ class Damage:
     if self._shuffled:
       limit = min(limit, self._share * seen + DEVIATIONS * math.sqrt(self._share * seen) + SPARE)
     if count > limit:
-      examples = "\n  ".join([self.known[index] for index in self._last][:5])
+      found = [self.known[index] for index in self._last]
+      examples = "\n  ".join(found[:5] or ["the other processes say which"])
       raise UserError(
         f"{count} of {whole if count > self.count else seen} examples could not be read (there are {whole}), too many "
         f"for data.max_bad={self._share}:\n  {examples}\n"
