@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from beit_jax import checkpoint, sharding, storage, trees
@@ -86,14 +87,21 @@ def eval_source(config: ConfigDict, class_names: tuple[str, ...] = ()) -> Any:
 def eval_batches(
   config: ConfigDict, objective: Objective, source: Any, mesh: jax.sharding.Mesh, batch_size: int
 ) -> Iterator[dict[str, jax.Array]]:
-  """Global batches over the whole source, in order; the last one padded, with `valid` False there."""
+  """Global batches over the whole source, in order; the last one padded, with `valid` False there.
+
+  Raises:
+    UserError: more than data.max_bad of them cannot be read.
+  """
   batch_size = -(-batch_size // mesh.size) * mesh.size
   rows = sharding.local_rows(mesh, batch_size)
-  damage = Damage(source, config.data.max_bad)
+  damage = Damage(source, config.data.max_bad, shuffled=False)
   host = pipeline.eval_batches(
     source, objective.reader(), rows=rows, batch_size=batch_size, threads=config.data.threads, damage=damage
   )
-  return (sharding.put_batch(mesh, batch, batch_size) for batch in host)
+  for batch in host:
+    yield sharding.put_batch(mesh, batch, batch_size)
+  if jax.process_count() > 1:  # each has read its own rows
+    damage.check(int(multihost_utils.process_allgather(np.int32(damage.count)).sum()))
 
 
 def _own_labels(workdir: Path, init_from: str) -> list[str]:

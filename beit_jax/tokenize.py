@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from beit_jax import config as config_lib
@@ -99,15 +100,28 @@ def _make(cache, shards, objective, frozen, mesh, damage) -> None:
       log.info("%s: %d of %d examples, %.1f images/s, %.1f hours left", name, high, stop, rate, left)
 
 
+class _Reader:
+  """A reader that says, "read", which example the pixels are of: another one if that of the row cannot be read."""
+
+  def __init__(self, reader: Any):
+    self._reader = reader
+
+  def train(self, image: Any, example: dict[str, Any], key: tuple[int, ...]) -> pipeline.HostBatch:
+    return {**self._reader.train(image, example, key), "read": np.array(example["index"], np.uint32)}
+
+
 def _stream(
   objective: Beit, frozen: Any, mesh: jax.sharding.Mesh, start: int, stop: int, damage: Damage
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-  """Batches that cover the positions: (that of the first row, keys uint32 [B, 2], tokens int32 [B, N])."""
+  """Batches that cover the positions: (that of the first row, keys uint32 [B, 2], tokens int32 [B, N]).
+
+  A key is (epoch, index of the example that was read).
+  """
   config = objective.config
   size = max(config.batch_size // config.microbatches, 1)  # as much at a time as the training
   host = pipeline.train_batches(
     objective.source,
-    objective.reader(),
+    _Reader(objective.reader()),
     rows=sharding.local_rows(mesh, size),
     batch_size=size,
     start_step=start // size,
@@ -118,7 +132,10 @@ def _stream(
     damage=damage,
   )
   run = jax.jit(
-    lambda frozen, batch: (batch["example_key"], objective.tokenize(frozen, batch)),
+    lambda frozen, batch: (
+      jnp.stack([batch["example_key"][:, 0], batch["read"]], 1),
+      objective.tokenize(frozen, batch),
+    ),
     out_shardings=sharding.replicated(mesh),
   )
   # Several CPU devices in one process can block each other when two programs with collectives are under way.

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from beit_jax import checkpoint, lock, logs, record, train, trees
+from beit_jax import checkpoint, evaluate, lock, logs, record, sharding, train, trees
 from beit_jax.data import damage, images, pipeline, sources
 from beit_jax.errors import BadImage, UserError
 from beit_jax.objectives import Classify
@@ -194,6 +194,134 @@ def test_another_takes_the_place(tmp_path):
   assert sum(np.array_equal(whole["image"][1], whole["image"][i]) for i in range(8)) == 2
   with pytest.raises(BadImage, match="0002.png"):
     next(pipeline.eval_batches(source, reader, **options))
+
+
+class _Data:
+  """So many grey pictures; what `fault` returns for an index is raised instead."""
+
+  num_classes, class_names, multi_label = 0, (), False
+  description: dict = {}
+
+  def __init__(self, count, fault=lambda index: None):
+    self._count, self._fault = count, fault
+
+  def __len__(self):
+    return self._count
+
+  def __getitem__(self, index):
+    error = self._fault(index)
+    if error is not None:
+      raise error
+    return {"image": np.full((8, 8, 3), index % 256, np.uint8)}
+
+
+def _broken(indices):
+  return lambda index: BadImage(f"{index} is broken") if index in indices else None
+
+
+def _noted(source, order, batch_size=16, **options):
+  """Examples seen until too many were replaced, or None."""
+  noted = damage.Damage(source, 0.05, **options)
+  bad = np.array([source._fault(int(index)) is not None for index in order])
+  for start in range(0, len(order), batch_size):
+    part = np.s_[start : start + batch_size]
+    try:
+      noted.note(order[part], bad[part])
+    except UserError:
+      return start + batch_size
+  return None
+
+
+@pytest.fixture
+def quiet(monkeypatch):
+  monkeypatch.setattr(damage, "why", lambda source, index: "broken")
+
+
+@pytest.mark.parametrize("share, batch_size", [(0.02, 16), (0.04, 16), (0.04, 64)])
+def test_a_share_below_the_limit_stops_no_run(share, batch_size, quiet):
+  """A large set, of which 20,000 examples are seen from anywhere on."""
+  for seed in range(100):
+    rng = np.random.default_rng(seed)
+    bad = rng.random(20_000) < share
+    source = _Data(10**6, lambda index, bad=bad: bad[index] or None)
+    assert _noted(source, np.arange(20_000), batch_size) is None, seed
+
+
+def test_a_share_above_the_limit_stops_it_soon(quiet):
+  for seed in range(20):
+    bad = np.random.default_rng(seed).random(20_000)
+    for share, soon in ((0.5, 48), (0.1, 2000), (0.07, 10_000)):
+      source = _Data(10**6, lambda index, share=share, bad=bad: bad[index] < share or None)
+      seen = _noted(source, np.arange(20_000))
+      assert seen is not None and seen <= soon, (seed, share)
+
+
+def test_small_data_is_counted_whole(quiet):
+  """Of 100 examples five may be bad, epoch after epoch, in whatever order, from wherever the run goes on."""
+  for seed in range(100):
+    rng = np.random.default_rng(seed)
+    order = np.concatenate([rng.permutation(100) for _ in range(8)])[rng.integers(100) :]
+    some = set(rng.choice(100, 50, replace=False).tolist())
+    few = set(list(some)[:5])
+    assert _noted(_Data(100, _broken(few)), order) is None, seed
+    assert _noted(_Data(100, _broken(few | {min(set(range(100)) - few)})), order) <= 224
+    assert _noted(_Data(100, _broken(some)), order) <= 48
+
+
+def test_errors_that_pass_do_not_add_up(quiet):
+  """Two others of 100 in each of fifty epochs."""
+  source, rng = _Data(100), np.random.default_rng(0)
+  noted = damage.Damage(source, 0.05)
+  for epoch in range(50):
+    order = rng.permutation(100)
+    bad = np.isin(order, (np.arange(2) + 2 * epoch) % 100)
+    for start in range(0, 100, 20):
+      noted.note(order[start : start + 20], bad[start : start + 20])
+  assert len(noted.known) == 100 and noted.count <= 4
+
+
+@pytest.mark.parametrize("count", [7, 35, 36])
+def test_a_broken_folder_is_a_part_of_the_whole_set(count, tmp_path):
+  """An evaluation reads in order: its first folder all broken is one in a hundred, or 5 %, of 700; more is too much."""
+  config = _config(**{"eval.batch_size": 16})
+  source, mesh = _Data(700, _broken(range(count))), sharding.make_mesh(1, 1)
+  reader = pipeline.Views({"image": ((8, 8), "bicubic")}, config.data.to_dict())
+  objective = type("Objective", (), {"reader": lambda self: reader})()
+  batches = evaluate.eval_batches(config, objective, source, mesh, 16)
+  if count <= 35:
+    assert sum(int(batch["valid"].sum()) for batch in batches) == 700 - count
+    return
+  with pytest.raises(UserError) as error:
+    list(batches)
+  for fact in ("36 of 48 examples could not be read (there are 700)", "data.max_bad=0.05", "0 is broken"):
+    assert fact in str(error.value)
+
+
+def test_what_all_processes_found_is_added_up():
+  noted = damage.Damage(_Data(700, _broken({3})), 0.05, shuffled=False)
+  noted.note(np.arange(350), np.arange(350) == 3)
+  noted.check(35)
+  for known in (noted, damage.Damage(_Data(700), 0.05, shuffled=False)):
+    with pytest.raises(UserError, match="36 of 700 examples could not be read"):
+      known.check(36)
+
+
+def test_a_file_is_read_again_before_it_counts_as_broken(monkeypatch):
+  """Errors of network mounts pass; a file that is not there is not there."""
+  monkeypatch.setattr(pipeline, "PAUSES", (0.0, 0.0))
+  asked = []
+
+  def fault(index):
+    asked.append(index)
+    passing = index == 2 and asked.count(2) < 3
+    return FileNotFoundError(2, "gone") if index == 1 else OSError(5, "I/O error") if passing else None
+
+  source = _Data(4, fault)
+  reader = pipeline.Views({"image": ((8, 8), "bicubic")}, tiny.config("classify").data.to_dict())
+  noted = damage.Damage(source, 1.0)
+  batch = next(pipeline.eval_batches(source, reader, rows=np.arange(4), batch_size=4, damage=noted))
+  assert batch["valid"].tolist() == [True, False, True, True] and list(noted.known) == [1]
+  assert asked.count(2) >= 3 and asked[:3] == [0, 1, asked[2]] and asked[2] != 1
 
 
 TFDS = ROOT.parent / "shared" / "data" / "tfds"

@@ -1,6 +1,7 @@
 """Segmentation from label maps to mIoU: formulas, the reference's windows and metrics, whole images, mistakes."""
 
 import io
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -9,8 +10,10 @@ from PIL import Image
 
 import beit_jax
 from beit_jax import optim, sharding, train, windows
-from beit_jax.data import segmentation, sources
-from beit_jax.errors import UserError
+from beit_jax.data import pipeline, segmentation, sources
+from beit_jax.data.damage import Damage
+from beit_jax.doctor import runs
+from beit_jax.errors import BadImage, UserError
 from beit_jax.objectives import Segment
 from tests import reference, tiny
 
@@ -231,6 +234,77 @@ def test_label_maps_that_are_none(label, options, facts, tmp_path):
   with pytest.raises(UserError) as error:
     segmentation.whole(source, reader, 0)
   assert all(fact in str(error.value) for fact in facts), error.value
+  assert not isinstance(error.value, BadImage)  # a mistake, and no damage
+
+
+def _scenes(folder, *broken):
+  """Twelve pictures with their label maps, some of these maps empty files."""
+  rng = np.random.default_rng(0)
+  for name in ("images", "annotations"):
+    (folder / name / "training").mkdir(parents=True)
+  for i in range(12):
+    pixels, labels = (
+      rng.integers(0, high, (20, 24, *more), np.uint8) for high, more in ((256, (3,)), (9, ()))
+    )
+    Image.fromarray(pixels).save(folder / "images" / "training" / f"{i:02d}.png")
+    Image.fromarray(labels).save(folder / "annotations" / "training" / f"{i:02d}.png")
+  for i in broken:
+    (folder / "annotations" / "training" / f"{i:02d}.png").write_bytes(b"")
+  return sources.PairsSource(str(folder), "training")
+
+
+def test_a_broken_label_map_is_a_broken_picture(tmp_path):
+  """Another example takes its place, whole."""
+  source, config = _scenes(tmp_path, 3), tiny.config("segment")
+  reader = segmentation.Maps((16, 16), 9, config.data.to_dict(), config.segment.to_dict())
+  noted = Damage(source, 0.1)
+  options = dict(rows=np.arange(12), batch_size=12, damage=noted)
+  (batch,) = pipeline.train_batches(source, reader, total_steps=1, start_step=0, seed=0, **options)
+  assert batch["valid"].all() and list(noted.known) == [3]
+  assert "annotations/training/03.png: the label map cannot be decoded: the file is empty" in noted.known[3]
+  (batch,) = pipeline.eval_batches(source, reader, **options)
+  assert batch["valid"].tolist() == [i != 3 for i in range(12)]
+  (place,) = [i for i in range(12) if i != 3 and np.array_equal(batch["image"][i], batch["image"][3])]
+  np.testing.assert_array_equal(batch["label_map"][3], batch["label_map"][place])
+
+
+def test_an_evaluation_leaves_broken_label_maps_out(tmp_path, monkeypatch):
+  """Of twelve one is left out, two are too many."""
+  source, seen = _scenes(tmp_path, 3), []
+  objective = Segment(tiny.config("segment", **{"data.max_bad": 0.1}), source)
+  monkeypatch.setattr(
+    objective, "_evaluate_bucket", lambda *args: seen.extend(args[3]) or np.ones((3, 9), int)
+  )
+  objective.evaluate_images(None, source, None)
+  assert sorted(seen) == [i for i in range(12) if i != 3]
+  (tmp_path / "images" / "training" / "04.png").write_bytes(b"")
+  with pytest.raises(UserError, match=r"2 of 5 examples could not be read \(there are 12\)"):
+    objective.evaluate_images(None, source, None)
+
+
+def test_the_doctor_tolerates_a_broken_label_map(tmp_path):
+  """As a run does; a map of another size is a mistake."""
+  source, config = _scenes(tmp_path, 3), tiny.config("segment")
+  reader = segmentation.Maps((16, 16), 9, config.data.to_dict(), config.segment.to_dict())
+  machine = SimpleNamespace(objective=lambda run: SimpleNamespace(reader=lambda: reader))
+  Image.new("L", (8, 8), 1).save(tmp_path / "annotations" / "training" / "04.png")
+  found = [runs._trouble(machine, SimpleNamespace(config=config), source, index) for index in (2, 3, 4)]
+  assert found[0] is None and [tolerable for tolerable, _ in found[1:]] == [True, False]
+
+
+@pytest.mark.slow
+def test_what_is_left_out_does_not_count(tmp_path):
+  """The numbers are those of a set without it."""
+  source, mesh = _scenes(tmp_path, 3), sharding.make_mesh(data=1)
+  objective = Segment(tiny.config("segment", **{"segment.resize": (40, 20), "data.max_bad": 0.1}), source)
+  with jax.set_mesh(mesh):
+    variables = objective.init(jax.random.key(0))
+    found, rows = objective.evaluate_images(variables, source, mesh)
+    for name in ("images", "annotations"):
+      (tmp_path / name / "training" / "03.png").unlink()
+    rest = sources.PairsSource(str(tmp_path), "training")
+    wanted, _ = objective.evaluate_images(variables, rest, mesh)
+  assert rows["labelled"].sum() == 11 * 20 * 24 and found == pytest.approx(wanted, abs=1e-6)
 
 
 def test_an_image_without_its_annotation(tmp_path):
@@ -241,7 +315,7 @@ def test_an_image_without_its_annotation(tmp_path):
 
 
 def test_a_label_map_of_noise_is_named():
-  with pytest.raises(UserError, match="b.png: the label map cannot be decoded"):
+  with pytest.raises(BadImage, match="b.png: the label map cannot be decoded"):
     segmentation.decode_labels(b"nothing", "b.png")
   buffer = io.BytesIO()
   Image.fromarray(np.full((2, 2), 300, np.uint16)).save(buffer, "PNG")

@@ -281,7 +281,12 @@ def test_a_record_of_another_example_is_noticed(copy):
   (copy.folder / tokens.SHARDS).write_text(
     "\n".join(json.dumps({**line, **_of(lines[0], line)}) for line in lines)
   )
-  index = int(np.argsort(pipeline.places(0, 0, 96))[41])
+  order = np.argsort(
+    pipeline.places(0, 0, 96)
+  ).tolist()  # one that is not among those that might take its place
+  index = next(
+    i for i, other in zip(order[40:80], order, strict=False) if other not in pipeline.candidates(i, 96)
+  )
   with pytest.raises(UserError, match="another order of examples"):
     other.read(0, 0, index)
 
@@ -344,6 +349,28 @@ def test_epochs_are_added(cache, tokenizer, tmp_path):
   _same_files(cache, tokens.TokenCache(folder))
 
 
+def test_epochs_are_added_while_a_run_reads(tokenizer, tmp_path, monkeypatch):
+  """The last shard is replaced by a longer one, and its line in shards.jsonl may come a moment later."""
+  config, folder = _config(tokenizer, batch_size=24), tmp_path / "tokens"
+  key = _make(config, folder, 1).key
+  running, late = (tokens.open_for_run(folder, key, 96) for _ in range(2))
+  order = np.argsort(pipeline.places(0, 0, 96))
+  before = running.read(0, 0, int(order[0])), running.read(0, 0, int(order[90]))
+  late.read(0, 0, int(order[0]))
+  few = (folder / tokens.SHARDS).read_text()
+  assert few.count("records") == 3
+  tokens.create(folder, key, 2, COMMAND)  # as the other program begins
+  beginning = tokens.open_for_run(folder, key, 96)
+  np.testing.assert_array_equal(beginning.read(0, 0, int(order[90])), before[1])
+  _make(config, folder, 2)
+  many = (folder / tokens.SHARDS).read_text()
+  (folder / tokens.SHARDS).write_text(few)
+  monkeypatch.setattr(tokens.time, "sleep", lambda pause: pause and (folder / tokens.SHARDS).write_text(many))
+  for reader in (running, late, pickle.loads(pickle.dumps(running))):
+    np.testing.assert_array_equal(reader.read(0, 0, int(order[90])), before[1])
+  np.testing.assert_array_equal(running.read(0, 0, int(order[0])), before[0])
+
+
 def test_as_many_epochs_as_the_run_sees(tokenizer, tmp_path):
   assert _make(_config(tokenizer, total_steps=7), tmp_path / "tokens").epochs == 2
 
@@ -374,21 +401,25 @@ def test_large_vocabularies(copy):
   np.testing.assert_array_equal(copy.read(0, 0, int(order[7])), ids[7])
 
 
-def test_replaced_images_have_the_tokens_of_those_that_replace_them(tokenizer, tmp_path):
-  images = tmp_path / "images"
-  images.mkdir()
+def _images(folder, *broken):
+  """24 pictures, some of them none: (folder, changes of the config)."""
+  folder.mkdir()
   rng = np.random.default_rng(0)
   for i in range(24):
-    Image.fromarray(rng.integers(0, 255, (20, 24, 3), np.uint8)).save(images / f"{i:02d}.png")
-  for i in (3, 11, 12):
-    (images / f"{i:02d}.png").write_bytes(b"broken")
-  data = {
+    Image.fromarray(rng.integers(0, 255, (20, 24, 3), np.uint8)).save(folder / f"{i:02d}.png")
+  for i in broken:
+    (folder / f"{i:02d}.png").write_bytes(b"broken")
+  return folder, {
     "data.source": "folder",
-    "data.root": str(images),
+    "data.root": str(folder),
     "data.max_bad": 0.5,
     "eval.split": "",
     "total_steps": 3,
   }
+
+
+def test_replaced_images_have_the_tokens_of_those_that_replace_them(tokenizer, tmp_path):
+  images, data = _images(tmp_path / "images", 3, 11, 12)
   config = _config(tokenizer, **data, batch_size=8)
   made = _make(config, tmp_path / "tokens", shard_size=10)
   source = sources.make_source(config.data.to_dict())
@@ -399,6 +430,52 @@ def test_replaced_images_have_the_tokens_of_those_that_replace_them(tokenizer, t
   replay = _config(tokenizer, **{**data, "data.root": str(moved)}, **{"tokenizer.cache": str(made.folder)})
   replay.batch_size = 8
   assert train.prepare(replay, sharding.make_mesh(1, 1)).objective.cache.epochs == 1
+
+
+def _batch_of(tokenizer, data, noted=None, **changes):
+  """All rows of three steps, and which examples were replaced."""
+  config = _config(tokenizer, **data, **changes, batch_size=8)
+  source = sources.make_source(config.data.to_dict())
+  noted = Damage(source, 0.5)
+  batches = list(_batches(Beit(config, source), 3, noted))
+  return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}, noted.known
+
+
+def test_an_image_that_was_replaced_in_the_cache_is_replaced_in_the_run(tokenizer, tmp_path):
+  """It could not be read for a while only: pixels and tokens are those of the same image all the same."""
+  images, data = _images(tmp_path / "images", 3)
+  good = (images / "05.png").read_bytes()  # none of those that stand for the data
+  (images / "05.png").write_bytes(b"broken")
+  made = _make(_config(tokenizer, **data, batch_size=8), tmp_path / "tokens", shard_size=10)
+  wanted, known = _batch_of(tokenizer, data)
+  assert sorted(known) == [3, 5]
+  (images / "05.png").write_bytes(good)
+  whole, known = _batch_of(tokenizer, data)
+  assert sorted(known) == [3] and not np.array_equal(whole["image"], wanted["image"])
+  found, known = _batch_of(tokenizer, data, **{"tokenizer.cache": str(made.folder)})
+  np.testing.assert_array_equal(found["image"], wanted["image"])
+  assert sorted(known) == [3, 5] and "or not when its tokens were cached" in known[5]
+  number, targets = made.find(0, 0, 5)
+  assert number == next(i for i in pipeline.candidates(5, 24) if i not in (3, 5))
+  (row,) = np.flatnonzero(found["example_key"][:, 1] == 5)
+  np.testing.assert_array_equal(found["targets"][row], targets)
+
+
+def test_an_image_that_is_replaced_only_in_the_run_stops_it(tokenizer, tmp_path):
+  """Its tokens would be those of other pixels."""
+  images, data = _images(tmp_path / "images", 3)
+  made = _make(_config(tokenizer, **data, batch_size=8), tmp_path / "tokens", shard_size=10)
+  (images / "05.png").write_bytes(b"broken")
+  with pytest.raises(UserError) as error:
+    _batch_of(tokenizer, data, **{"tokenizer.cache": str(made.folder)})
+  for fact in (
+    "tokenizer.cache",
+    "tokens of example 5 in epoch 0",
+    "cannot be read now",
+    "05.png",
+    "same command",
+  ):
+    assert fact in str(error.value)
 
 
 def _cached(tokenizer, cache):

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,31 +13,51 @@ from beit_jax import storage
 from beit_jax.errors import BadImage, UserError
 from beit_jax.logs import log
 
-ENOUGH = 100  # examples to have seen before a share means anything
+DEVIATIONS, SPARE = (
+  4,
+  2,
+)  # by how much a sample must be above the share: by chance less than one run in 1,000 is
 SHOWN = 20  # of them are named in the log; all are in the file
 
 
 class Damage:
-  """What `pipeline` reports the replaced examples of its batches to.
+  """What `pipeline` reports the replaced examples of its batches to; too many of them stop the run.
+
+  Counted are the different examples replaced since the start, in the last epoch's worth of examples where more have
+  been seen: no count of repeats, of errors that passed long ago, nor of an earlier start, after which files may have
+  been repaired. The run stops when there are more than max_share * n, n being all examples there are. In a random
+  order it need not wait so long: of m examples seen, more than max_share * m + 4 sqrt(max_share * m) + 2 are enough.
+  So half of the data broken shows in the first batches, and a share of up to max_share stops less than one run in a
+  thousand.
+
+  Several processes each count the rows that they read, which in training is a random sample too; an evaluation adds
+  them up at its end (`check`).
 
   Args:
     source: the data, to say which file it was, and why.
-    max_share: of the examples read so far; above it the run stops.
+    max_share: of all examples.
     path: a JSON line {"index", "reason"} for each of them is added there; what it holds counts as known.
+    shuffled: the order is random. Else, in an evaluation, a broken folder comes all at once.
 
   Attributes:
-    known: index -> reason, of every example found so far.
+    known: index -> reason, of every example found so far, at earlier starts too.
   """
 
-  def __init__(self, source: Any, max_share: float, path: Path | None = None):
+  def __init__(self, source: Any, max_share: float, path: Path | None = None, *, shuffled: bool = True):
     if not 0 <= max_share <= 1:
       raise UserError(f"config key 'data.max_bad': {max_share} must lie in [0, 1]")
-    self._source, self._share, self._path = source, max_share, path
-    self._seen = self._replaced = 0
+    self._source, self._share, self._path, self._shuffled = source, max_share, path, shuffled
+    self._seen = 0
+    self._last: dict[int, int] = {}  # index -> examples seen when it was last replaced, in that order
     self.known: dict[int, str] = {}
     self._file = path and storage.local(path)
     if path is not None and self._file.exists():
       self.known = dict(_read(self._file))
+
+  @property
+  def count(self) -> int:
+    """Different examples replaced, see above."""
+    return len(self._last)
 
   def note(self, indices: np.ndarray, replaced: np.ndarray) -> None:
     """int [b] and bool [b] of one batch.
@@ -44,15 +65,34 @@ class Damage:
     Raises:
       UserError: there are too many.
     """
-    self._seen, self._replaced = self._seen + len(replaced), self._replaced + int(replaced.sum())
+    self._seen += len(replaced)
     for index in map(int, indices[replaced]):
+      self._last.pop(index, None)
+      self._last[index] = self._seen
       if index not in self.known:
         self._add(index)
-    if self._seen >= ENOUGH and self._replaced > self._share * self._seen:
-      examples = "\n  ".join(list(self.known.values())[:5])
+    while self._last and next(iter(self._last.values())) <= self._seen - len(self._source):
+      del self._last[next(iter(self._last))]
+    self.check(self.count)
+
+  def check(self, count: int) -> None:
+    """Whether so many are too many, now.
+
+    Raises:
+      UserError: they are.
+    """
+    whole = len(self._source)
+    seen = min(self._seen, whole)
+    limit = self._share * whole
+    if self._shuffled:
+      limit = min(limit, self._share * seen + DEVIATIONS * math.sqrt(self._share * seen) + SPARE)
+    if count > limit:
+      found = [self.known[index] for index in self._last]
+      examples = "\n  ".join(found[:5] or ["the other processes say which"])
       raise UserError(
-        f"{self._replaced} of {self._seen} examples could not be read, more than data.max_bad={self._share}:\n  "
-        f"{examples}\nRepair or remove them ({self._path or 'the log names them'}), or allow more"
+        f"{count} of {whole if count > self.count else seen} examples could not be read (there are {whole}), too many "
+        f"for data.max_bad={self._share}:\n  {examples}\n"
+        f"Repair or remove them ({self._path or 'the log names them'}), or allow more"
       )
 
   def _add(self, index: int) -> None:
@@ -76,10 +116,13 @@ def _read(path: Path) -> Iterator[tuple[int, str]]:
 
 def why(source: Any, index: int) -> str:
   """Which example it is, and why it cannot be read."""
-  from beit_jax.data import pipeline  # which imports this module
+  from beit_jax.data import pipeline, segmentation  # which import this module
 
   try:
-    pipeline.decode(source[index], index).pixels()
+    example = source[index]
+    pipeline.decode(example, index).pixels()
+    if "label_map" in example:
+      segmentation.decode_labels(example["label_map"], segmentation.map_name(example, index))
   except (BadImage, OSError) as error:
     return str(error)
-  return f"example {index} could not be read a moment ago, and can now"
+  return f"example {index} could not be read a moment ago, or not when its tokens were cached, and can be now"

@@ -9,11 +9,13 @@ the number of processes nor that of workers changes what an example looks like.
 import ctypes
 import errno
 import functools
+import itertools
 import multiprocessing
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,6 +29,8 @@ from beit_jax.errors import BadImage, UserError
 
 HostBatch = dict[str, np.ndarray]
 TRIES = 100  # examples to try before giving up
+PAUSES = (0.1, 0.5)  # seconds before a file is read again: a network mount has errors that pass
+LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)  # those do not
 
 
 @functools.lru_cache(maxsize=4)
@@ -72,7 +76,7 @@ class Views:
         )
 
   def train(self, image: images.Picture, example: dict[str, Any], key: tuple[int, ...]) -> HostBatch:
-    """`key`, ints, is all the randomness there is.
+    """`key`, (seed, epoch, index of the row), is all the randomness there is.
 
     Raises:
       BadImage: the picture turns out to be damaged.
@@ -108,11 +112,34 @@ def decode(example: dict[str, Any], index: int, field: str = "image") -> images.
   return images.Picture(example[field], str(example.get("file", f"example {index}")))
 
 
+def read(source: Any, index: int) -> dict[str, Any]:
+  """An example of a source, its file tried three times.
+
+  Raises:
+    BadImage: it cannot be read.
+  """
+  for pause in (*PAUSES, None):
+    try:
+      return source[index]
+    except OSError as error:
+      if pause is None or isinstance(error, LASTING):
+        raise BadImage(str(error)) from error
+    time.sleep(pause)
+
+
+def candidates(index: int, count: int) -> Iterator[int]:
+  """An example, and those that take its place in turn. Not simply the next ones: a whole folder may be damaged."""
+  yield index
+  rng = np.random.default_rng((index, 4))
+  for _ in range(TRIES):
+    yield int(rng.integers(count))
+
+
 class _Rows:
   """Random access to this process's rows of the global batches, in order; the unit that grain reads."""
 
   def __init__(self, source, reader, *, rows, batch_size, steps, seed, train, replace):
-    self._source, self._reader, self._tries = source, reader, TRIES if replace else 1
+    self._source, self._reader, self._tries = source, reader, 1 + TRIES if replace else 1
     self._rows, self._batch, self._steps = rows, batch_size, steps
     self._seed, self._train = seed, train
 
@@ -134,32 +161,22 @@ class _Rows:
     }
 
   def _read(self, index: int, key: tuple[int, ...]) -> tuple[HostBatch, bool]:
-    """An example's arrays; where its picture cannot be read those of another one, always the same for an index."""
+    """An example's arrays; where its picture cannot be read those of another one, always the same for an index.
+
+    To its reader an example says which it is, "index", and what is wrong with the one that it replaces, "replaces".
+    """
     problem = None
-    for other in self._candidates(index):
+    for other in itertools.islice(candidates(index, len(self._source)), self._tries):
       try:
-        example = self._example(other)
+        example = {**read(self._source, other), "index": other, "replaces": problem}
         image = decode(example, other)
         reader = self._reader
         arrays = reader.train(image, example, key) if self._train else reader.eval(image, example)
         return arrays, other != index
       except BadImage as error:
         problem = problem or error
-    more = "" if self._tries == 1 else f"; nor could any of {self._tries} others that were tried in its place"
+    more = "" if self._tries == 1 else f"; nor could any of {TRIES} others that were tried in its place"
     raise BadImage(f"{problem}{more}")
-
-  def _example(self, index: int) -> dict[str, Any]:
-    try:
-      return self._source[index]
-    except OSError as error:
-      raise BadImage(str(error)) from error
-
-  def _candidates(self, index: int) -> Iterator[int]:
-    """Not simply the next ones: a whole folder may be damaged."""
-    yield index
-    rng = np.random.default_rng((index, 4))
-    for _ in range(self._tries if self._tries > 1 else 0):
-      yield int(rng.integers(len(self._source)))
 
 
 def _as_worker(*_) -> None:

@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image
 
 from beit_jax.data import images
-from beit_jax.data.pipeline import HostBatch, decode
-from beit_jax.errors import UserError
+from beit_jax.data.pipeline import HostBatch, decode, read
+from beit_jax.errors import BadImage, UserError
 
 IGNORE = 255  # of a label map as the loss and the metrics see it
 
@@ -20,7 +20,8 @@ def decode_labels(encoded: Any, name: str) -> np.ndarray:
   """Encoded bytes or an array -> label map uint8 or int32 [H, W], values as stored.
 
   Raises:
-    UserError: it is no picture, or one of colours instead of class numbers.
+    BadImage: it is no picture, or a damaged one.
+    UserError: it is one of colours instead of class numbers.
   """
   if not isinstance(encoded, bytes):
     array = np.asarray(encoded)
@@ -29,16 +30,21 @@ def decode_labels(encoded: Any, name: str) -> np.ndarray:
     image = images.open_picture(encoded)
     image.load()
   except Image.UnidentifiedImageError:
-    raise UserError(f"{name}: the label map cannot be decoded: no picture of a kind that is read") from None
+    raise BadImage(f"{name}: the label map cannot be decoded: no picture of a kind that is read") from None
   except Exception as error:  # whatever a damaged file leads to
     reason = str(error) or type(error).__name__
-    raise UserError(f"{name}: the label map cannot be decoded: {reason}") from None
+    raise BadImage(f"{name}: the label map cannot be decoded: {reason}") from None
   if image.mode not in ("L", "P", "1", "I", "I;16"):
     raise UserError(
       f"{name}: the label map has mode {image.mode}: a picture in colours; expected one channel of class numbers (an "
       "8-bit grey or palette PNG)"
     )
   return np.asarray(image).astype(np.int32 if image.mode.startswith("I") else np.uint8, copy=False)
+
+
+def map_name(example: dict[str, Any], index: int) -> str:
+  """What to call an example's label map in an error."""
+  return str(example.get("label_file", example.get("file", f"example {index}")))
 
 
 def to_classes(
@@ -145,9 +151,10 @@ class Maps:
     """uint8 [H, W] of the image's size.
 
     Raises:
+      BadImage: it cannot be decoded; names the file.
       UserError: it does not fit the image; names the file.
     """
-    name = str(example.get("label_file", example.get("file", f"example {index}")))
+    name = map_name(example, index)
     labels = decode_labels(example["label_map"], name)
     width, height = image.size
     if labels.shape != (height, width):
@@ -158,7 +165,7 @@ class Maps:
 
   def train(self, image: images.Picture, example: dict[str, Any], key: tuple[int, ...]) -> HostBatch:
     rng, s = np.random.default_rng((*key, 2)), self._segment
-    labels = self.labels(example, image, key[-1])
+    labels = self.labels(example, image, example.get("index", key[-1]))
     factor = rng.uniform(*s["resize_ratio"])
     size = rescale_size(image.size, tuple(side * factor for side in s["resize"]))
     image = images.decode(image).resize(size, images.RESAMPLE[self._data["interpolation"]])
@@ -174,7 +181,7 @@ class Maps:
 
   def eval(self, image: images.Picture, example: dict[str, Any]) -> HostBatch:
     """A central crop after the resize of evaluation; for figures (`windows.py` evaluates whole images)."""
-    labels = self.labels(example, image, 0)
+    labels = self.labels(example, image, example.get("index", 0))
     size = rescale_size(image.size, self._segment["resize"])
     pixels = np.asarray(images.decode(image).resize(size, images.RESAMPLE[self._data["interpolation"]]))
     labels = np.asarray(Image.fromarray(labels).resize(size, Image.Resampling.NEAREST))
@@ -193,7 +200,11 @@ class Maps:
 
 
 def whole(source: Any, reader: Maps, index: int) -> tuple[np.ndarray, np.ndarray]:
-  """One example as it is: image uint8 [H, W, 3] and label map uint8 [H, W]."""
-  example = source[index]
+  """One example as it is: image uint8 [H, W, 3] and label map uint8 [H, W].
+
+  Raises:
+    BadImage: one of them cannot be read.
+  """
+  example = read(source, index)
   image = decode(example, index)
   return image.pixels(), reader.labels(example, image, index)

@@ -4,13 +4,15 @@
 `DIR/shards.jsonl` has a line with size and sha256 for each shard that is finished. Position p of the training order
 (epoch = p // n, then the permutation of that epoch) is record p % shard_size of shard p // shard_size, so that a run
 reads one shard after the other. A record is (epoch, index) as uint32, then the N tokens of that example as uint16
-(uint32 where the vocabulary is larger than 65,536), little-endian; 64 of them are compressed together.
+(uint32 where the vocabulary is larger than 65,536), little-endian; 64 of them are compressed together. The index
+is that of the example whose pixels were tokenized: another than the order has there if that one could not be read.
 """
 
 import hashlib
 import json
 import os
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ SHARD_SIZE = 2**14  # examples: what a kill costs at most
 WRITING = "group_size:64,zstd:3"  # one record a group: 452 instead of 364 bytes an example
 OPEN = 4  # shards that a process holds open; it reads in order, and the batches ahead may lie in the next
 SAMPLE = 16  # examples that stand for the data
+PAUSES = (0.0, 0.2, 1.0)  # seconds before shards.jsonl is read again: the cache may just have become longer
 # The image's size and interpolation too: the grey that jitter turns around is that of the image.
 VIEWS = ("image_size", "token_image_size", "interpolation", "token_interpolation")
 AUGMENTATION = ("crop", "crop_scale", "crop_ratio", "flip", "color_jitter", "scaled_decode")
@@ -75,6 +78,7 @@ class TokenCache:
   Attributes:
     key: see `cache_key`.
     epochs, examples: epochs that it holds, or will; examples of each.
+    positions: those that are read, the first ones of the training order; of what lies behind nothing is asked.
     command: what makes it, but for --epochs.
 
   Raises:
@@ -88,6 +92,7 @@ class TokenCache:
       self.key, self.command = dict(about["key"]), str(about["command"])
       self.epochs, self.shard_size = int(about["epochs"]), int(about["shard_size"])
       self.examples, self.num_tokens = int(self.key["examples"]), int(self.key["tokens"])
+      self.positions = self.epochs * self.examples
       self.dtype = np.dtype("<u2" if int(self.key["vocab_size"]) <= 2**16 else "<u4")
       if about["version"] != VERSION or min(self.shard_size, self.examples, self.num_tokens) < 1:
         raise ValueError(f"version {about['version']!r}, this program reads {VERSION}")
@@ -122,14 +127,14 @@ class TokenCache:
     """The positions that a shard holds: from, up to but without."""
     return shard * self.shard_size, min((shard + 1) * self.shard_size, self.epochs * self.examples)
 
-  def unfinished(self, positions: int | None = None, *, verify: bool = False) -> list[int]:
-    """Shards of the first `positions` (None: all) that are missing or not as they were written.
+  def unfinished(self, *, verify: bool = False) -> list[int]:
+    """Shards of the first `positions` that are missing or not as they were written.
 
     verify: looks at every byte, and not only at the size.
     """
-    positions = self.epochs * self.examples if positions is None else positions
     entries = self._entries
-    return [s for s in range(-(-positions // self.shard_size)) if self._fault(s, entries.get(s), verify)]
+    shards = range(-(-self.positions // self.shard_size))
+    return [s for s in shards if self._fault(s, entries.get(s), verify)]
 
   @property
   def _entries(self) -> dict[int, dict[str, Any]]:
@@ -148,15 +153,15 @@ class TokenCache:
 
   def _fault(self, shard: int, entry: dict[str, Any] | None, verify: bool) -> str:
     start, stop = self.span(shard)
-    path = self.path(shard)
-    if entry is None or entry.get("records") != stop - start or not path.is_file():
+    path, wanted = self.path(shard), min(stop, self.positions) - start
+    if entry is None or not path.is_file() or entry.get("records", 0) < wanted:
       return "missing"
     if entry.get("size") != path.stat().st_size:
       return "damaged: its size has changed"
     return "damaged: its sha256 has changed" if verify and entry.get("sha256") != _sha256(path) else ""
 
   def write(self, shard: int, keys: np.ndarray, tokens: np.ndarray) -> None:
-    """A whole shard: keys [r, 2] = (epoch, index), tokens [r, N]. Under its name only when it is complete.
+    """A whole shard: keys [r, 2] = (epoch, index of what was tokenized), tokens [r, N]. Under its name when complete.
 
     Raises:
       UserError: the disk does not take it.
@@ -184,30 +189,38 @@ class TokenCache:
       ) from None
 
   def read(self, seed: int, epoch: int, index: int) -> np.ndarray:
-    """The tokens [N] of an example in an epoch. From any thread.
+    """The tokens [N] of an example in an epoch, or of the one in its place. Errors: as `find`."""
+    return self.find(seed, epoch, index)[1]
+
+  def find(self, seed: int, epoch: int, index: int) -> tuple[int, np.ndarray]:
+    """(index of the example that was tokenized for this one, its tokens [N]). From any thread.
 
     Raises:
-      UserError: the shard is missing or damaged.
+      UserError: the shard is missing or damaged, or made by a program with another order.
     """
     position = epoch * self.examples + int(pipeline.places(seed, epoch, self.examples)[index])
     shard, row = divmod(position, self.shard_size)
     record = self._reader(shard).read([row])[0]
-    found = tuple(map(int, np.frombuffer(record, "<u4", 2)))
-    if found != (epoch, index):
+    during, found = map(int, np.frombuffer(record, "<u4", 2))
+    if during != epoch or (found != index and found not in pipeline.candidates(index, self.examples)):
       raise UserError(
-        f"{self.path(shard)}: record {row} is of example {found[1]} in epoch {found[0]}, expected {index} in {epoch}: "
+        f"{self.path(shard)}: record {row} is of example {found} in epoch {during}, expected {index} in {epoch}: "
         "this program has another order of examples than the one that made the cache; make it anew"
       )
-    return np.frombuffer(record, self.dtype, offset=8)
+    return found, np.frombuffer(record, self.dtype, offset=8)
 
   def _reader(self, shard: int) -> Any:
     from array_record.python.array_record_module import ArrayRecordReader
 
     with self._lock:
       if shard not in self._readers:
-        if shard not in self._known:
-          self._known = self._entries
         fault = self._fault(shard, self._known.get(shard), verify=True)
+        for pause in PAUSES if fault else ():
+          time.sleep(pause)
+          self._known = self._entries
+          fault = self._fault(shard, self._known.get(shard), verify=True)
+          if not fault:
+            break
         if fault:
           raise UserError(f"{self.path(shard)} is {fault}; this makes it anew: {self.command}")
         for old in list(self._readers)[: 1 - OPEN]:
@@ -263,7 +276,8 @@ def open_for_run(folder: str, key: dict[str, Any], positions: int) -> TokenCache
       f"{where}: {folder} holds {cache.epochs} epochs, this run sees {epochs}. The others are added by: "
       f"{cache.command} --epochs={epochs}"
     )
-  missing = cache.unfinished(positions)
+  cache.positions = positions
+  missing = cache.unfinished()
   if missing:
     shards = -(-positions // cache.shard_size)
     raise UserError(
@@ -274,7 +288,11 @@ def open_for_run(folder: str, key: dict[str, Any], positions: int) -> TokenCache
 
 
 class Replay(pipeline.Views):
-  """`Views` for training without the tokenizer's: "targets" [N] comes from a cache. Evaluation is as ever."""
+  """`Views` for training without the tokenizer's: "targets" [N] comes from a cache. Evaluation is as ever.
+
+  An example that could not be read when the cache was made counts as one that cannot be read now either, so that
+  pixels and tokens are those of the same one.
+  """
 
   def __init__(self, views: images.Views, options: dict[str, Any], cache: TokenCache):
     # How far a JPEG is shrunk in decoding depends on all views.
@@ -283,7 +301,24 @@ class Replay(pipeline.Views):
     self._cache, self._whole = cache, pipeline.Views(views, options)
 
   def train(self, image: Any, example: dict[str, Any], key: tuple[int, ...]) -> pipeline.HostBatch:
-    return {**super().train(image, example, key), "targets": self._cache.read(*key)}
+    """See `Views`.
+
+    Raises:
+      BadImage: the cache holds the tokens of another example, which may yet be tried in the place of this one.
+      UserError: it holds those of one that could be read then, and cannot now.
+    """
+    index, read = key[-1], example.get("index", key[-1])
+    found, targets = self._cache.find(*key)
+    if found == read:
+      return {**super().train(image, example, key), "targets": targets}
+    order = list(pipeline.candidates(index, self._cache.examples))
+    if order.index(found) > order.index(read):
+      raise BadImage(f"example {index}: the cache has the tokens of example {found} in its place")
+    raise UserError(
+      f"config key 'tokenizer.cache': {self._cache.folder} has the tokens of example {found} in epoch {key[-2]}, which "
+      f"cannot be read now ({example.get('replaces')}). Mend the file or the disk and give the same command again; if "
+      "it could not be read then either, an earlier version of this program made the cache: make it anew"
+    )
 
   def eval(self, image: Any, example: dict[str, Any]) -> pipeline.HostBatch:
     return self._whole.eval(image, example)

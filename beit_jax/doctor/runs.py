@@ -71,7 +71,7 @@ def _trouble(machine: Machine, run: Run, source: Any, index: int) -> tuple[bool,
     try:
       machine.objective(run).reader().labels(example, image, index)
     except UserError as error:
-      return False, str(error)
+      return isinstance(error, BadImage), str(error)
   elif run.config.objective in LABELLED:
     if "label" not in example:
       return (

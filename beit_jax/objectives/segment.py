@@ -16,7 +16,8 @@ from beit_jax import augment, convert, losses, metrics, pictures, sharding, slid
 from beit_jax.config import Maybe, pair
 from beit_jax.convert import segmentation as convert_segmentation
 from beit_jax.data import segmentation
-from beit_jax.errors import UserError
+from beit_jax.data.damage import Damage
+from beit_jax.errors import BadImage, UserError
 from beit_jax.logs import log
 from beit_jax.models.resize import resize_bilinear
 from beit_jax.models.upernet import BeitForSemanticSegmentation
@@ -121,15 +122,19 @@ class Segment(base.Objective):
 
     Returns:
       (metrics, rows per class: IoU, Acc, labelled pixels).
+
+    Raises:
+      UserError: more than data.max_bad of the images or label maps cannot be read; fewer are left out.
     """
     options = self.config.segment
     scales = tuple(options.scales)
     reader = self.reader()
-    sizes = [_size(source, reader, i) for i in range(len(source))]
+    sizes = _sizes(source, reader, Damage(source, self.config.data.max_bad, shuffled=False))
+    known, programs = np.array(list(sizes)), max(1, options.programs // (len(scales) + 1))
     histogram = np.zeros((3, self.num_classes), np.int64)
     # One program a bucket and scale, and one a bucket for the histogram: eight in all for one scale.
-    for indices in windows.buckets(sizes, max(1, options.programs // (len(scales) + 1))):
-      histogram += self._evaluate_bucket(variables, source, reader, indices, sizes, scales, mesh)
+    for part in windows.buckets(list(sizes.values()), programs):
+      histogram += self._evaluate_bucket(variables, source, reader, known[part], sizes, scales, mesh)
     found = windows.mean_iou(*histogram.astype(np.float64))
     rows = {"IoU": found.pop("IoU"), "Acc": found.pop("Acc"), "labelled": histogram[2]}
     return found, rows
@@ -238,7 +243,14 @@ def _own_fields() -> dict[str, Any]:
   return base.module_fields(BeitForSemanticSegmentation, without=("encoder",))
 
 
-def _size(source: Any, reader: segmentation.Maps, index: int) -> tuple[int, int]:
-  """(height, width) of an image."""
-  image, _ = segmentation.whole(source, reader, index)
-  return image.shape[:2]
+def _sizes(source: Any, reader: segmentation.Maps, damage: Damage) -> dict[int, tuple[int, int]]:
+  """Index -> (height, width) of the images that can be read; every process looks at all."""
+  sizes = {}
+  for index in range(len(source)):
+    try:
+      image, _ = segmentation.whole(source, reader, index)
+      sizes[index] = image.shape[:2]
+    except BadImage:
+      pass
+    damage.note(np.array([index]), np.array([index not in sizes]))
+  return sizes
