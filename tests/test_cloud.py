@@ -540,5 +540,5 @@ def test_stopped_and_killed_and_resumed_exactly(bucket, tmp_path, monkeypatch):
   process.wait()
 
   assert _start("gs://bucket/stopped").wait(300) == 0, (tmp_path / "output.txt").read_text()[-2000:]
-  assert bucket.names("stopped/damaged/") and not kills.orphans("cloud")
+  assert bucket.names("stopped/damaged/") and not kills.left_behind("cloud")
   kills.compare(tmp_path / "whole", _copy(bucket, "stopped", tmp_path / "copy"), exact=True)

@@ -76,7 +76,7 @@ def test_sigterm_at_the_first_compile_in_a_step_a_save_and_an_evaluation(whole, 
   process = starts()
   _wait(process, lambda: kills.logged_steps(workdir) >= 60)
   _end(process, signal.SIGINT, 130)
-  assert not kills.orphans("terms")
+  assert not kills.left_behind("terms")
   kills.finish(workdir, "terms", workers=0, mesh=1, slow=0.0)
   kills.compare(whole, workdir, exact=True)
 
@@ -109,10 +109,10 @@ def test_a_data_worker_is_killed(tmp_path):
   _wait(process, lambda: kills.logged_steps(workdir) >= 2)
   workers = [pid for pid in kills.orphans("worker") if b"spawn_main" in _command(pid)]
   os.kill(workers[0], signal.SIGKILL)
-  assert process.wait(60) in (0, 2)  # all may have been read already
+  assert process.wait(60) in (0, 75)  # all may have been read already
   text = (tmp_path / "output.txt").read_text()
   assert process.returncode == 0 or "data workers was killed" in text and "Traceback" not in text
-  assert not kills.orphans("worker")
+  assert not kills.left_behind("worker")
 
 
 def _command(pid):

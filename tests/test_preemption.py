@@ -172,4 +172,4 @@ def test_one_of_two_processes_is_asked_and_both_save_the_same_step(index, number
     kills.finish(workdir, "asked", **options)
     kills.finish(whole, "asked", **options)
     kills.compare(whole, workdir, exact=True)
-  assert not kills.orphans("asked")
+  assert not kills.left_behind("asked")

@@ -7,8 +7,8 @@ import pytest
 
 import beit_jax
 from beit_jax import checkpoint, train, trees
-from beit_jax.data import sources
-from beit_jax.errors import UserError
+from beit_jax.data import pipeline, sources
+from beit_jax.errors import BadImage, UserError
 from beit_jax.models.beit import Beit
 from beit_jax.models.heads import LinearProbes, block_features
 from beit_jax.objectives import LinearProbe, probe
@@ -114,6 +114,19 @@ def test_knn_finds_the_training_images_themselves(backbone, tmp_path):
   ]
   assert results[0] == results[1] and set(results[0]) == {"acc1", "acc1_01", "best_block"}
   assert 0 < results[0]["acc1"] < 1
+
+
+def test_knn_leaves_a_broken_image_out(backbone, tmp_path, monkeypatch, caplog):
+  decode = pipeline.decode
+
+  def broken(example, index, *field):
+    if index == 3:
+      raise BadImage("example 3 is broken")
+    return decode(example, index, *field)
+
+  monkeypatch.setattr(pipeline, "decode", broken)
+  train.run(tiny.config("knn", **{"encoder.init_from": str(backbone), "data.max_bad": 0.1}), tmp_path)
+  assert "k-NN: 95 training images" in caplog.text
 
 
 @pytest.mark.parametrize(

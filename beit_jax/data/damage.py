@@ -13,10 +13,8 @@ from beit_jax import storage
 from beit_jax.errors import BadImage, UserError
 from beit_jax.logs import log
 
-DEVIATIONS, SPARE = (
-  4,
-  2,
-)  # by how much a sample must be above the share: by chance less than one run in 1,000 is
+# By how much a sample must be above the share: by chance less than one run in 1,000 is.
+DEVIATIONS, SPARE = 4, 2
 SHOWN = 20  # of them are named in the log; all are in the file
 
 

@@ -25,7 +25,7 @@ from PIL import Image
 
 from beit_jax.data import images, randaugment, resize
 from beit_jax.data.damage import Damage
-from beit_jax.errors import BadImage, UserError
+from beit_jax.errors import BadImage, Outage, UserError
 
 HostBatch = dict[str, np.ndarray]
 TRIES = 100  # examples to try before giving up
@@ -225,7 +225,7 @@ def _batches(
     except RuntimeError as error:
       if "Worker process was terminated" not in str(error):
         raise
-      raise UserError(
+      raise Outage(
         f"one of the {workers} data workers was killed; if the machine ran out of memory, lower data.workers or "
         "data.threads"
       ) from None

@@ -11,6 +11,7 @@ import numpy as np
 
 from beit_jax import augment, checkpoint, losses, metrics, sharding, transfer, trees
 from beit_jax.data import pipeline
+from beit_jax.data.damage import Damage
 from beit_jax.errors import UserError
 from beit_jax.logs import log
 from beit_jax.models.beit import Beit
@@ -207,6 +208,7 @@ class Knn(Probe):
       batch_size=size,
       workers=self.config.data.workers,
       threads=self.config.data.threads,
+      damage=Damage(self.source, self.config.data.max_bad, shuffled=False),
     )
     extract = jax.jit(
       lambda frozen, batch: (_unit(self.features(frozen, batch)), batch["label"], batch["valid"]),
