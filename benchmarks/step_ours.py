@@ -89,13 +89,25 @@ def parts(step, state, frozen, batch, objective) -> dict[str, tuple[float, float
   """
   key = jax.random.key(0)
   given = {**batch, "targets": jnp.zeros((len(batch["image"]), 196), jnp.int32)}
-  sums = lambda params: objective.loss({"params": params}, frozen, given, key, 0)[0]
-  masks = lambda: objective._sample_mask(augment.example_keys(0, batch["example_key"], "mask"))
-  programs = {"masks": (masks,), "forward": (sums, state.params), "gradient": (jax.grad(sums), state.params)}
-  if "token_image" in batch:
+
+  # All data are arguments: XLA would compute at compile time what depends on constants only.
+  def sums(params, frozen, batch):
+    return objective.loss({"params": params}, frozen, batch, key, 0)[0]
+
+  def masks(batch):
+    return objective._sample_mask(augment.example_keys(0, batch["example_key"], "mask"))
+
+  def tokenize(frozen, batch):
     pixels = augment.to_float(batch["token_image"])
-    tokenize = lambda params: objective.tokenizer.module.apply({"params": params}, pixels, method="tokenize")
-    programs["tokenizer"] = (tokenize, frozen)
+    return objective.tokenizer.module.apply({"params": frozen}, pixels, method="tokenize")
+
+  programs = {
+    "masks": (masks, given),
+    "forward": (sums, state.params, frozen, given),
+    "gradient": (jax.grad(sums), state.params, frozen, given),
+  }
+  if "token_image" in batch:
+    programs["tokenizer"] = (tokenize, frozen, batch)
 
   def best(call):
     laps = []
@@ -120,18 +132,19 @@ def parts(step, state, frozen, batch, objective) -> dict[str, tuple[float, float
 
 def matmul_peak(dtype: str) -> float:
   """FLOP/s of one large product, the best of several."""
-  size = 4096 if jax.default_backend() == "cpu" else 8192
-  a = jnp.ones((size, size), dtype)
+  size, repeats = (4096, 1) if jax.default_backend() == "cpu" else (8192, 10)
+  # Numbers as in training: a GPU draws less power, and so is faster, where all are alike.
+  a = (jax.random.normal(jax.random.key(0), (size, size)) / size**0.5).astype(dtype)
   product = jax.jit(jnp.matmul)
   best = float("inf")
   product(a, a).block_until_ready()
   for _ in range(5):
     began = time.perf_counter()
     out = a
-    for _ in range(1 if jax.default_backend() == "cpu" else 10):
+    for _ in range(repeats):
       out = product(out, a)
     out.block_until_ready()
-    best = min(best, (time.perf_counter() - began) / (1 if jax.default_backend() == "cpu" else 10))
+    best = min(best, (time.perf_counter() - began) / repeats)
   return 2 * size**3 / best
 
 
@@ -143,6 +156,10 @@ def main():
   parser.add_argument("--tokenizer", default="online")
   args = parser.parse_args()
   logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="ours: %(message)s")
+  if args.dtype == "float32" and jax.default_backend() != "cpu":
+    jax.config.update(
+      "jax_default_matmul_precision", "float32"
+    )  # XLA's own choice is TF32; the peer has none either
   with jax.set_mesh(sharding.make_mesh(1, 1)):
     step, state, frozen, batch, objective = build(args.variant, args.batch, args.dtype, args.tokenizer)
 

@@ -2,6 +2,8 @@
 
 Several workers run the tests (pytest-xdist): this file is read by the process that starts them, whose environment they
 inherit, then by each of them.
+
+BEIT_JAX_TEST_GPU=1 leaves the platform alone, for tests/test_attention.py on a machine with a GPU (docs/benchmarks.md).
 """
 
 import atexit
@@ -24,8 +26,10 @@ if TIMEOUTS not in os.environ.get("XLA_FLAGS", ""):
   os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {TIMEOUTS}".strip()
 os.environ.setdefault("NPROC", "64")
 
-jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_num_cpu_devices", 8)
+ON_GPU = os.environ.get("BEIT_JAX_TEST_GPU") == "1"
+if not ON_GPU:
+  jax.config.update("jax_platforms", "cpu")
+  jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "float32")
 
 # XLA's optimisations take two thirds of the time of most tests, whose programs then run for milliseconds.
@@ -57,7 +61,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(autouse=True, scope="module")
 def _optimisations(request):
   """Off but for OPTIMISED; what was compiled the other way is forgotten."""
-  quick = request.module.__name__.rpartition(".")[2] not in OPTIMISED
+  quick = not ON_GPU and request.module.__name__.rpartition(".")[2] not in OPTIMISED
   if quick != (os.environ.get(QUICK_COMPILES) == "1"):
     os.environ[QUICK_COMPILES] = str(int(quick))
     jax.config.update(QUICK_COMPILES.lower(), quick)

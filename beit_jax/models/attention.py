@@ -8,7 +8,9 @@ import re
 import jax
 import jax.numpy as jnp
 
-MULTIPLE = 8  # cuDNN trains with a bias at even lengths only; its tiles like multiples of 8
+from beit_jax.models.constrain import constrain_batch, constrain_replicated
+
+MULTIPLE = 8  # JAX lets cuDNN train at even lengths only, bias or not; its tiles like multiples of 8
 
 
 def why_not_cudnn(dtype: str, head_dim: int, platform: str, capability: str) -> str:
@@ -40,10 +42,18 @@ def choose(requested: str, dtype: str, head_dim: int) -> tuple[str, str]:
   return ("xla", f"cuDNN: {reason}") if reason else ("cudnn", f"{dtype} on {device.device_kind}")
 
 
+def padded_length(tokens: int) -> int:
+  """How many tokens cuDNN's kernel is given for so many."""
+  length = -(-tokens // MULTIPLE) * MULTIPLE
+  # 64 above a multiple of 128 its backward kernel on Hopper does not mask the end of the last tile: NaN where all
+  # logits of a query are below -88 (pytorch#196678, cudnn-frontend#628; cuDNN 9.20, others not known).
+  return length + MULTIPLE * (length % 128 == 64)
+
+
 def padded_attention(
   query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | None, implementation: str
 ) -> jax.Array:
-  """`jax.nn.dot_product_attention` at the next multiple of `MULTIPLE` tokens; the same numbers, gradients included.
+  """`jax.nn.dot_product_attention` at `padded_length` tokens; the same numbers, gradients included.
 
   Added keys get a bias that no softmax notices; added queries are cut off again.
 
@@ -52,18 +62,23 @@ def padded_attention(
     bias: [1, K, T, T] or None.
     implementation: "xla" or "cudnn".
   """
-  tokens = query.shape[1]
-  more = -tokens % MULTIPLE
-  if not more:
-    return jax.nn.dot_product_attention(query, key, value, bias=bias, implementation=implementation)
-  query, key, value = (jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0))) for x in (query, key, value))
-  if bias is None:
-    bias = jnp.zeros((1, 1, tokens, tokens), query.dtype)
-  bias = jnp.pad(bias, ((0, 0), (0, 0), (0, more), (0, more)))
-  nothing = jnp.asarray(jnp.finfo(bias.dtype).min / 2, bias.dtype)
-  bias = jnp.where(jnp.arange(tokens + more) < tokens, bias, nothing)
+  tokens, heads = query.shape[1:3]
+  more = padded_length(tokens) - tokens
+  if more:
+    query, key, value = (jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0))) for x in (query, key, value))
+    if bias is None:
+      # Of all heads: the shape of a bias whose gradient, which JAX asks for in any case, cuDNN has had the longest.
+      bias = jnp.zeros((1, heads, tokens, tokens), query.dtype)
+    bias = jnp.pad(bias, ((0, 0), (0, 0), (0, more), (0, more)))
+    # JAX's own numbers for masked keys: of larger ones cuDNN subtracts one from another and returns NaN.
+    nothing = -(2.0**15) if bias.dtype == jnp.float16 else -(2.0**41)
+    bias = jnp.where(jnp.arange(tokens + more) < tokens, bias, jnp.asarray(nothing, bias.dtype))
+  # The kernel cannot be cut along any axis but batch and heads, and demands one sharding of all three; under FSDP XLA
+  # would spread each as its own weights are. XLA's attention is cut as XLA likes, and is not told.
+  query, key, value = map(constrain_batch, (query, key, value))
+  bias = None if bias is None else constrain_replicated(bias)
   out = jax.nn.dot_product_attention(query, key, value, bias=bias, implementation=implementation)
-  return out[:, :tokens]
+  return constrain_batch(out)[:, :tokens]
 
 
 def attention(

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from beit_jax.models.layers import INITS, Block, PatchEmbed, RelPosBias, constrain_batch
+from beit_jax.models.constrain import constrain_batch
+from beit_jax.models.layers import INITS, Block, PatchEmbed, RelPosBias
 
 # BEiT paper, Table 12 (base, large); tiny and small are DeiT's sizes, which no official release has.
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from beit_jax.models.layers import constrain_batch
+from beit_jax.models.constrain import constrain_batch
 
 BN_EPS = 1e-5
 BN_DECAY = 0.9  # PyTorch's momentum 0.1
