@@ -52,15 +52,15 @@ HEAD
 set -u
 cd $(quote "$ROOT") || exit 1
 ${flags[setup]:-:}
-# The warning before the time limit is USR1, to this shell alone (B:). TERM is scancel, or a preemption after which Slurm
-# itself queues the job again. srun would kill its tasks on a signal, so scancel tells them; once only, since at the second
-# signal they leave without saving.
+# The warning before the time limit is USR1, to this shell alone (B:). srun would kill its tasks on it, so scancel passes it
+# on to them, once: at a second signal they leave without saving. TERM is scancel or a preemption; either tells the tasks
+# itself, and after a preemption Slurm queues the job again.
 first= caught=
 heard() {
   caught=1
   [ -z "\$first" ] || return 0
   first=\$1
-  scancel --signal=TERM "\$SLURM_JOB_ID"
+  [ "\$1" = TERM ] || scancel --signal=TERM "\$SLURM_JOB_ID"
 }
 trap 'heard USR1' USR1
 trap 'heard TERM' TERM
