@@ -26,8 +26,8 @@ from pathlib import Path
 import jax
 
 from beit_jax import rollcall, storage
-from beit_jax.errors import UserError
-from beit_jax.logs import log
+from beit_jax.errors import Outage, UserError
+from beit_jax.logs import log, only_file
 from beit_jax.rollcall import Place
 
 TPU_PORT = 8482
@@ -307,6 +307,15 @@ def tell(text: str, status: int) -> None:
   """
   if _crew is not None and not _crew.stopped.wait(rollcall.GRACE if status < 128 else 0):
     _crew.fail(text, status)
+
+
+def end_with(error: Exception) -> int:
+  """A mistake of the user's or an outage, said here, in log.txt and to the others; returns the exit status."""
+  print(f"error: {error}", file=sys.stderr)
+  only_file(f"error: {error}")
+  status = getattr(error, "status", Outage.status)
+  tell(str(error), status)
+  return status
 
 
 def shutdown() -> None:

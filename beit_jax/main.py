@@ -19,7 +19,7 @@ import jax
 
 from beit_jax import checkpoint, distributed, logs, objectives, preemption, record, storage, summary, train
 from beit_jax import config as config_lib
-from beit_jax.errors import Outage, UserError
+from beit_jax.errors import UserError
 
 PARTS = ("tokenizer", "encoder")  # frozen parts of a run, whose init_from may be another stage's
 
@@ -52,11 +52,7 @@ def _main(argv: list[str]) -> int:
     else:
       run_stages(config, folder)
   except (UserError, *storage.errors()) as error:
-    print(f"error: {error}", file=sys.stderr)
-    logs.only_file(f"error: {error}")
-    status = getattr(error, "status", Outage.status)
-    distributed.tell(str(error), status)
-    return status
+    return distributed.end_with(error)
   except preemption.Stopped as stopped:
     print(stopped, file=sys.stderr)
     logs.only_file(str(stopped))

@@ -27,7 +27,7 @@ from beit_jax import config as config_lib
 from beit_jax import distributed, logs, objectives, record, sharding, storage
 from beit_jax.data import pipeline, sources, tokens
 from beit_jax.data.damage import Damage
-from beit_jax.errors import Outage, UserError
+from beit_jax.errors import UserError
 from beit_jax.lock import only_writer
 from beit_jax.logs import log
 from beit_jax.objectives import Beit
@@ -221,11 +221,7 @@ def main(argv: list[str]) -> int:
     replay = f"--{prefix}tokenizer.cache={out}"
     log.info("finished: %d epochs, %.1f MB; replay them with %s", cache.epochs, size / 1e6, replay)
   except (UserError, *storage.errors()) as error:
-    print(f"error: {error}", file=sys.stderr)
-    logs.only_file(f"error: {error}")
-    status = getattr(error, "status", Outage.status)
-    distributed.tell(str(error), status)
-    return status
+    return distributed.end_with(error)
   except KeyboardInterrupt:
     distributed.tell("stopped by hand", 130)
     print("stopped; give the same command again to go on", file=sys.stderr)
