@@ -347,9 +347,7 @@ def run(main: Callable[[list[str]], int], argv: list[str]) -> None:
       traceback.print_exc()
     status = getattr(error, "status", 1)
     tell(str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}", status)
-    if (
-      _crew.stopped.is_set()
-    ):  # a thread says who was the first, and ends this process with the status of that
+    if _crew.stopped.is_set():  # a thread says who was first, and ends this process with the status of that
       time.sleep(2 * rollcall.GRACE)
   if not active():
     if status:

@@ -17,7 +17,7 @@ import numpy as np
 
 ATTEMPTS = 10  # draws per block before the sampler gives up (unilm masking_generator.py)
 FIXED_BLOCKS = (
-  8  # of 128 masks of 75 in 14x14 patches the slowest takes 8.5 on average, 11 at most (measured)
+  8  # the slowest of 128 masks of 75 in 14x14 patches takes 8.5 on average, 11 at most (measured)
 )
 
 
