@@ -281,7 +281,7 @@ def test_a_second_start_compiles_nothing_anew(tmp_path):
 
   def hit():
     command = [sys.executable, "-m", "beit_jax.main", f"--config={config}", f"--workdir={tmp_path / 'run'}"]
-    for name in ("result.json", "config.json", "metrics.jsonl"):
+    for name in ("result.json", "config.json", "metrics.jsonl", "saved.json"):
       (tmp_path / "run" / name).unlink(missing_ok=True)
     shutil.rmtree(tmp_path / "run" / "checkpoints", ignore_errors=True)
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)

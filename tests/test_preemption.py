@@ -141,7 +141,8 @@ def test_one_of_two_processes_is_asked_in_the_first_compilation(tmp_path):
   with contextlib.ExitStack() as stack:
     started = kills.start_all(workdir, "compiling", processes=2, workers=0, mesh=2, slow=0.0)
     for process in started:
-      stack.callback(process.kill)
+      stack.callback(process.wait)
+      stack.callback(process.kill)  # first
     assert _until(lambda: log.exists() and "parameter groups" in log.read_text(), 240)
     started[1].send_signal(signal.SIGINT)
     assert [process.wait(kills.LIMIT) for process in started] == [143, 130]
@@ -161,7 +162,8 @@ def test_one_of_two_processes_is_asked_and_both_save_the_same_step(index, number
   with contextlib.ExitStack() as stack:
     started = kills.start_all(workdir, "asked", **options)
     for process in started:
-      stack.callback(process.kill)
+      stack.callback(process.wait)
+      stack.callback(process.kill)  # first
     assert _until(lambda: kills.logged_steps(workdir) > 12, 240)
     started[index].send_signal(number)
     assert [process.wait(kills.LIMIT) for process in started] == statuses

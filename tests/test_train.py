@@ -345,7 +345,7 @@ def test_the_best_state_is_kept(tmp_path):
 def test_a_run_begun_anew_may_be_better_at_an_earlier_step(tmp_path):
   """Checkpoints deleted, best kept, another metric: what was best before does not count, nor stand in the way.
 
-  That is refused until the log of the checkpoints is moved away too.
+  That is refused until what tells of the checkpoints is moved away too.
   """
   changes = {"eval.every_steps": 1, "checkpoint.best": "loss", "total_steps": 3}
   config = tiny.config("classify", **changes, **{"optimizer.learning_rate": 1e-6, "optimizer.min_lr": 0.0})
@@ -356,7 +356,8 @@ def test_a_run_begun_anew_may_be_better_at_an_earlier_step(tmp_path):
   other = tiny.config("classify", **{**changes, "checkpoint.best": "acc5", "seed": 1})
   with pytest.raises(UserError, match="tells of 3 steps"):
     train.run(other, tmp_path)
-  (tmp_path / "metrics.jsonl").rename(tmp_path / "metrics_before.jsonl")
+  for name in ("metrics.jsonl", "saved.json"):
+    (tmp_path / name).rename(tmp_path / f"before_{name}")
   train.run(other, tmp_path)
   kept = beit_jax.load(tmp_path / "best").description
   assert kept["best"]["metric"] == "acc5"
