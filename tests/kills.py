@@ -31,6 +31,7 @@ from beit_jax import checkpoint, rollcall, trees
 ROOT = Path(__file__).resolve().parent.parent
 MARK = "BEIT_JAX_KILLS"  # in the environment of every process of a run, so that orphans are found
 TIMINGS = ("images_per_second", "data_wait")
+PATIENCE = 120  # seconds for processes that were asked to end; a machine may be busy
 LIMIT = 30  # seconds for the processes that are left when one is killed
 
 
@@ -45,7 +46,13 @@ def start(
   workdir: Path, mark: str, *, workers: int, mesh: int, slow: float, place: tuple[str, ...] = ()
 ) -> subprocess.Popen:
   """`place`: flags of one process of several, which have a device each."""
-  env = {**os.environ, MARK: mark, "JAX_PLATFORMS": "cpu", checkpoint.SLOW_SAVE: str(slow)}
+  env = {
+    **os.environ,
+    MARK: mark,
+    "PYTHONFAULTHANDLER": "1",
+    "JAX_PLATFORMS": "cpu",
+    checkpoint.SLOW_SAVE: str(slow),
+  }
   paths = f"{ROOT}{os.pathsep}{_without_torch(workdir.parent / 'path')}"
   env |= {"JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "cache"), "PYTHONPATH": paths}
   env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1", "XLA_FLAGS": ""}
@@ -84,6 +91,18 @@ def orphans(mark: str) -> list[int]:
     except OSError:
       continue
   return found
+
+
+def ended(started: list[subprocess.Popen], workdir: Path) -> list[int]:
+  """Exit statuses of processes that are about to end; the stacks of those that hang instead."""
+  try:
+    return [process.wait(PATIENCE) for process in started]
+  except subprocess.TimeoutExpired:
+    for process in started:
+      process.send_signal(signal.SIGABRT)
+      process.wait()
+    text = (workdir.parent / "output.txt").read_text()
+    raise AssertionError(f"still there after {PATIENCE} s:\n{text[-12000:]}") from None
 
 
 def left_behind(mark: str) -> list[int]:

@@ -145,7 +145,7 @@ def test_one_of_two_processes_is_asked_in_the_first_compilation(tmp_path):
       stack.callback(process.kill)  # first
     assert _until(lambda: log.exists() and "parameter groups" in log.read_text(), 240)
     started[1].send_signal(signal.SIGINT)
-    assert [process.wait(kills.LIMIT) for process in started] == [143, 130]
+    assert kills.ended(started, workdir) == [143, 130]
   assert checkpoint.steps(workdir / "checkpoints") == [kills.logged_steps(workdir)]
 
 
@@ -166,7 +166,7 @@ def test_one_of_two_processes_is_asked_and_both_save_the_same_step(index, number
       stack.callback(process.kill)  # first
     assert _until(lambda: kills.logged_steps(workdir) > 12, 240)
     started[index].send_signal(number)
-    assert [process.wait(kills.LIMIT) for process in started] == statuses
+    assert kills.ended(started, workdir) == statuses
   newest = max(checkpoint.steps(workdir / "checkpoints"))
   assert newest == kills.logged_steps(workdir)
   assert checkpoint.fault(workdir / "checkpoints" / str(newest)) is None
