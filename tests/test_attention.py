@@ -240,8 +240,8 @@ def cudnn_on_cpu(monkeypatch):
   return shapes
 
 
-@pytest.mark.parametrize("mesh", [(2, 4), (1, 8)], ids=str)
-@pytest.mark.parametrize("sharded", ["kernel", "table"])
+@pytest.mark.parametrize("mesh", [(2, 4), pytest.param((1, 8), marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize("sharded", ["kernel", pytest.param("table", marks=pytest.mark.slow)])
 def test_cudnn_is_cut_along_the_batch(sharded, mesh, cudnn_on_cpu):
   """Whatever of the weights FSDP spreads: the kernel runs on one example a device, with the numbers of one device."""
   heads, width = 8, 64

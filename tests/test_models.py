@@ -217,7 +217,7 @@ def test_published_tokenizer_has_the_published_size():
   assert {n.split("/")[1] for n in trees.flatten(shapes["encoder"])} >= {"block_1", "block_2"}
 
 
-@pytest.mark.parametrize("rel_pos", ["shared", "per_block"])
+@pytest.mark.parametrize("rel_pos", [pytest.param("shared", marks=pytest.mark.slow), "per_block"])
 def test_scan_and_remat_change_nothing(rel_pos):
   """Same parameters, same output, same gradients, with stochastic depth on."""
   fields = dict(
