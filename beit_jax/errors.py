@@ -11,7 +11,7 @@ class UserError(Exception):
   status = 2
 
 
-class Outage(UserError):
+class TransientError(UserError):
   """Nobody's mistake: the same command may well succeed a little later, and launchers give it again."""
 
   status = 75

@@ -11,12 +11,14 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from beit_jax import checkpoint, sharding, storage, trees
+from beit_jax import trees
 from beit_jax.data import pipeline, sources
-from beit_jax.data.damage import Damage
+from beit_jax.data.bad_images import BadImageTracker
 from beit_jax.errors import UserError
-from beit_jax.logs import log
 from beit_jax.objectives import OBJECTIVES, Objective
+from beit_jax.run import checkpoint
+from beit_jax.runtime import bucket, sharding
+from beit_jax.runtime.logs import log
 
 
 def make_eval_step(objective: Objective, mesh: jax.sharding.Mesh) -> Callable[[Any, Any, Any], Any]:
@@ -94,19 +96,24 @@ def eval_batches(
   """
   batch_size = -(-batch_size // mesh.size) * mesh.size
   rows = sharding.local_rows(mesh, batch_size)
-  damage = Damage(source, config.data.max_bad, shuffled=False)
+  bad_images = BadImageTracker(source, config.data.max_bad, shuffled=False)
   host = pipeline.eval_batches(
-    source, objective.reader(), rows=rows, batch_size=batch_size, threads=config.data.threads, damage=damage
+    source,
+    objective.reader(),
+    rows=rows,
+    batch_size=batch_size,
+    threads=config.data.threads,
+    bad_images=bad_images,
   )
   for batch in host:
     yield sharding.put_batch(mesh, batch, batch_size)
   if jax.process_count() > 1:  # each has read its own rows
-    damage.check(int(multihost_utils.process_allgather(np.int32(damage.count)).sum()))
+    bad_images.check(int(multihost_utils.process_allgather(np.int32(bad_images.count)).sum()))
 
 
 def _own_labels(workdir: Path, init_from: str) -> list[str]:
   """The class names in the description of the run that will be evaluated; [] where it is no run of ours."""
-  for path in (workdir, storage.path(init_from) if init_from else None):
+  for path in (workdir, bucket.path(init_from) if init_from else None):
     if path is not None and (
       (path / checkpoint.DESCRIPTION).is_file() or checkpoint.steps(path / "checkpoints")
     ):
@@ -156,9 +163,9 @@ def evaluate_only(config: ConfigDict, workdir: Path, name: str, mesh: jax.shardi
   )
   log.info("%s: %d examples  %s", name, len(source), "  ".join(f"{k} {v:.6g}" for k, v in metrics.items()))
   if jax.process_index() == 0:
-    storage.local(workdir).mkdir(parents=True, exist_ok=True)
+    bucket.local(workdir).mkdir(parents=True, exist_ok=True)
     checkpoint.write_whole(workdir / "eval.json", json.dumps(result, indent=1) + "\n")
-    for file in objective.report(rows, metrics, storage.local(workdir)):
+    for file in objective.report(rows, metrics, bucket.local(workdir)):
       log.info("%s: %s", name, workdir / file.name)
-    storage.push()
+    bucket.push()
   return result

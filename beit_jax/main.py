@@ -8,6 +8,7 @@ Several processes are found from the environment, or told: `--coordinator=HOST:P
 with `--initialization_timeout` and `--heartbeat_timeout` in seconds (docs/scaling.md).
 """
 
+import fnmatch
 import json
 import logging
 import sys
@@ -17,9 +18,11 @@ from typing import Any
 
 import jax
 
-from beit_jax import checkpoint, distributed, logs, objectives, preemption, record, storage, summary, train
-from beit_jax import config as config_lib
+from beit_jax import objectives, train
+from beit_jax.config import parse as config_lib
 from beit_jax.errors import UserError
+from beit_jax.run import checkpoint, record
+from beit_jax.runtime import bucket, distributed, logs, preemption
 
 PARTS = ("tokenizer", "encoder")  # frozen parts of a run, whose init_from may be another stage's
 
@@ -28,7 +31,7 @@ def main(argv: list[str]) -> int:
   try:
     return _main(argv)
   finally:
-    storage.close()
+    bucket.close()
 
 
 def _main(argv: list[str]) -> int:
@@ -39,7 +42,7 @@ def _main(argv: list[str]) -> int:
     distributed.initialize(flags)
     config = config_lib.load(spec, overrides, objectives.model_fields())
     path, _, variant = spec.partition(":")
-    folder = storage.path(workdir or f"runs/{Path(path).stem}{'_' if variant else ''}{variant}")
+    folder = bucket.path(workdir or f"runs/{Path(path).stem}{'_' if variant else ''}{variant}")
     check_buckets(config.to_dict())
     logs.setup(folder)
     distributed.check_shared("--workdir", folder)
@@ -51,7 +54,7 @@ def _main(argv: list[str]) -> int:
       train.run(config, folder)
     else:
       run_stages(config, folder)
-  except (UserError, *storage.errors()) as error:
+  except (UserError, *bucket.errors()) as error:
     return distributed.end_with(error)
   except preemption.Stopped as stopped:
     print(stopped, file=sys.stderr)
@@ -73,7 +76,7 @@ def compile_cache(folder: Path, chosen: str | None, processes: int) -> str | Non
   Several processes need one folder that all of them see (a program that only some find makes the others wait), so
   theirs is `chosen` or none. JAX recompiles what it cannot read. JAX_ENABLE_COMPILATION_CACHE=0 keeps nothing.
   """
-  if chosen or processes > 1 or storage.remote(folder):
+  if chosen or processes > 1 or bucket.remote(folder):
     return chosen
   return str(folder.absolute() / "compile_cache")
 
@@ -87,10 +90,10 @@ def check_buckets(tree: dict[str, Any], prefix: str = "") -> None:
   for key, value in tree.items():
     if isinstance(value, dict):
       check_buckets(value, f"{prefix}{key}.")
-    elif isinstance(value, str) and storage.remote(value):
+    elif isinstance(value, str) and bucket.remote(value):
       if key not in ("init_from", "resume"):
-        storage.refuse(f"{prefix}{key}", value)
-      storage.path(value)
+        bucket.refuse(f"{prefix}{key}", value)
+      bucket.path(value)
 
 
 def run_stages(config, folder: Path) -> None:
@@ -119,11 +122,41 @@ def run_stages(config, folder: Path) -> None:
     results[name] = train.run(stage, folder / name, name)
   if jax.process_index() != 0:
     return
-  text = summary.table(config.summary, results)
+  text = summary_table(config.summary, results)
   if text:
     print(text)
     checkpoint.write_whole(folder / "summary.txt", text + "\n")
   checkpoint.write_whole(folder / "summary.json", json.dumps(results, indent=1) + "\n")
+
+
+def lookup(results: dict[str, Any], reference: str) -> list[float]:
+  """ "finetune*.eval.acc1"-like references -> the values of all stages that match.
+
+  The parts are: a stage (a pattern), one of first, last, eval, seconds, and a metric.
+  """
+  pattern, *path = reference.split(".")
+  values = []
+  for name in fnmatch.filter(results, pattern):
+    value = results[name]
+    for key in path:
+      value = value.get(key) if isinstance(value, dict) else None
+    if value is not None:
+      values.append(value)
+  return values
+
+
+def summary_table(rows: tuple[tuple[str, str, str], ...], results: dict[str, Any]) -> str:
+  """Rows are (label, reference, format); several values give their mean and the list."""
+  lines = []
+  for label, reference, form in rows:
+    values = lookup(results, reference)
+    if values:
+      text = format(sum(values) / len(values), form)
+      if len(values) > 1:
+        text += "   (" + ", ".join(format(v, form) for v in values) + ")"
+      lines.append((label, text))
+  width = max((len(label) for label, _ in lines), default=0)
+  return "\n".join(f"{label:<{width}}  {text}" for label, text in lines)
 
 
 if __name__ == "__main__":

@@ -44,3 +44,23 @@ def write_csv(path: Path, rows: list) -> Path:
 def write_jsonl(path: Path, rows: list[dict]) -> Path:
   path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
   return path
+
+
+def mean_iou(intersection: np.ndarray, predicted: np.ndarray, labelled: np.ndarray) -> dict[str, np.ndarray]:
+  """From pixel counts per class [C], summed over the whole set.
+
+  Returns:
+    IoU and Acc per class (NaN where a class is absent), their means over the classes that occur (mIoU, mAcc), and the
+    accuracy over all pixels (aAcc).
+  """
+  with np.errstate(divide="ignore", invalid="ignore"):
+    iou = intersection / (predicted + labelled - intersection)
+    accuracy = intersection / labelled
+  mean = lambda x: float(np.nanmean(x)) if np.isfinite(x).any() else float("nan")  # noqa: E731
+  return {
+    "IoU": iou,
+    "Acc": accuracy,
+    "mIoU": mean(iou),
+    "mAcc": mean(accuracy),
+    "aAcc": float(intersection.sum() / max(labelled.sum(), 1)),
+  }

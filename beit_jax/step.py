@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from beit_jax import config as config_lib
-from beit_jax import optim, train_state
+from beit_jax import optim
+from beit_jax.config import parse as config_lib
 from beit_jax.errors import UserError
 from beit_jax.objectives import Objective
-from beit_jax.train_state import TrainState
+from beit_jax.run import state as train_state
+from beit_jax.run.state import TrainState
 
 
 def make_train_step(

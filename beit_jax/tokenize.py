@@ -23,14 +23,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from beit_jax import config as config_lib
-from beit_jax import distributed, logs, objectives, record, sharding, storage
-from beit_jax.data import pipeline, sources, tokens
-from beit_jax.data.damage import Damage
+from beit_jax import objectives
+from beit_jax.config import parse as config_lib
+from beit_jax.data import pipeline, sources
+from beit_jax.data import token_cache as tokens
+from beit_jax.data.bad_images import BadImageTracker
+from beit_jax.data.examples import HostBatch
 from beit_jax.errors import UserError
-from beit_jax.lock import only_writer
-from beit_jax.logs import log
-from beit_jax.objectives import Beit
+from beit_jax.objectives import MaskedImageModeling
+from beit_jax.run import record
+from beit_jax.runtime import bucket, distributed, logs, sharding
+from beit_jax.runtime.lock import exclusive_lock
+from beit_jax.runtime.logs import log
 
 USAGE = (
   "usage: python -m beit_jax.tokenize --config=FILE[:variant] [--workdir=DIR] --out=DIR [--epochs=K] [--stage=NAME] "
@@ -51,9 +55,9 @@ def tokenize(config: Any, out: Path, epochs: int | None = None, command: str = "
   config.tokenizer.cache = ""
   out.mkdir(parents=True, exist_ok=True)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-  with jax.set_mesh(mesh), only_writer(out):
+  with jax.set_mesh(mesh), exclusive_lock(out):
     source = sources.make_source(config.data.to_dict())
-    objective = Beit(config, source)
+    objective = MaskedImageModeling(config, source)
     if epochs is None:
       steps = config_lib.duration(config, "total", len(source) // config.batch_size)
       epochs = -(-steps * config.batch_size // len(source))
@@ -71,19 +75,19 @@ def tokenize(config: Any, out: Path, epochs: int | None = None, command: str = "
     if room < wanted:
       log.warning("%s has %.1f GB of room, the cache may need %.1f GB more", out, room / 1e9, wanted / 1e9)
     frozen = jax.device_put(objective.frozen_params(mesh), sharding.replicated(mesh)) if todo else {}
-    damage = Damage(source, config.data.max_bad, out / "bad_images.jsonl")
+    bad_images = BadImageTracker(source, config.data.max_bad, out / "bad_images.jsonl")
     count = itertools.count()
     for _, group in itertools.groupby(todo, lambda shard: shard - next(count)):
-      _make(cache, list(group), objective, frozen, mesh, damage)
+      _make(cache, list(group), objective, frozen, mesh, bad_images)
   return cache
 
 
-def _make(cache, shards, objective, frozen, mesh, damage) -> None:
+def _make(cache, shards, objective, frozen, mesh, bad_images) -> None:
   """Shards that follow one another, in one stream of batches."""
   start, stop = cache.span(shards[0])[0], cache.span(shards[-1])[1]
   parts: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
   began = time.monotonic()
-  for first, keys, ids in _stream(objective, frozen, mesh, start, stop, damage):
+  for first, keys, ids in _stream(objective, frozen, mesh, start, stop, bad_images):
     last = min(first + len(keys), stop) - 1
     for shard in range(max(first, start) // cache.shard_size, last // cache.shard_size + 1):
       low, high = cache.span(shard)
@@ -106,12 +110,17 @@ class _Reader:
   def __init__(self, reader: Any):
     self._reader = reader
 
-  def train(self, image: Any, example: dict[str, Any], key: tuple[int, ...]) -> pipeline.HostBatch:
+  def train(self, image: Any, example: dict[str, Any], key: tuple[int, ...]) -> HostBatch:
     return {**self._reader.train(image, example, key), "read": np.array(example["index"], np.uint32)}
 
 
 def _stream(
-  objective: Beit, frozen: Any, mesh: jax.sharding.Mesh, start: int, stop: int, damage: Damage
+  objective: MaskedImageModeling,
+  frozen: Any,
+  mesh: jax.sharding.Mesh,
+  start: int,
+  stop: int,
+  bad_images: BadImageTracker,
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
   """Batches that cover the positions: (that of the first row, keys uint32 [B, 2], tokens int32 [B, N]).
 
@@ -129,7 +138,7 @@ def _stream(
     seed=config.seed,
     workers=config.data.workers,
     threads=config.data.threads,
-    damage=damage,
+    bad_images=bad_images,
   )
   run = jax.jit(
     lambda frozen, batch: (
@@ -220,7 +229,7 @@ def main(argv: list[str]) -> int:
     size = sum(path.stat().st_size for path in out.glob("tokens-*.array_record"))
     replay = f"--{prefix}tokenizer.cache={out}"
     log.info("finished: %d epochs, %.1f MB; replay them with %s", cache.epochs, size / 1e6, replay)
-  except (UserError, *storage.errors()) as error:
+  except (UserError, *bucket.errors()) as error:
     return distributed.end_with(error)
   except KeyboardInterrupt:
     distributed.tell("stopped by hand", 130)

@@ -19,32 +19,26 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from PIL import Image
 
-from beit_jax import (
-  checkpoint,
-  convert,
-  distributed,
-  optim,
-  preemption,
-  ranges,
-  record,
-  sharding,
-  storage,
-  train_state,
-  trees,
-)
-from beit_jax import config as config_lib
 from beit_jax import evaluate as evaluation
+from beit_jax import optim, trees
+from beit_jax.config import parse as config_lib
+from beit_jax.config import ranges
 from beit_jax.data import pipeline, sources
-from beit_jax.data.damage import Damage
-from beit_jax.errors import Outage, UserError
-from beit_jax.lock import only_writer
-from beit_jax.logs import Logger, log, only_file
-from beit_jax.meter import Meter
+from beit_jax.data.bad_images import BadImageTracker
+from beit_jax.errors import TransientError, UserError
 from beit_jax.objectives import OBJECTIVES, Objective
 from beit_jax.objectives.base import check_size
-from beit_jax.profiling import Trace
+from beit_jax.run import checkpoint, record
+from beit_jax.run import state as train_state
+from beit_jax.run.best import Best
+from beit_jax.run.meter import Meter
+from beit_jax.run.profiling import Trace
+from beit_jax.run.state import TrainState
+from beit_jax.runtime import bucket, distributed, preemption, sharding
+from beit_jax.runtime.lock import exclusive_lock
+from beit_jax.runtime.logs import Logger, log, only_file
 from beit_jax.step import make_optimizer, make_schedules, make_train_step
-from beit_jax.train_state import TrainState
+from beit_jax.weights import io as weights_io
 
 BAD_IMAGES = "bad_images.jsonl"
 
@@ -68,11 +62,11 @@ def run(config: ConfigDict, workdir: Path, name: str = "") -> dict[str, Any]:
       if config.eval_only or not OBJECTIVES[config.objective].trains:
         return evaluation.evaluate_only(config, workdir, name or workdir.name, mesh)
       workdir.mkdir(parents=True, exist_ok=True)
-      with only_writer(workdir), preemption.Watch() as watch:
+      with exclusive_lock(workdir), preemption.Watch() as watch:
         return _run(config, workdir, name or workdir.name, mesh, watch)
-  except (OSError, *storage.errors()) as error:
+  except (OSError, *bucket.errors()) as error:
     what = f"{getattr(error, 'filename', None) or workdir}: {getattr(error, 'strerror', None) or error}"
-    raise (Outage if storage.may_pass(error) else UserError)(
+    raise (TransientError if bucket.is_transient(error) else UserError)(
       f"{what}. Checkpoints in {workdir} are as they were; give the same command again when it is mended"
     ) from error
 
@@ -95,7 +89,7 @@ def prepare(config: ConfigDict, mesh: jax.sharding.Mesh, source: Any = None, loa
   """Data, objective, schedules, optimizer: whatever a config can get wrong is found here, before an array is made.
 
   Args:
-    source, load: what stands in for the training data and for `convert.load`; there is then no evaluation.
+    source, load: what stands in for the training data and for `weights_io.load`; there is then no evaluation.
   """
   _check_batch(config, mesh)
   eval_source = None
@@ -142,7 +136,7 @@ def _run(
     saver = stack.enter_context(contextlib.closing(checkpoint.Checkpointer(workdir, **options)))
     state = _restore(config, objective, saver, state, shapes, shardings, description)
     start_step = int(state.step)
-    record.may_end(start_step, total_steps)
+    record.check_length(start_step, total_steps)
     best = Best(workdir, config.checkpoint.best, fresh=saver.latest() is None)
     stack.enter_context(contextlib.closing(best))
     record.write_config(config, workdir)
@@ -159,10 +153,12 @@ def _run(
       objective, tx, config.microbatches, jax.random.fold_in(root, 1), shardings, decay
     )
     eval_step = evaluation.make_eval_step(objective, mesh)
-    damage = Damage(source, config.data.max_bad, _bad_images(workdir, jax.process_index()))
-    batches = _train_batches(config, plan.reader, source, mesh, start_step, total_steps, damage)
-    again = eval_source is not None and due(start_step, config.eval.every_steps) and start_step > 0
-    logger = Logger(workdir, total_steps, name, start_step, again=again or start_step == total_steps)
+    tracker = BadImageTracker(source, config.data.max_bad, _bad_images(workdir, jax.process_index()))
+    batches = _train_batches(config, plan.reader, source, mesh, start_step, total_steps, tracker)
+    redo_evaluation = eval_source is not None and due(start_step, config.eval.every_steps) and start_step > 0
+    logger = Logger(
+      workdir, total_steps, name, start_step, again=redo_evaluation or start_step == total_steps
+    )
     stack.enter_context(contextlib.closing(logger))
     meter = Meter(config, logger, workdir, name, schedules, start_step)
     trace = Trace(config.profile_steps, workdir / "profile", total_steps)
@@ -183,29 +179,29 @@ def _run(
       best.offer(step, metrics, state, description)
       return metrics
 
-    evaluated = evaluate(start_step) if again else {}  # it may have been cut short
+    evaluated = evaluate(start_step) if redo_evaluation else {}  # it may have been cut short
     # How far the host may run ahead. Batches would pile up on the device without a bound, and several CPU
     # devices in one process can block each other for good when two steps with collectives are under way.
-    ahead = 0 if mesh.size > 1 and jax.default_backend() == "cpu" else 2
+    max_in_flight = 0 if mesh.size > 1 and jax.default_backend() == "cpu" else 2
     meter.restart(start_step)
     for step in range(start_step + 1, total_steps + 1):
       trace.before(step, state)
-      batch = meter.take(batches)
+      batch = meter.next_batch(batches)
       state, metrics = train_step(state, frozen, batch)
       trace.after(step, state)
       watch.nothing_to_save = False
       is_last = step == total_steps
-      meter.push(step, metrics, batch, is_last or step == 1 or step % config.log_every_steps == 0)
-      meter.settle(ahead)
+      meter.enqueue(step, metrics, batch, is_last or step == 1 or step % config.log_every_steps == 0)
+      meter.drain(max_in_flight)
       stopping = watch.requested()
       evaluating = eval_source is not None and due(step, config.eval.every_steps)
-      surely = is_last or stopping or evaluating  # on disk before anything else is begun
-      if surely or due(step, config.checkpoint.every_steps) or saver.wanted():
-        meter.settle()
+      must_save_now = is_last or stopping or evaluating  # on disk before anything else is begun
+      if must_save_now or due(step, config.checkpoint.every_steps) or saver.wanted():
+        meter.drain()
         saver.save(step, state, description)
-        while surely and not saver.wait():
+        while must_save_now and not saver.wait():
           saver.save(step, state, description)
-        if surely:
+        if must_save_now:
           watch.saved()
         if evaluating:
           evaluated = evaluate(step)
@@ -216,10 +212,10 @@ def _run(
       _write_figures(config, objective, state, frozen, eval_source, source, mesh, workdir, total_steps)
   seconds = round(time.monotonic() - began, 1)
   result = dict(step=total_steps, seconds=seconds, first=meter.first, last=meter.last, eval=evaluated)
-  storage.push()
+  bucket.push()
   distributed.barrier(f"{name}: all bad images are named", 1800)
-  bad_images = len(damage.known.keys() | _bad_of_all(source, workdir))
-  result |= dict(examples=len(source), skipped_steps=meter.skipped, bad_images=bad_images)
+  num_bad = len(tracker.reasons.keys() | _bad_of_all(source, workdir))
+  result |= dict(examples=len(source), skipped_steps=meter.skipped, bad_images=num_bad)
   record.write_result(workdir, result)
   log.info("%s: done in %.0f s, %s", name, seconds, workdir)
   distributed.barrier(f"{name} is done", 1800)  # a next stage begins with its checkpoint
@@ -228,7 +224,7 @@ def _run(
 
 def _bad_images(workdir: Path, process: int) -> Path:
   """One file for all processes; in a bucket, where nothing can be appended, one for each."""
-  if not (storage.remote(workdir) and process):
+  if not (bucket.remote(workdir) and process):
     return workdir / BAD_IMAGES
   return workdir / BAD_IMAGES.replace(".", f"_{process}.")
 
@@ -236,39 +232,7 @@ def _bad_images(workdir: Path, process: int) -> Path:
 def _bad_of_all(source, workdir) -> set[int]:
   """The examples that any process has named."""
   files = {_bad_images(workdir, process) for process in range(jax.process_count())}
-  return {index for file in files for index in Damage(source, 1.0, file).known}
-
-
-class Best:
-  """Keeps the state of the best evaluation in workdir/best; `metric` "" keeps none."""
-
-  def __init__(self, workdir: Path, metric: str, fresh: bool):
-    """`fresh`: the run begins; what a run before it has left here is put aside."""
-    self._metric, self._saver = metric, None
-    if metric:
-      # Of two the older one is there until the new one is sealed.
-      self._saver = checkpoint.Checkpointer(workdir / "best", keep=2, needed=False, fresh=fresh)
-      latest, before = self._saver.latest(), {}
-      if latest is not None:
-        before = checkpoint.read_description(self._saver.root / str(latest)).get("best", {})
-      self._value = before.get("value") if before.get("metric") == metric else None
-
-  def offer(self, step: int, metrics: dict[str, float], state: TrainState, description: dict) -> None:
-    if self._saver is None or not np.isfinite(metrics[self._metric]):
-      return
-    value, lower = metrics[self._metric], self._metric.endswith(("loss", "mae", "mse"))
-    if self._value is None or (value < self._value if lower else value > self._value):
-      self._value = value
-      best = {"metric": self._metric, "value": value}
-      self._saver.forget_from(step)
-      self._saver.save(step, state, {**description, "best": best})
-      while not self._saver.wait():
-        self._saver.save(step, state, {**description, "best": best})
-      log.info("best so far: %s %.6g at step %d, kept in %s", self._metric, value, step, self._saver.root)
-
-  def close(self) -> None:
-    if self._saver is not None:
-      self._saver.close()
+  return {index for file in files for index in BadImageTracker(source, 1.0, file).reasons}
 
 
 def _check_unused(config, objective) -> None:
@@ -294,7 +258,7 @@ def _check_batch(config, mesh) -> None:
 
 
 def _train_batches(
-  config, reader, source, mesh, start_step, total_steps, damage
+  config, reader, source, mesh, start_step, total_steps, bad_images
 ) -> Iterator[dict[str, jax.Array]]:
   host = pipeline.train_batches(
     source,
@@ -306,7 +270,7 @@ def _train_batches(
     seed=config.seed,
     workers=config.data.workers,
     threads=config.data.threads,
-    damage=damage,
+    bad_images=bad_images,
   )
   return (sharding.put_batch(mesh, batch, config.batch_size) for batch in host)
 
@@ -314,27 +278,27 @@ def _train_batches(
 def _restore(config, objective, saver, state, shapes, shardings, description) -> TrainState:
   latest = saver.latest()
   if latest is not None:
-    record.same_model(saver.root / str(latest), description)
-    record.same_run(saver.root / str(latest), config)
-    record.same_data(saver.root / str(latest), description)
+    record.check_same_model(saver.root / str(latest), description)
+    record.check_same_run(saver.root / str(latest), config)
+    record.check_same_data(saver.root / str(latest), description)
     log.info("resuming from %s", saver.root / str(latest))
     return saver.restore(saver.root / str(latest), shapes, shardings)
   folder, begun = checkpoint.whole(config.resume) if config.resume else (None, 0)
-  record.may_begin(saver.root.parent, begun)
+  record.check_not_lost(saver.root.parent, begun)
   if folder:
-    record.same_model(folder, description)
-    record.same_data(folder, description)
+    record.check_same_model(folder, description)
+    record.check_same_data(folder, description)
     log.info("resume: step, parameters and optimizer from %s", folder)
     try:
       return saver.restore(folder, shapes, shardings)
     except ValueError as error:  # Orbax's, of trees that differ
       raise UserError(
         f"config key 'resume': the optimizer's state in {folder} is not that of this config:\n  "
-        f"{record.differing(folder, config, 'optimizer') or storage.brief(error)}\n"
+        f"{record.differing(folder, config, 'optimizer') or bucket.brief(error)}\n"
         "Give the values of before, or init_from, which takes the weights only"
       ) from error
   if config.init_from:
-    pretrained = convert.load(config.init_from)
+    pretrained = weights_io.load(config.init_from)
     found = objective.adapt(pretrained, state.params)
     log.info("init_from: %d tensors from %s", len(found), pretrained.description.get("path"))
     params = trees.named_map(
@@ -384,7 +348,7 @@ def _write_figures(config, objective, state, frozen, eval_source, source, mesh, 
   with jax.set_mesh(mesh):
     pictures = objective.figures(variables, frozen, batch)
   folder = workdir / "figures"
-  storage.local(folder).mkdir(exist_ok=True)
+  bucket.local(folder).mkdir(exist_ok=True)
   for name, picture in pictures.items():
-    Image.fromarray(picture).save(storage.local(folder) / f"{name}.png")
+    Image.fromarray(picture).save(bucket.local(folder) / f"{name}.png")
     log.info("figure: %s", folder / f"{name}.png")

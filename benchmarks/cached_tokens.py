@@ -18,10 +18,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from beit_jax import config as config_lib
-from beit_jax import convert, objectives, sharding, step, train_state
-from beit_jax.data import pipeline, tokens
-from beit_jax.pretrained import Pretrained, make_module
+from beit_jax import objectives, step
+from beit_jax.config import parse as config_lib
+from beit_jax.data import pipeline
+from beit_jax.data import token_cache as tokens
+from beit_jax.run import state as train_state
+from beit_jax.runtime import sharding
+from beit_jax.weights import io as weights_io
+from beit_jax.weights.pretrained import Pretrained, make_module
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -40,7 +44,7 @@ def random_tokenizer(folder: Path, dtype: str) -> str:
   params = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 112, 112, 3)))["params"]
   look = dict(mean=(-0.125,) * 3, std=(1.25,) * 3, image_size=(112, 112), crop_pct=1.0)
   model = Pretrained("tokenizer", params, module, look | dict(interpolation="lanczos", resize="short_side"))
-  convert.save(model, folder, format="orbax")
+  weights_io.save(model, folder, format="orbax")
   return str(folder)
 
 

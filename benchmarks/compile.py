@@ -23,7 +23,7 @@ def child(args) -> dict:
   import jax
   import step_ours
 
-  from beit_jax import sharding
+  from beit_jax.runtime import sharding
 
   jax.config.update("jax_compilation_cache_dir", args.cache)
   seconds = []

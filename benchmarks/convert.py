@@ -15,20 +15,21 @@ import numpy as np
 
 CHILD = """
 import sys, time
-from beit_jax import convert
+from beit_jax.weights import io as weights_io
 import jax
 jax.devices()
 peak = lambda: 1024 * int(next(x for x in open("/proc/self/status") if x.startswith("VmHWM")).split()[1])
 base, began = peak(), time.monotonic()
-convert.save(convert.load(sys.argv[1]), sys.argv[2], format=sys.argv[3])
+weights_io.save(weights_io.load(sys.argv[1]), sys.argv[2], format=sys.argv[3])
 print(time.monotonic() - began, base, peak())
 """
 
 
 def main():
-  from beit_jax.convert import torchfile, unilm
   from beit_jax.models.beit import VARIANTS
-  from beit_jax.pretrained import make_module
+  from beit_jax.weights import unilm
+  from beit_jax.weights.files import torchfile
+  from beit_jax.weights.pretrained import make_module
 
   with tempfile.TemporaryDirectory() as folder:
     encoder = dict(VARIANTS["large"], rel_pos="per_block", layer_scale_init=1e-5)

@@ -18,12 +18,14 @@ import numpy as np  # noqa: E402
 import rounds  # noqa: E402
 
 import beit_jax  # noqa: E402
-from beit_jax import augment, objectives, sharding, train_state  # noqa: E402
-from beit_jax import config as config_lib  # noqa: E402
+from beit_jax import augment, objectives  # noqa: E402
+from beit_jax.config import parse as config_lib  # noqa: E402
 from beit_jax.data import sources  # noqa: E402
-from beit_jax.objectives.beit import Beit  # noqa: E402
-from beit_jax.pretrained import Pretrained, make_module  # noqa: E402
+from beit_jax.objectives.beit import MaskedImageModeling  # noqa: E402
+from beit_jax.run import state as train_state  # noqa: E402
+from beit_jax.runtime import sharding  # noqa: E402
 from beit_jax.step import make_optimizer, make_schedules, make_train_step  # noqa: E402
+from beit_jax.weights.pretrained import Pretrained, make_module  # noqa: E402
 
 
 def random_tokenizer(folder: Path, dtype: str) -> Path:
@@ -61,7 +63,7 @@ def build(variant, batch_size, dtype, tokenizer, **changes):
   config = config.pretrain
   with tempfile.TemporaryDirectory() as folder:
     config.tokenizer.init_from = str(random_tokenizer(Path(folder) / "tokenizer", dtype))
-    objective = Beit(config, sources.make_source(config.data.to_dict()))
+    objective = MaskedImageModeling(config, sources.make_source(config.data.to_dict()))
     mesh = sharding.make_mesh(1, 1)
     frozen = jax.device_put(objective.frozen_params(mesh), sharding.replicated(mesh))
   schedules = make_schedules(config, 625, config.total_steps)

@@ -3,7 +3,7 @@
 Several workers run the tests (pytest-xdist): this file is read by the process that starts them, whose environment they
 inherit, then by each of them.
 
-BEIT_JAX_TEST_GPU=1 leaves the platform alone, for tests/test_attention.py on a machine with a GPU (docs/benchmarks.md).
+BEIT_JAX_TEST_GPU=1 leaves the platform alone, on a machine with a GPU (docs/benchmarks.md).
 """
 
 import atexit
@@ -37,8 +37,8 @@ QUICK_COMPILES = "JAX_DISABLE_MOST_OPTIMIZATIONS"  # subprocesses read it
 # Files that compare numbers with other implementations: compiled as for a user.
 OPTIMISED = {
   "test_augment",
-  "test_convert_peers",
-  "test_convert_segmentation",
+  "test_peers",
+  "test_segmentation_weights",
   "test_full_size",
   "test_kills",
   "test_models",

@@ -26,7 +26,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from beit_jax import checkpoint, rollcall, trees
+from beit_jax import trees
+from beit_jax.run import checkpoint
+from beit_jax.runtime import rendezvous
 
 ROOT = Path(__file__).resolve().parent.parent
 MARK = "BEIT_JAX_KILLS"  # in the environment of every process of a run, so that orphans are found
@@ -158,7 +160,7 @@ def kill_once(
     process.wait()
   statuses = [process.wait(LIMIT) for process in started if process not in victims]
   # JAX's own heartbeat may be the first to notice, and aborts.
-  assert all(status in (1, rollcall.LOST, -signal.SIGABRT) for status in statuses), statuses
+  assert all(status in (1, rendezvous.LOST, -signal.SIGABRT) for status in statuses), statuses
   assert not left_behind(mark)
   return where
 

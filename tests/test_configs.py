@@ -10,11 +10,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from beit_jax import config as config_lib
-from beit_jax import convert, evaluate, objectives, sharding, train_state
+from beit_jax import evaluate, objectives
 from beit_jax import step as step_lib
+from beit_jax.config import parse as config_lib
 from beit_jax.objectives.base import module_fields
-from beit_jax.pretrained import Pretrained, make_module
+from beit_jax.run import state as train_state
+from beit_jax.runtime import sharding
+from beit_jax.weights import io as weights_io
+from beit_jax.weights.pretrained import Pretrained, make_module
 from tests.conftest import ROOT
 
 
@@ -131,10 +134,10 @@ def test_a_train_step_and_an_eval_step_are_traced(spec, monkeypatch):
         fields = {f: own["tokenizer"].model[f] for f in module_fields(type(make_module("tokenizer", {})))}
         return _traced(make_module("tokenizer", fields), "tokenizer", stage, size)
       size = config_lib.pair(stage.data.image_size, "data.image_size")
-      fields = objectives.base.encoder_fields(stage.model, size, pretrain=True)
+      fields = objectives.encoder.encoder_fields(stage.model, size, pretrain=True)
       return _traced(make_module("mim", dict(encoder=fields)), "mim", stage, size)
 
-    monkeypatch.setattr(convert, "load", load)
+    monkeypatch.setattr(weights_io, "load", load)
     _trace(stage, mesh)
 
 

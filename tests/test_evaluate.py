@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from beit_jax import convert, metrics, train
+from beit_jax import metrics, train
 from beit_jax.data import sources
 from beit_jax.errors import UserError
-from beit_jax.pretrained import Pretrained, make_module
+from beit_jax.weights import io as weights_io
+from beit_jax.weights.pretrained import Pretrained, make_module
 from tests import tiny
 from tests.conftest import ROOT
 
@@ -34,7 +35,7 @@ def weights(tmp_path_factory):
   look = dict(mean=half, std=half, image_size=(16, 16), crop_pct=1.0)
   look |= dict(interpolation="bicubic", resize="short_side")
   path = tmp_path_factory.mktemp("weights") / "model"
-  convert.save(Pretrained("classifier", params, module, look), path, format="orbax")
+  weights_io.save(Pretrained("classifier", params, module, look), path, format="orbax")
   return path
 
 

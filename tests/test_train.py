@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 import beit_jax
-from beit_jax import checkpoint, sharding, train, trees
+from beit_jax import train, trees
 from beit_jax.errors import CollapseError, UserError
-from beit_jax.pretrained import Pretrained, make_module
+from beit_jax.run import checkpoint
+from beit_jax.runtime import sharding
+from beit_jax.weights.pretrained import Pretrained, make_module
 from tests import tiny
 
 

@@ -2,8 +2,8 @@
 
 from ml_collections import ConfigDict
 
-from beit_jax import config as config_lib
 from beit_jax import objectives
+from beit_jax.config import parse as config_lib
 
 DATA = dict(
   source="shapes",

@@ -179,13 +179,13 @@ def _central(width: int, height: int, w: int, h: int) -> Box:
   return left, top, left + w, top + h
 
 
-Views = dict[str, tuple[tuple[int, int], str]]  # name -> ((H, W), interpolation)
+ViewSizes = dict[str, tuple[tuple[int, int], str]]  # name -> ((H, W), interpolation)
 
 
 def train_views(
   image: Any,
   rng: np.random.Generator,
-  views: Views,
+  views: ViewSizes,
   *,
   crop: str,
   scale,
@@ -226,7 +226,7 @@ def train_views(
   return dict(zip(views, map(mirrored, made) if flipped else made, strict=True))
 
 
-def _spare(box: Box, views: Views) -> int:
+def _spare(box: Box, views: ViewSizes) -> int:
   """By how much a box may shrink for `ENOUGH` to be left for every view."""
   wide, high = box[2] - box[0], box[3] - box[1]
   room = min(min(wide / width, high / height) for (height, width), _ in views.values())
@@ -260,7 +260,7 @@ def _without_ends(size: tuple[int, int]) -> Box:
   return _central(*size, *(min(side, MAX_ASPECT * min(size)) for side in size))
 
 
-def eval_views(image: Any, views: Views, *, crop_pct: float, resize: str = "short_side") -> dict:
+def eval_views(image: Any, views: ViewSizes, *, crop_pct: float, resize: str = "short_side") -> dict:
   """Resized to `eval_size`, then a centre crop of the view's size: {name: uint8 [H, W, 3]}."""
   image = decode(image)
   if max(image.size) > MAX_ASPECT * min(image.size):

@@ -15,22 +15,15 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import grain
 import numpy as np
-from PIL import Image
 
-from beit_jax.data import images, randaugment, resize
-from beit_jax.data.damage import Damage
-from beit_jax.errors import BadImage, Outage, UserError
-
-HostBatch = dict[str, np.ndarray]
-TRIES = 100  # examples to try before giving up
-PAUSES = (0.1, 0.5)  # seconds before a file is read again: a network mount has errors that pass
-LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)  # those do not
+from beit_jax.data.bad_images import BadImageTracker
+from beit_jax.data.examples import TRIES, HostBatch, candidates, decode, read
+from beit_jax.errors import BadImage, TransientError, UserError
 
 
 @functools.lru_cache(maxsize=4)
@@ -44,95 +37,6 @@ def places(seed: int, epoch: int, count: int) -> np.ndarray:
   found = np.empty(count, np.uint32)
   found[_order(seed, epoch, count)] = np.arange(count, dtype=np.uint32)
   return found
-
-
-class Views:
-  """Reads an example as pictures of fixed sizes, all of one box: what every objective but segmentation wants.
-
-  Args:
-    views: name -> ((H, W), interpolation).
-    options: the config's `data` section (crop, crop_scale, crop_ratio, flip, rand_augment, mean, crop_pct, resize).
-
-  Raises:
-    UserError: a rand_augment that is not understood, or one with more than one view, which would then differ.
-  """
-
-  def __init__(self, views: images.Views, options: dict[str, Any]):
-    self._views, self._options = views, options
-    known = {"resize": images.RESIZES, "crop": images.CROPS}
-    checked = [(key, options[key], names) for key, names in known.items()]
-    checked += [(f"interpolation of {name}", how, tuple(images.RESAMPLE)) for name, (_, how) in views.items()]
-    for key, value, names in checked:
-      if value not in names:
-        raise UserError(f"config key 'data.{key}': {value!r} is unknown; there are {', '.join(names)}")
-    if not 0 < options["crop_pct"] <= 1:
-      raise UserError(f"config key 'data.crop_pct': {options['crop_pct']} must lie in (0, 1]")
-    resize.check()
-    if options["rand_augment"]:
-      randaugment.parse(options["rand_augment"])
-      if len(views) > 1:
-        raise UserError(
-          "config key 'data.rand_augment': the views of an example would no longer show the same; it is for fine-tuning"
-        )
-
-  def train(self, image: images.Picture, example: dict[str, Any], key: tuple[int, ...]) -> HostBatch:
-    """`key`, (seed, epoch, index of the row), is all the randomness there is.
-
-    Raises:
-      BadImage: the picture turns out to be damaged.
-    """
-    o = self._options
-    rng = np.random.default_rng((*key, 2))
-    options = dict(crop=o["crop"], scale=o["crop_scale"], ratio=o["crop_ratio"], flip=o["flip"])
-    views = images.train_views(image, rng, self._views, scaled=o.get("scaled_decode", False), **options)
-    if o["rand_augment"]:
-      rng, fill = np.random.default_rng((*key, 3)), randaugment.fill_colour(o["mean"])
-      augment = lambda view: randaugment.rand_augment(Image.fromarray(view), rng, o["rand_augment"], fill)  # noqa: E731
-      views = {name: np.asarray(augment(view)) for name, view in views.items()}
-    return {**views, **self._label(example)}
-
-  def eval(self, image: images.Picture, example: dict[str, Any]) -> HostBatch:
-    o = self._options
-    views = images.eval_views(image, self._views, crop_pct=o["crop_pct"], resize=o["resize"])
-    return {**views, **self._label(example)}
-
-  def _label(self, example):
-    if "label" not in example:
-      return {}
-    label = np.asarray(example["label"])  # a class, or 0 and 1 for every class (multi-label, float32)
-    return {"label": label if label.ndim else label.astype(np.int32)}
-
-
-def decode(example: dict[str, Any], index: int, field: str = "image") -> images.Picture:
-  """The picture of an example; its pixels may be damaged all the same, which shows when they are asked for.
-
-  Raises:
-    BadImage: it cannot be decoded; names the file, or the example.
-  """
-  return images.Picture(example[field], str(example.get("file", f"example {index}")))
-
-
-def read(source: Any, index: int) -> dict[str, Any]:
-  """An example of a source, its file tried three times.
-
-  Raises:
-    BadImage: it cannot be read.
-  """
-  for pause in (*PAUSES, None):
-    try:
-      return source[index]
-    except OSError as error:
-      if pause is None or isinstance(error, LASTING):
-        raise BadImage(str(error)) from error
-    time.sleep(pause)
-
-
-def candidates(index: int, count: int) -> Iterator[int]:
-  """An example, and those that take its place in turn. Not simply the next ones: a whole folder may be damaged."""
-  yield index
-  rng = np.random.default_rng((index, 4))
-  for _ in range(TRIES):
-    yield int(rng.integers(count))
 
 
 class _Rows:
@@ -196,7 +100,12 @@ def _end_with_parent() -> None:
 
 
 def _batches(
-  rows: _Rows, local_batch: int, start_step: int, workers: int, threads: int, damage: Damage | None
+  rows: _Rows,
+  local_batch: int,
+  start_step: int,
+  workers: int,
+  threads: int,
+  bad_images: BadImageTracker | None,
 ) -> Iterator[HostBatch]:
   # Batching comes before `to_iter_dataset`: after it the order would depend on the number of workers.
   dataset = grain.MapDataset.source(rows).batch(local_batch)[start_step:]
@@ -225,20 +134,20 @@ def _batches(
     except RuntimeError as error:
       if "Worker process was terminated" not in str(error):
         raise
-      raise Outage(
+      raise TransientError(
         f"one of the {workers} data workers was killed; if the machine ran out of memory, lower data.workers or "
         "data.threads"
       ) from None
     replaced = batch.pop("replaced")
-    if damage is not None:
-      damage.note(batch["example_key"][:, 1], replaced)
+    if bad_images is not None:
+      bad_images.update(batch["example_key"][:, 1], replaced)
     yield batch
 
 
 def train_batches(
   source: Any, reader: Any, *,
   rows: np.ndarray, batch_size: int, total_steps: int, start_step: int, seed: int, workers: int = 0, threads: int = 1,
-  damage: Damage | None = None,
+  bad_images: BadImageTracker | None = None,
 ) -> Iterator[HostBatch]:  # fmt: skip
   """Host batches of steps start_step..total_steps-1.
 
@@ -246,23 +155,23 @@ def train_batches(
     reader: `Views`, or anything with its `train` and `eval`.
     rows: the rows of a global batch that this process reads.
     workers: processes that read; 0 = `threads` of this one.
-    damage: is told of examples that cannot be read; others take their place. Without it they are errors.
+    bad_images: is told of examples that cannot be read; others take their place. Without it they are errors.
 
   Yields:
     {view: uint8 [b, H, W, 3], "example_key": uint32 [b, 2] = (epoch, index), "valid": bool [b] and, with labels,
     "label": int32 [b], or float32 [b, C] of 0 and 1 with several labels}, b = len(rows).
   """
-  options = dict(rows=rows, batch_size=batch_size, seed=seed, replace=damage is not None)
+  options = dict(rows=rows, batch_size=batch_size, seed=seed, replace=bad_images is not None)
   table = _Rows(source, reader, steps=total_steps, train=True, **options)
-  return _batches(table, len(rows), start_step, workers, threads, damage)
+  return _batches(table, len(rows), start_step, workers, threads, bad_images)
 
 
 def eval_batches(
   source: Any, reader: Any, *,
-  rows: np.ndarray, batch_size: int, workers: int = 0, threads: int = 1, damage: Damage | None = None,
+  rows: np.ndarray, batch_size: int, workers: int = 0, threads: int = 1, bad_images: BadImageTracker | None = None,
 ) -> Iterator[HostBatch]:  # fmt: skip
   """Every example once, in order, centre-cropped; `valid` is False in the last batch's padding and for damaged ones."""
   steps = -(-len(source) // batch_size)
-  options = dict(rows=rows, batch_size=batch_size, seed=0, replace=damage is not None)
+  options = dict(rows=rows, batch_size=batch_size, seed=0, replace=bad_images is not None)
   table = _Rows(source, reader, steps=steps, train=False, **options)
-  return _batches(table, len(rows), 0, workers, threads, damage)
+  return _batches(table, len(rows), 0, workers, threads, bad_images)

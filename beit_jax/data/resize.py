@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from beit_jax.errors import UserError
-from beit_jax.logs import log
+from beit_jax.runtime.logs import log
 
 try:
   import cykooz_resizer as fast

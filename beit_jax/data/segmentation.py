@@ -10,41 +10,10 @@ import numpy as np
 from PIL import Image
 
 from beit_jax.data import images
-from beit_jax.data.pipeline import HostBatch, decode, read
-from beit_jax.errors import BadImage, UserError
+from beit_jax.data.examples import HostBatch, decode, decode_labels, map_name, read
+from beit_jax.errors import UserError
 
 IGNORE = 255  # of a label map as the loss and the metrics see it
-
-
-def decode_labels(encoded: Any, name: str) -> np.ndarray:
-  """Encoded bytes or an array -> label map uint8 or int32 [H, W], values as stored.
-
-  Raises:
-    BadImage: it is no picture, or a damaged one.
-    UserError: it is one of colours instead of class numbers.
-  """
-  if not isinstance(encoded, bytes):
-    array = np.asarray(encoded)
-    return array[..., 0] if array.ndim == 3 else array
-  try:
-    image = images.open_picture(encoded)
-    image.load()
-  except Image.UnidentifiedImageError:
-    raise BadImage(f"{name}: the label map cannot be decoded: no picture of a kind that is read") from None
-  except Exception as error:  # whatever a damaged file leads to
-    reason = str(error) or type(error).__name__
-    raise BadImage(f"{name}: the label map cannot be decoded: {reason}") from None
-  if image.mode not in ("L", "P", "1", "I", "I;16"):
-    raise UserError(
-      f"{name}: the label map has mode {image.mode}: a picture in colours; expected one channel of class numbers (an "
-      "8-bit grey or palette PNG)"
-    )
-  return np.asarray(image).astype(np.int32 if image.mode.startswith("I") else np.uint8, copy=False)
-
-
-def map_name(example: dict[str, Any], index: int) -> str:
-  """What to call an example's label map in an error."""
-  return str(example.get("label_file", example.get("file", f"example {index}")))
 
 
 def to_classes(
@@ -129,8 +98,8 @@ def resize_image(image: np.ndarray, size: tuple[int, int], interpolation: str) -
   return np.asarray(Image.fromarray(image).resize(size[::-1], images.RESAMPLE[interpolation]))
 
 
-class Maps:
-  """Reads an example as a crop and its label map: the reader of the `segment` objective (see `pipeline.Views`).
+class LabelMapReader:
+  """Reads an example as a crop and its label map: the reader of the `segment` objective (see `ViewReader`).
 
   Args:
     size: (height, width) of the crops.
@@ -199,7 +168,7 @@ class Maps:
     return {"image": image, "label_map": padded}
 
 
-def whole(source: Any, reader: Maps, index: int) -> tuple[np.ndarray, np.ndarray]:
+def whole(source: Any, reader: LabelMapReader, index: int) -> tuple[np.ndarray, np.ndarray]:
   """One example as it is: image uint8 [H, W, 3] and label map uint8 [H, W].
 
   Raises:

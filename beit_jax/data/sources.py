@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from beit_jax import storage
 from beit_jax.data.shapes import SPLITS, ShapesSource
 from beit_jax.errors import BadImage, UserError
+from beit_jax.runtime import bucket
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 
@@ -29,7 +29,7 @@ class TfdsSource:
 
   def __init__(self, name: str, split: str, data_dir: str, image_key: str, label_key: str):
     data_dir = data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
-    storage.refuse("data.data_dir", data_dir)
+    bucket.refuse("data.data_dir", data_dir)
     root = Path(os.path.expanduser(data_dir))
     folder = _version_folder(root, name)
     import tensorflow_datasets as tfds
@@ -283,7 +283,7 @@ def make_source(data: dict[str, Any]) -> Any:
       f"config key 'data.label_file': only for data.source='folder', here it is {data['source']!r}"
     )
   for key in ("data_dir", "root", "label_file"):
-    storage.refuse(f"data.{key}", data.get(key))
+    bucket.refuse(f"data.{key}", data.get(key))
   source = SOURCES[data["source"]](data)
   expected = data["num_classes"]
   if expected is not None and source.num_classes not in (0, expected):

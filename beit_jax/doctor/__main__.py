@@ -16,10 +16,10 @@ from beit_jax.doctor.versions import versions
 from beit_jax.errors import UserError
 
 try:
-  from beit_jax import distributed, logs
   from beit_jax.doctor import host, runs
   from beit_jax.doctor.machine import prepare
   from beit_jax.doctor.processes import gather, processes, shared
+  from beit_jax.runtime import distributed, logs
 
   BROKEN = None
 except Exception as broken:  # whatever a broken installation leads to

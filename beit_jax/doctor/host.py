@@ -13,9 +13,9 @@ from pathlib import Path
 
 import jax
 
-from beit_jax import distributed, storage
 from beit_jax.doctor.findings import FAIL, OK, WARN, Found, unless_worse
 from beit_jax.doctor.machine import Machine
+from beit_jax.runtime import bucket, distributed
 
 TPU_LOCK = Path("/tmp/libtpu_lockfile")
 NETWORK = re.compile(r"(nfs|cifs|smb|lustre|ceph|gluster|beegfs|9p|afs|gpfs|fuse\.)")
@@ -153,7 +153,7 @@ def devices(machine: Machine) -> Found:
 @contextlib.contextmanager
 def trial(folder: Path) -> Iterator[Path]:
   """A new file with a few bytes in it."""
-  if storage.remote(folder):
+  if bucket.remote(folder):
     path = folder / f".doctor-{platform.node()}-{os.getpid()}"
     path.write_text("beit_jax\n")
     try:
@@ -185,8 +185,8 @@ def mounted(path: Path) -> tuple[str, str]:
 
 def workdir(machine: Machine) -> Found:
   ground = machine.ground()
-  if storage.remote(ground):
-    storage.check_writable(ground)
+  if bucket.remote(ground):
+    bucket.check_writable(ground)
     yield OK, f"{machine.workdir}: can be written, with a lock that all machines see", ""
     return
   if not ground.is_dir():
@@ -220,7 +220,7 @@ def clock(machine: Machine) -> Found:
       "set it (timedatectl set-ntp true): certificates and file times need it",
     )
     return
-  if storage.remote(machine.ground()):
+  if bucket.remote(machine.ground()):
     yield OK, "set; that of the bucket is not asked", ""
     return
   with trial(machine.ground()) as path:

@@ -9,12 +9,14 @@ from typing import Any
 
 import jax
 
-from beit_jax import checkpoint, distributed, lock, objectives, storage
-from beit_jax import config as config_lib
 from beit_jax import evaluate as evaluation
+from beit_jax import objectives
+from beit_jax.config import parse as config_lib
 from beit_jax.data import sources
 from beit_jax.doctor.findings import OK, WARN, Found, Skip, guarded
 from beit_jax.errors import UserError
+from beit_jax.run import checkpoint
+from beit_jax.runtime import bucket, distributed, lock
 
 USAGE = "usage: python -m beit_jax.doctor [--config=FILE[:variant]] [--workdir=DIR] [--config.key=value ...] [--json]"
 
@@ -95,7 +97,7 @@ class Machine:
 
   def ground(self) -> Path:
     """The workdir, or the nearest there is of the folders that it will be made in; in a bucket there are none."""
-    if storage.remote(self.workdir):
+    if bucket.remote(self.workdir):
       return self.workdir
     path = self.workdir.absolute()
     return next(folder for folder in (path, *path.parents) if folder.exists())
@@ -138,10 +140,10 @@ def prepare(argv: list[str]) -> Machine:
   if spec == "-":
     if overrides:
       raise UserError(f"--config.{overrides[0][0]} is set, but there is no --config=FILE; {USAGE}")
-    return Machine(storage.path(workdir or "runs"), flags=flags)
+    return Machine(bucket.path(workdir or "runs"), flags=flags)
   config = config_lib.load(spec, overrides, objectives.model_fields())
   path, _, variant = spec.partition(":")
-  folder = storage.path(workdir or f"runs/{Path(path).stem}{'_' if variant else ''}{variant}")
+  folder = bucket.path(workdir or f"runs/{Path(path).stem}{'_' if variant else ''}{variant}")
   runs = _stages(config, folder) if "stages" in config else [Run("", config, folder)]
   return Machine(folder, runs, flags)
 

@@ -6,11 +6,12 @@ import platform
 from typing import Any
 
 import beit_jax
-from beit_jax import distributed, record
 from beit_jax.doctor.findings import FAIL, OK, Found, Line, unless_worse
 from beit_jax.doctor.host import trial
 from beit_jax.doctor.machine import Machine
-from beit_jax.logs import log
+from beit_jax.run import record
+from beit_jax.runtime import distributed
+from beit_jax.runtime.logs import log
 
 SHOWN = 4  # differences of a process
 PATIENCE = 900  # seconds for the others to look at their own machines

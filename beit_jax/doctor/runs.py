@@ -8,15 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from beit_jax import checkpoint, convert, lock, record, sharding, storage
-from beit_jax import config as config_lib
-from beit_jax.data import pipeline
+from beit_jax.config import parse as config_lib
+from beit_jax.data import examples
 from beit_jax.doctor.findings import FAIL, OK, WARN, Found, Skip, unless_worse
 from beit_jax.doctor.machine import Machine, Run, each_run
 from beit_jax.errors import BadImage, UserError
 from beit_jax.models.beit import BeitForMaskedImageModeling
 from beit_jax.models.dvae import Dvae
-from beit_jax.objectives import base
+from beit_jax.objectives.encoder import encoder_fields
+from beit_jax.run import checkpoint, record
+from beit_jax.runtime import bucket, lock, sharding
+from beit_jax.weights import io as weights_io
 
 SAMPLE = 8  # examples that are tried, besides the first and the last
 LABELLED = ("classify", "linear_probe", "knn")
@@ -59,7 +61,7 @@ def _trouble(machine: Machine, run: Run, source: Any, index: int) -> tuple[bool,
   """(whether a run goes on with another example, what is wrong), or None for a good example."""
   try:
     example = source[index]
-    image = pipeline.decode(example, index)
+    image = examples.decode(example, index)
     image.pixels()
   except (BadImage, OSError) as error:
     return True, str(error)
@@ -91,7 +93,7 @@ def _shapes(machine: Machine, run: Run) -> dict[str, Any]:
     init = machine.objective(run).init
   else:
     size = config_lib.pair(run.config.data.image_size, "data.image_size")
-    encoder = base.encoder_fields(run.config.model, size, pretrain=True)
+    encoder = encoder_fields(run.config.model, size, pretrain=True)
     words = run.config.model.vocab_size or earlier.config.model.vocab_size
     module = BeitForMaskedImageModeling(encoder, words)
     init = lambda key: module.init(key, jnp.zeros((1, *size, 3)))
@@ -124,7 +126,7 @@ def _copies(machine: Machine, run: Run) -> int:
 
 
 def space(machine: Machine) -> Found:
-  if storage.remote(machine.workdir):
+  if bucket.remote(machine.workdir):
     yield OK, "a bucket has no limit that could be asked for", ""
     return
   free = shutil.disk_usage(machine.ground()).free
@@ -198,13 +200,13 @@ def checkpoints(machine: Machine, run: Run) -> Found:
     if lost:
       return
   if good is not None:
-    record.same_run(root / str(good), run.config)
+    record.check_same_run(root / str(good), run.config)
     try:
       description = record.describe(run.config, machine.objective(run), machine.main_source(run))
-      record.same_model(root / str(good), description)
-      record.same_data(root / str(good), description)
+      record.check_same_model(root / str(good), description)
+      record.check_same_data(root / str(good), description)
       total_steps = _total_steps(machine, run)
-      record.may_end(good, total_steps)
+      record.check_length(good, total_steps)
       if good == total_steps:
         then = f"is at its end, step {good}: only evaluates"
     except Skip:
@@ -215,7 +217,7 @@ def checkpoints(machine: Machine, run: Run) -> Found:
 def _beginning(machine: Machine, run: Run) -> str:
   """What a run without checkpoints begins with. Raises a UserError where it cannot."""
   resume = run.config.resume if "resume" not in run.waits else ""
-  record.may_begin(run.folder, checkpoint.whole(resume)[1] if resume else 0)
+  record.check_not_lost(run.folder, checkpoint.whole(resume)[1] if resume else 0)
   for key in ("resume", "init_from"):
     path = run.config[key]
     if key in run.waits:
@@ -223,7 +225,7 @@ def _beginning(machine: Machine, run: Run) -> str:
     if path and key == "resume":
       return f"begins with the whole state of {checkpoint.find(path)}"
     if path:
-      pretrained = convert.load(path)
+      pretrained = weights_io.load(path)
       found = machine.objective(run).adapt(pretrained, _shapes(machine, run)["params"])
       return f"begins with {len(found)} tensors of {pretrained.description.get('path', path)}"
   return "begins anew" if run.trains else "evaluates"
@@ -244,7 +246,7 @@ def sizes(machine: Machine, run: Run) -> Found:
   earlier = run.waits.get("tokenizer.init_from")
   if earlier is not None:
     image, token = (config_lib.pair(config.data[f"{key}image_size"], key) for key in ("", "token_"))
-    patch = base.encoder_fields(config.model, image, pretrain=True)["patch_size"]
+    patch = encoder_fields(config.model, image, pretrain=True)["patch_size"]
     stride = Dvae(**dict(earlier.config.model)).stride
     wanted = tuple(side // patch * stride for side in image)
     if tuple(token) != wanted:

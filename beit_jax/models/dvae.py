@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from beit_jax.models.resize import max_pool_2x2
+from beit_jax.models.resampling import max_pool_2x2
 
 EPS = 0.1  # map_pixels keeps pixels EPS away from 0 and 1, where the logit is infinite
 

@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from beit_jax.models.convolutions import ConvModule, classify
-from beit_jax.models.resize import resize_bilinear
+from beit_jax.models.resampling import resize_bilinear
 
 SETR_CHANNELS = 256
 NORM_EPS = 1e-6

@@ -26,10 +26,11 @@ import jax.numpy as jnp
 from beit_jax.models import setr
 from beit_jax.models.beit import Beit
 from beit_jax.models.convolutions import BatchNorm, ConvModule, TransposedConv, classify, drop_channels
-from beit_jax.models.resize import adaptive_average_pool, max_pool_2x2, resize_bilinear
+from beit_jax.models.resampling import adaptive_average_pool, max_pool_2x2, resize_bilinear
 
 POOL_SCALES = (1, 2, 3, 6)
 AUX_LEVEL = 2  # the level of the auxiliary FCN head
+OUT_INDICES = {12: (3, 5, 7, 11), 24: (7, 11, 15, 23)}  # depth -> blocks that unilm taps, from 0
 HEADS = ("upernet", "setr_pup")
 
 

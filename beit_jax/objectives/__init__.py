@@ -1,17 +1,17 @@
 """Everything that can be optimised. A new objective is a file here and a line in `OBJECTIVES`."""
 
 from beit_jax.objectives.base import Objective
-from beit_jax.objectives.beit import Beit
-from beit_jax.objectives.classify import Classify
-from beit_jax.objectives.dvae import Dvae
+from beit_jax.objectives.beit import MaskedImageModeling
+from beit_jax.objectives.classify import Classification
+from beit_jax.objectives.dvae import TokenizerTraining
 from beit_jax.objectives.probe import Knn, LinearProbe
-from beit_jax.objectives.segment import Segment
+from beit_jax.objectives.segment import Segmentation
 
 OBJECTIVES: dict[str, type[Objective]] = {
-  "dvae": Dvae,
-  "beit": Beit,
-  "classify": Classify,
-  "segment": Segment,
+  "dvae": TokenizerTraining,
+  "beit": MaskedImageModeling,
+  "classify": Classification,
+  "segment": Segmentation,
   "linear_probe": LinearProbe,
   "knn": Knn,
 }

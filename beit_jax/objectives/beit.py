@@ -6,16 +6,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from beit_jax import augment, losses, masking, pictures, sharding
-from beit_jax.config import Maybe, duration
-from beit_jax.data import tokens
+from beit_jax import augment, losses, masking
+from beit_jax.config.parse import OptionalOf, duration
+from beit_jax.data import drawing
+from beit_jax.data import token_cache as tokens
 from beit_jax.errors import UserError
-from beit_jax.logs import log
 from beit_jax.models.beit import BeitForMaskedImageModeling, masked_slots
 from beit_jax.objectives import base
+from beit_jax.objectives import encoder as encoder_keys
+from beit_jax.runtime import sharding
+from beit_jax.runtime.logs import log
 
 
-class Beit(base.Objective):
+class MaskedImageModeling(base.Objective):
   """A ViT learns the tokens that a frozen tokenizer gives to the patches it cannot see."""
 
   kind = "mim"
@@ -40,7 +43,7 @@ class Beit(base.Objective):
       raise UserError(
         f"config key 'model.vocab_size': {config.model.vocab_size}, but the tokenizer {path} has {vocab_size} words"
       )
-    encoder = base.encoder_fields(config.model, self.image_size, pretrain=True)
+    encoder = encoder_keys.encoder_fields(config.model, self.image_size, pretrain=True)
     self.module = BeitForMaskedImageModeling(encoder, vocab_size)
     self.grid_size = tuple(side // encoder["patch_size"] for side in self.image_size)
     stride = self.tokenizer.module.stride
@@ -60,7 +63,7 @@ class Beit(base.Objective):
 
   @classmethod
   def model_fields(cls):
-    return {**base.encoder_schema(), "vocab_size": Maybe(int)}
+    return {**encoder_keys.encoder_schema(), "vocab_size": OptionalOf(int)}
 
   @property
   def depth(self):
@@ -104,7 +107,9 @@ class Beit(base.Objective):
   def reader(self):
     whole = super().reader()
     return (
-      whole if self.cache is None else tokens.Replay(self.views(), self.config.data.to_dict(), self.cache)
+      whole
+      if self.cache is None
+      else tokens.CachedTokenReader(self.views(), self.config.data.to_dict(), self.cache)
     )
 
   def token_key(self) -> dict[str, Any]:
@@ -173,14 +178,14 @@ class Beit(base.Objective):
 
     rows = {
       "image": augment.to_float(batch["image"]),
-      "masked": pictures.hide(augment.to_float(batch["image"]), mask),
+      "masked": drawing.hide(augment.to_float(batch["image"]), mask),
       "predicted tokens, decoded": decode(predicted),
       "true tokens, decoded": decode(targets),
     }
-    return {"masked_image_modelling": pictures.table({k: np.asarray(v) for k, v in rows.items()})}
+    return {"masked_image_modelling": drawing.table({k: np.asarray(v) for k, v in rows.items()})}
 
   def adapt(self, pretrained, shapes):
-    return base.adapt_encoder(self, pretrained, shapes, log.info)
+    return encoder_keys.adapt_encoder(self, pretrained, shapes, log.info)
 
   def describe(self) -> dict[str, Any]:
     tokenizer = self.tokenizer.description

@@ -4,12 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from beit_jax import augment, losses, metrics, pictures
-from beit_jax.config import Maybe
+from beit_jax import augment, losses, metrics
+from beit_jax.config.parse import OptionalOf
+from beit_jax.data import drawing
 from beit_jax.errors import UserError
-from beit_jax.logs import log
 from beit_jax.models.beit import BeitForImageClassification
 from beit_jax.objectives import base
+from beit_jax.objectives import encoder as encoder_keys
+from beit_jax.runtime.logs import log
 
 MAX_CONFUSION = 2000  # classes; a matrix of more is for nobody
 TOP = 5  # classes an image that a list of predictions names
@@ -19,7 +21,7 @@ def _sigmoid(x):
   return 0.5 + 0.5 * np.tanh(x.astype(np.float64) / 2)
 
 
-class Classify(base.Objective):
+class Classification(base.Objective):
   """Softmax cross-entropy with label smoothing over mean-pooled patches (or the cls token).
 
   With several labels an image: binary cross-entropy, mean average precision.
@@ -47,7 +49,7 @@ class Classify(base.Objective):
     self.multi_label = source.multi_label
     self.eval_metrics = ("loss", "mAP") if self.multi_label else ("loss", "acc1", "acc5")
     self.mixing = options.mixup_alpha > 0 or options.cutmix_alpha > 0
-    encoder = base.encoder_fields(model, self.image_size, pretrain=False)
+    encoder = encoder_keys.encoder_fields(model, self.image_size, pretrain=False)
     encoder["weight_init"] = "finetune"
     self.module = BeitForImageClassification(
       encoder, model.num_classes or found, model.pool, model.head_init_scale
@@ -56,7 +58,7 @@ class Classify(base.Objective):
   @classmethod
   def model_fields(cls):
     own = base.module_fields(BeitForImageClassification, without=("encoder",))
-    return {**base.encoder_schema(), **own, "num_classes": Maybe(int)}
+    return {**encoder_keys.encoder_schema(), **own, "num_classes": OptionalOf(int)}
 
   @property
   def depth(self):
@@ -176,7 +178,7 @@ class Classify(base.Objective):
       names[guess] if guess == true else f"{names[guess]} (is {names[true]})"
       for guess, true in zip(logits.argmax(-1), np.asarray(batch["label"]), strict=True)
     ]
-    return {"predictions": pictures.captioned(np.asarray(augment.to_float(batch["image"])), captions)}
+    return {"predictions": drawing.captioned(np.asarray(augment.to_float(batch["image"])), captions)}
 
   def adapt(self, pretrained, shapes):
     labels, ours = list(pretrained.description.get("labels") or ()), list(self.source.class_names)
@@ -189,7 +191,7 @@ class Classify(base.Objective):
       log.info(
         "head: kept, though its classes are called %s, ... and those of the data %s, ...", labels[0], ours[0]
       )
-    return base.adapt_encoder(self, pretrained, shapes, log.info)
+    return encoder_keys.adapt_encoder(self, pretrained, shapes, log.info)
 
   def describe(self):
     fields = ("encoder", "num_classes", "pool", "head_init_scale")

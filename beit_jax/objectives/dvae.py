@@ -4,17 +4,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from beit_jax import augment, losses, pictures
+from beit_jax import augment, losses
+from beit_jax.data import drawing
 from beit_jax.errors import CollapseError, UserError
-from beit_jax.logs import log
-from beit_jax.models.dvae import Dvae as DvaeModule
-from beit_jax.models.dvae import map_pixels, unmap_pixels
+from beit_jax.models.dvae import Dvae, map_pixels, unmap_pixels
 from beit_jax.objectives import base
+from beit_jax.runtime.logs import log
 
 RECONSTRUCTIONS = ("logit_laplace", "l1", "l2")
 
 
-class Dvae(base.Objective):
+class TokenizerTraining(base.Objective):
   """Image -> tokens -> image under a Gumbel-softmax relaxation whose temperature falls.
 
   loss = reconstruction (mean over pixels and channels) + kl_weight * KL(q || uniform) (mean over tokens, nats).
@@ -26,7 +26,7 @@ class Dvae(base.Objective):
 
   def __init__(self, config, source, load=None):
     super().__init__(config, source, load)
-    self.module = DvaeModule(**dict(config.model))
+    self.module = Dvae(**dict(config.model))
     stride = self.module.stride
     if any(side % stride for side in self.token_image_size):
       raise UserError(
@@ -40,7 +40,7 @@ class Dvae(base.Objective):
 
   @classmethod
   def model_fields(cls):
-    return base.module_fields(DvaeModule)
+    return base.module_fields(Dvae)
 
   def views(self):
     return {"token_image": (self.token_image_size, self.config.data.token_interpolation)}
@@ -139,13 +139,13 @@ class Dvae(base.Objective):
     grid = tuple(side // self.module.stride for side in self.token_image_size)
     decoded = self.module.apply(variables, ids, grid, method="decode")
     return {
-      "reconstructions": pictures.table({"image": np.asarray(image), "from its tokens": np.asarray(decoded)})
+      "reconstructions": drawing.table({"image": np.asarray(image), "from its tokens": np.asarray(decoded)})
     }
 
   def describe(self):
     return dict(
       kind=self.kind,
-      module={name: getattr(self.module, name) for name in base.module_fields(DvaeModule)},
+      module={name: getattr(self.module, name) for name in base.module_fields(Dvae)},
       preprocessing=dict(
         mean=(-0.125,) * 3,  # (x + 0.125) / 1.25 is map_pixels
         std=(1.25,) * 3,

@@ -9,15 +9,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from beit_jax import augment, checkpoint, losses, metrics, sharding, transfer, trees
+from beit_jax import augment, losses, metrics, transfer, trees
 from beit_jax.data import pipeline
-from beit_jax.data.damage import Damage
+from beit_jax.data.bad_images import BadImageTracker
 from beit_jax.errors import UserError
-from beit_jax.logs import log
 from beit_jax.models.beit import Beit
 from beit_jax.models.heads import LinearProbes, block_features
 from beit_jax.objectives import base
-from beit_jax.pretrained import fingerprint
+from beit_jax.objectives import encoder as encoder_keys
+from beit_jax.run import checkpoint
+from beit_jax.runtime import sharding
+from beit_jax.runtime.logs import log
+from beit_jax.weights.pretrained import fingerprint
 
 
 class Probe(base.Objective):
@@ -36,7 +39,7 @@ class Probe(base.Objective):
     if config.encoder.init_from:
       fields, self._loaded = self._load(config.encoder.init_from)
     else:
-      fields = base.encoder_fields(config.model, self.image_size, pretrain=True)
+      fields = encoder_keys.encoder_fields(config.model, self.image_size, pretrain=True)
       self._loaded = None
     fields |= dict(final_norm=False, use_mask_token=False, drop_path_rate=0.0, dtype=config.model.dtype)
     self.encoder = Beit(**fields)
@@ -66,7 +69,7 @@ class Probe(base.Objective):
     if pretrained.kind not in ("backbone", "mim", "classifier"):
       raise UserError(f"config key 'encoder.init_from': a {pretrained.kind} has no BEiT encoder ({path})")
     fields = dict(pretrained.encoder_fields)
-    problems = base.disagreeing_pixels(self.config.data, pretrained, log.info)
+    problems = encoder_keys.disagreeing_pixels(self.config.data, pretrained, log.info)
     if tuple(fields["image_size"]) != self.image_size:
       problems.append(f"data.image_size: the encoder is for {fields['image_size']}, here {self.image_size}")
     if problems:
@@ -77,7 +80,7 @@ class Probe(base.Objective):
 
   @classmethod
   def model_fields(cls):
-    return {**base.encoder_schema(), "drop_path_rate": 0.0}
+    return {**encoder_keys.encoder_schema(), "drop_path_rate": 0.0}
 
   def views(self):
     return {"image": (self.image_size, self.config.data.interpolation)}
@@ -208,7 +211,7 @@ class Knn(Probe):
       batch_size=size,
       workers=self.config.data.workers,
       threads=self.config.data.threads,
-      damage=Damage(self.source, self.config.data.max_bad, shuffled=False),
+      bad_images=BadImageTracker(self.source, self.config.data.max_bad, shuffled=False),
     )
     extract = jax.jit(
       lambda frozen, batch: (_unit(self.features(frozen, batch)), batch["label"], batch["valid"]),

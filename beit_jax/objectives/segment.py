@@ -12,19 +12,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from beit_jax import augment, convert, losses, metrics, pictures, sharding, sliding, windows
-from beit_jax.config import Maybe, pair
-from beit_jax.convert import segmentation as convert_segmentation
-from beit_jax.data import segmentation
-from beit_jax.data.damage import Damage
+from beit_jax import augment, losses, metrics
+from beit_jax.config.parse import OptionalOf, pair
+from beit_jax.data import drawing, segmentation
+from beit_jax.data.bad_images import BadImageTracker
 from beit_jax.errors import BadImage, UserError
-from beit_jax.logs import log
-from beit_jax.models.resize import resize_bilinear
-from beit_jax.models.upernet import BeitForSemanticSegmentation
-from beit_jax.objectives import base
+from beit_jax.models.resampling import resize_bilinear
+from beit_jax.models.upernet import OUT_INDICES, BeitForSemanticSegmentation
+from beit_jax.objectives import base, sliding
+from beit_jax.objectives import encoder as encoder_keys
+from beit_jax.runtime import sharding
+from beit_jax.runtime.logs import log
+from beit_jax.weights import io as weights_io
 
 
-class Segment(base.Objective):
+class Segmentation(base.Objective):
   """Cross-entropy of every pixel, of the decode head and, weighted, of the auxiliary heads."""
 
   kind = "segmenter"
@@ -45,7 +47,7 @@ class Segment(base.Objective):
         f"config key 'segment.mode': {options.mode!r} is unknown; there are 'slide' and 'whole'"
       )
     self.class_names, self.colours = _names_and_colours(options, source, self.num_classes)
-    encoder = base.encoder_fields(model, self.image_size, pretrain=False)
+    encoder = encoder_keys.encoder_fields(model, self.image_size, pretrain=False)
     encoder["weight_init"] = "finetune"
     fields = {name: model[name] for name in self.model_fields() if name in _own_fields()}
     fields["out_indices"] = tuple(model.out_indices) or _taps(encoder["depth"])
@@ -69,8 +71,8 @@ class Segment(base.Objective):
 
   @classmethod
   def model_fields(cls):
-    own = {**_own_fields(), "num_classes": Maybe(int), "channels": Maybe(int), "out_indices": ()}
-    return {**base.encoder_schema(), **own}
+    own = {**_own_fields(), "num_classes": OptionalOf(int), "channels": OptionalOf(int), "out_indices": ()}
+    return {**encoder_keys.encoder_schema(), **own}
 
   @property
   def depth(self):
@@ -78,7 +80,7 @@ class Segment(base.Objective):
 
   def reader(self):
     config = self.config
-    return segmentation.Maps(
+    return segmentation.LabelMapReader(
       self.image_size, self.num_classes, config.data.to_dict(), config.segment.to_dict()
     )
 
@@ -129,13 +131,13 @@ class Segment(base.Objective):
     options = self.config.segment
     scales = tuple(options.scales)
     reader = self.reader()
-    sizes = _sizes(source, reader, Damage(source, self.config.data.max_bad, shuffled=False))
+    sizes = _sizes(source, reader, BadImageTracker(source, self.config.data.max_bad, shuffled=False))
     known, programs = np.array(list(sizes)), max(1, options.programs // (len(scales) + 1))
     histogram = np.zeros((3, self.num_classes), np.int64)
     # One program a bucket and scale, and one a bucket for the histogram: eight in all for one scale.
-    for part in windows.buckets(list(sizes.values()), programs):
+    for part in sliding.buckets(list(sizes.values()), programs):
       histogram += self._evaluate_bucket(variables, source, reader, known[part], sizes, scales, mesh)
-    found = windows.mean_iou(*histogram.astype(np.float64))
+    found = metrics.mean_iou(*histogram.astype(np.float64))
     rows = {"IoU": found.pop("IoU"), "Acc": found.pop("Acc"), "labelled": histogram[2]}
     return found, rows
 
@@ -192,16 +194,16 @@ class Segment(base.Objective):
     guess = np.asarray(logits.argmax(-1))
     rows = {
       "image": image,
-      "prediction": pictures.overlay(image, guess, self.colours),
-      "label map": pictures.overlay(image, label, self.colours),
+      "prediction": drawing.overlay(image, guess, self.colours),
+      "label map": drawing.overlay(image, label, self.colours),
     }
-    return {"segmentation": pictures.table(rows)}
+    return {"segmentation": drawing.table(rows)}
 
   def adapt(self, pretrained, shapes):
-    return base.adapt_encoder(self, pretrained, shapes, log.info)
+    return encoder_keys.adapt_encoder(self, pretrained, shapes, log.info)
 
   def load_collections(self, path):
-    return convert.load(path).collections
+    return weights_io.load(path).collections
 
   def describe(self):
     fields = base.module_fields(BeitForSemanticSegmentation)
@@ -228,7 +230,7 @@ def _names_and_colours(options: Any, source: Any, count: int) -> tuple[tuple[str
     )
   own = tuple(getattr(source, "map_class_names", ()))
   try:
-    colours = pictures.class_colours(options.palette, count)
+    colours = drawing.class_colours(options.palette, count)
   except ValueError as error:
     raise UserError(f"config key 'segment.palette': {error}") from None
   return names or (own if len(own) == count else ()), colours
@@ -236,14 +238,16 @@ def _names_and_colours(options: Any, source: Any, count: int) -> tuple[tuple[str
 
 def _taps(depth: int) -> tuple[int, ...]:
   """The released blocks; at other depths the last of each quarter."""
-  return convert_segmentation.TAPS.get(depth, tuple(math.ceil(depth / 4 * (i + 1)) - 1 for i in range(4)))
+  return OUT_INDICES.get(depth, tuple(math.ceil(depth / 4 * (i + 1)) - 1 for i in range(4)))
 
 
 def _own_fields() -> dict[str, Any]:
   return base.module_fields(BeitForSemanticSegmentation, without=("encoder",))
 
 
-def _sizes(source: Any, reader: segmentation.Maps, damage: Damage) -> dict[int, tuple[int, int]]:
+def _sizes(
+  source: Any, reader: segmentation.LabelMapReader, bad_images: BadImageTracker
+) -> dict[int, tuple[int, int]]:
   """Index -> (height, width) of the images that can be read; every process looks at all."""
   sizes = {}
   for index in range(len(source)):
@@ -252,5 +256,5 @@ def _sizes(source: Any, reader: segmentation.Maps, damage: Damage) -> dict[int, 
       sizes[index] = image.shape[:2]
     except BadImage:
       pass
-    damage.note(np.array([index]), np.array([index not in sizes]))
+    bad_images.update(np.array([index]), np.array([index not in sizes]))
   return sizes

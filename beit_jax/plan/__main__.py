@@ -18,7 +18,7 @@ import subprocess
 import sys
 from typing import Any
 
-from beit_jax import config as config_lib
+from beit_jax.config import parse as config_lib
 from beit_jax.errors import UserError
 from beit_jax.plan import report, roofline, search, topology
 

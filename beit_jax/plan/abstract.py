@@ -8,15 +8,19 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from beit_jax import config as config_lib
-from beit_jax import convert, sharding, train, train_state
+from beit_jax import train
+from beit_jax.config import parse as config_lib
 from beit_jax.data import sources
 from beit_jax.errors import UserError
 from beit_jax.models.dvae import Dvae
 from beit_jax.objectives import Objective
-from beit_jax.objectives.base import encoder_fields, module_fields
-from beit_jax.pretrained import Pretrained, make_module
+from beit_jax.objectives.base import module_fields
+from beit_jax.objectives.encoder import encoder_fields
+from beit_jax.run import state as train_state
+from beit_jax.runtime import sharding
 from beit_jax.step import make_train_step
+from beit_jax.weights import io as weights_io
+from beit_jax.weights.pretrained import Pretrained, make_module
 
 # (examples, classes) of the training split of data sets that recipes name; classes 0: label maps.
 KNOWN: dict[str, tuple[int, int]] = {
@@ -78,7 +82,7 @@ def _stand_in(config: ConfigDict, stages: dict[str, ConfigDict], path: str) -> P
   data = config.data
   if stage is None or stage.objective == "dvae":
     if stage is not None and stage.init_from:
-      return convert.load(stage.init_from)
+      return weights_io.load(stage.init_from)
     fields = {name: stage.model[name] for name in module_fields(Dvae)} if stage else {}
     kind, size = "tokenizer", config_lib.pair(data.token_image_size, "data.token_image_size")
   else:
@@ -133,7 +137,7 @@ def make_step(
   """
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
   root = jax.random.key(config.seed)  # outside of the mesh, whose devices cannot hold it
-  load = lambda path: _stand_in(config, stages, path) if path.startswith("stage:") else convert.load(path)
+  load = lambda path: _stand_in(config, stages, path) if path.startswith("stage:") else weights_io.load(path)
   if config.get("tokenizer") and config.tokenizer.init_from.startswith("stage:"):
     name = config.tokenizer.init_from
     config = config.copy_and_resolve_references()

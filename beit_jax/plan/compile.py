@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from beit_jax import config as config_lib
 from beit_jax import objectives, trees
+from beit_jax.config import parse as config_lib
 from beit_jax.errors import UserError
 from beit_jax.plan import abstract, flops, hlo, topology
 

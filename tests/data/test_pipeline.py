@@ -1,0 +1,222 @@
+"""Crops, decoding, sources and the order of examples."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from beit_jax.data import images, pipeline, shapes, sources
+from beit_jax.data.views import ViewReader
+from beit_jax.errors import UserError
+
+VIEWS = {"image": ((16, 16), "bicubic"), "token_image": ((8, 8), "lanczos")}
+OPTIONS = dict(
+  crop="random_resized", crop_scale=(0.3, 1.0), crop_ratio=(3 / 4, 4 / 3), flip=True, crop_pct=1.0,
+  resize="short_side", rand_augment="",
+)  # fmt: skip
+
+
+def _source(count=20):
+  return shapes.ShapesSource("train", count, 24)
+
+
+def _reader(**options):
+  return ViewReader(VIEWS, {**OPTIONS, **options})
+
+
+def _read(rows, batch_size, steps, start=0, seed=3, source=None, **options):
+  return list(
+    pipeline.train_batches(
+      source or _source(),
+      _reader(**options),
+      rows=np.array(rows),
+      batch_size=batch_size,
+      total_steps=steps,
+      start_step=start,
+      seed=seed,
+    )
+  )
+
+
+def _flat(batches, key="image"):
+  return np.concatenate([b[key] for b in batches])
+
+
+def test_every_epoch_shows_each_example_once_in_another_order():
+  batches = _read(range(4), 4, 10)
+  keys = _flat(batches, "example_key")
+  for epoch in (0, 1):
+    mine = keys[keys[:, 0] == epoch]
+    assert sorted(mine[:, 1]) == list(range(20))
+  assert (keys[:20, 1] != keys[20:, 1]).any()
+
+
+def test_views_do_not_depend_on_batch_or_process_count():
+  whole = _read(range(8), 8, 5)
+  half = _read(range(4), 4, 10)
+  np.testing.assert_array_equal(_flat(whole), _flat(half))
+  even, odd = _read([0, 1, 4, 5], 8, 5), _read([2, 3, 6, 7], 8, 5)
+  for a, b, both in zip(even, odd, whole, strict=True):
+    np.testing.assert_array_equal(a["image"], both["image"][[0, 1, 4, 5]])
+    np.testing.assert_array_equal(b["token_image"], both["token_image"][[2, 3, 6, 7]])
+
+
+def test_a_run_starts_anywhere_at_once():
+  np.testing.assert_array_equal(_flat(_read(range(4), 4, 9)[6:]), _flat(_read(range(4), 4, 9, start=6)))
+
+
+def test_seeds_and_epochs_differ():
+  first, other = _read(range(4), 4, 5), _read(range(4), 4, 5, seed=4)
+  assert (_flat(first) != _flat(other)).any()
+
+
+def test_evaluation_shows_every_example_once_and_pads():
+  batches = list(pipeline.eval_batches(_source(10), _reader(), rows=np.arange(4), batch_size=4))
+  valid = _flat(batches, "valid")
+  assert len(batches) == 3 and valid.sum() == 10 and not valid[10:].any()
+  assert sorted(_flat(batches, "example_key")[valid][:, 1]) == list(range(10))
+
+
+class _Gradient:
+  """One image whose red is its row and whose green is its column: the box can be read off the view."""
+
+  num_classes, class_names, description = 0, (), {}
+
+  def __len__(self):
+    return 1
+
+  def __getitem__(self, index):
+    y, x = np.mgrid[:256, :256]
+    return {"image": np.stack([y, x, np.zeros_like(x)], -1).astype(np.uint8)}
+
+
+def test_both_views_show_the_same_box():
+  for batch in _read([0], 1, 12, source=_Gradient()):
+    image, token = batch["image"][0].astype(float), batch["token_image"][0].astype(float)
+    assert image.shape == (16, 16, 3) and token.shape == (8, 8, 3)
+    pooled = image.reshape(8, 2, 8, 2, 3).mean((1, 3))
+    assert np.abs(pooled - token)[1:-1, 1:-1].max() < 6
+    assert image[..., 0].std() > 0
+
+
+def test_boxes_follow_the_law_of_torchvision():
+  """Area uniform in (0.2, 1), aspect log-uniform in (3/4, 4/3), where nothing is rejected."""
+  rng = np.random.default_rng(0)
+  boxes = np.array(
+    [images.random_resized_box(rng, 600, 600, (0.2, 0.5), (3 / 4, 4 / 3)) for _ in range(4000)]
+  )
+  width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
+  area = width * height / 360_000
+  assert area.mean() == pytest.approx(0.35, abs=0.005) and area.min() > 0.19 and area.max() < 0.51
+  assert np.log(width / height).mean() == pytest.approx(0.0, abs=0.01)
+  assert boxes[:, :2].min() >= 0 and boxes[:, 2:].max() <= 600
+  # An image too flat for any box falls back to the central one of the nearest allowed aspect.
+  assert images.random_resized_box(rng, 1000, 10, (0.9, 1.0), (3 / 4, 4 / 3)) == (494, 0, 507, 10)
+
+
+def _png(array, mode=None):
+  buffer = io.BytesIO()
+  Image.fromarray(array, mode).save(buffer, "png") if mode is None else Image.fromarray(array).save(
+    buffer, "png"
+  )
+  return buffer.getvalue()
+
+
+def test_any_kind_of_image_becomes_rgb():
+  grey = np.arange(64, dtype=np.uint8).reshape(8, 8)
+  deep = (np.arange(64, dtype=np.uint16) * 1000).reshape(8, 8)
+  rgba = np.zeros((8, 8, 4), np.uint8)
+  for data in (_png(grey), _png(deep), _png(rgba), grey[..., None], np.stack([grey] * 3, -1)):
+    assert images.decode(data).mode == "RGB"
+  np.testing.assert_array_equal(np.asarray(images.decode(_png(grey)))[..., 0], grey)
+  # 16 bits are scaled, not clipped.
+  np.testing.assert_allclose(np.asarray(images.decode(_png(deep)))[..., 1], deep / 257, atol=0.51)
+
+
+def test_eval_view_is_short_side_then_centre():
+  image = np.zeros((40, 80, 3), np.uint8)
+  image[:, 30:50] = 255
+  view = images.eval_views(image, {"image": ((20, 20), "bilinear")}, crop_pct=1.0)["image"]
+  assert view.shape == (20, 20, 3) and view[:, 7:13].min() > 250 and view[:, :2].max() < 5
+
+
+def test_eval_view_squashed():
+  """Both sides to 20 / 0.5 = 40, then the central 20: of a picture twice as wide as high every second column."""
+  image = np.zeros((40, 80, 3), np.uint8)
+  image[:, 40:] = 255
+  image[:10] = 128
+  options = dict(crop_pct=0.5, resize="squash")
+  view = images.eval_views(image, {"image": ((20, 20), "nearest")}, **options)["image"]
+  np.testing.assert_array_equal(view, image[10:30, 20:60:2])
+  assert images.eval_size((40, 80), (20, 20), 0.5, "squash") == (40, 40)
+  assert images.eval_size((40, 80), (20, 20), 0.5, "short_side") == (40, 80)
+
+
+def test_scenes_are_reproducible_and_labelled():
+  first, again = shapes.render("train", 5, 32), shapes.render("train", 5, 32)
+  np.testing.assert_array_equal(first["image"], again["image"])
+  assert (shapes.render("test", 5, 32)["image"] != first["image"]).any()
+  for index in range(40):
+    scene = shapes.render("train", index, 48)
+    sizes = np.bincount(scene["label_map"].ravel(), minlength=9)[1:]
+    assert scene["label_map"].shape == (48, 48) and sizes[scene["label"]] > 0
+  labels = [shapes.render("train", i, 8)["label"] for i in range(400)]
+  assert np.bincount(labels, minlength=8).min() > 25
+
+
+def _folder(tmp_path, classes=("cat", "dog")):
+  for name in classes:
+    (tmp_path / "train" / name).mkdir(parents=True)
+    for i in range(3):
+      Image.new("RGB", (20 + i, 30)).save(tmp_path / "train" / name / f"{i}.png")
+  return tmp_path
+
+
+def test_folder_with_classes(tmp_path):
+  source = sources.FolderSource(str(_folder(tmp_path)), "train")
+  assert len(source) == 6 and source.class_names == ("cat", "dog")
+  assert [source[i]["label"] for i in range(6)] == [0, 0, 0, 1, 1, 1]
+
+
+def test_folder_without_classes(tmp_path):
+  Image.new("L", (9, 9)).save(tmp_path / "a.png")
+  source = sources.FolderSource(str(tmp_path), "train")
+  assert len(source) == 1 and source.num_classes == 0 and "label" not in source[0]
+
+
+def test_folder_mistakes(tmp_path):
+  with pytest.raises(UserError, match="no such folder"):
+    sources.FolderSource(str(tmp_path / "nowhere"), "train")
+  with pytest.raises(UserError, match="no images below"):
+    sources.FolderSource(str(tmp_path), "train")
+  with pytest.raises(UserError, match="data.split='test'"):
+    sources.FolderSource(str(_folder(tmp_path)), "test")
+
+
+def test_a_broken_image_is_named(tmp_path):
+  (tmp_path / "broken.jpg").write_bytes(b"not a picture")
+  source = sources.FolderSource(str(tmp_path), "")
+  with pytest.raises(UserError, match="broken.jpg cannot be decoded"):
+    _read([0], 1, 1, source=source)
+
+
+def test_missing_tfds_data_set_names_the_command(tmp_path):
+  (tmp_path / "cifar10").mkdir()
+  with pytest.raises(UserError) as error:
+    sources.TfdsSource("cifar100", "train", str(tmp_path), "image", "label")
+  for fact in (
+    "data.name='cifar100'",
+    "Did you mean 'cifar10'",
+    "tfds build cifar100 --file_format=array_record",
+  ):
+    assert fact in str(error.value)
+
+
+def test_fraction_is_fixed_and_of_the_right_size():
+  data = dict(source="shapes", split="train", num_examples=100, render_size=8, fraction=0.25, num_classes=8)
+  first, again = sources.make_source(data), sources.make_source(data)
+  assert len(first) == 25
+  assert [first[i]["label"] for i in range(25)] == [again[i]["label"] for i in range(25)]
+  with pytest.raises(UserError, match="data.fraction"):
+    sources.make_source({**data, "fraction": 0.0})

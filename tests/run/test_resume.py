@@ -1,0 +1,154 @@
+"""What a run goes on from: the newest checkpoint that can be read, of the same classes and optimizer, never less."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+
+import pytest
+
+from beit_jax import train
+from beit_jax.errors import TransientError, UserError
+from beit_jax.run import checkpoint, record
+from beit_jax.runtime import bucket
+from tests import tiny
+
+
+def _config(**changes):
+  return tiny.config(
+    "classify", **{"total_steps": 6, "checkpoint.every_steps": 1, "checkpoint.keep": 99, **changes}
+  )
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("going_on") / "run"
+  train.run(_config(), workdir)
+  return workdir
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.EBADMSG])
+def test_a_checkpoint_that_cannot_be_read_gives_way_to_the_one_before(
+  code, run, tmp_path, monkeypatch, caplog
+):
+  """As on a bad sector. Errors of a network are an outage instead: the checkpoint may be good."""
+  shutil.copytree(run, tmp_path / "run")
+  (tmp_path / "run" / "result.json").unlink()
+  *_, before, newest = checkpoint.steps(tmp_path / "run" / "checkpoints")
+  damaged = {path.stat().st_ino for path in (tmp_path / "run" / "checkpoints" / str(newest)).rglob("*")}
+  digest = hashlib.file_digest
+
+  def broken(file, kind):
+    if os.fstat(file.fileno()).st_ino in damaged:
+      raise OSError(code, os.strerror(code))
+    return digest(file, kind)
+
+  monkeypatch.setattr(hashlib, "file_digest", broken)
+  assert train.run(_config(), tmp_path / "run")["step"] == 6
+  assert f"resuming from {tmp_path / 'run' / 'checkpoints' / str(before)}" in caplog.text
+  assert "cannot be read" in caplog.text and list((tmp_path / "run" / "damaged").iterdir())
+
+
+def test_an_outage_damages_no_checkpoint(run, tmp_path, monkeypatch):
+  shutil.copytree(run, tmp_path / "run")
+  (tmp_path / "run" / "result.json").unlink()
+
+  def broken(file, kind):
+    raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+  monkeypatch.setattr(hashlib, "file_digest", broken)
+  with pytest.raises(TransientError, match="as they were"):
+    train.run(_config(), tmp_path / "run")
+  assert not (tmp_path / "run" / "damaged").exists()
+
+
+@pytest.mark.parametrize(
+  "error, passes",
+  [
+    (ValueError("OUT_OF_RANGE: Error writing \"x\" [os_error_code='5']"), True),
+    (ValueError("OUT_OF_RANGE: Error writing \"x\" [os_error_code='28']"), False),
+    (ValueError("FAILED_PRECONDITION: [os_error_code='27'] after ABORTED"), False),
+    (RuntimeError("UNAVAILABLE: later"), True),
+    (OSError(errno.ENOSPC, "full"), False),
+  ],
+)
+def test_which_errors_may_pass(error, passes):
+  assert bucket.is_transient(error) is passes
+
+
+def test_a_longer_run_that_was_killed_is_not_finished(run, tmp_path):
+  """The shorter one's result does not speak for it."""
+  shutil.copytree(run, tmp_path / "run")
+
+  def ends(self, step, *_):
+    if step == 8:
+      raise UserError("the end")
+
+  longer = _config(total_steps=10)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(train.Trace, "before", ends)
+    with pytest.raises(UserError, match="the end"):
+      train.run(longer, tmp_path / "run")
+  result = train.run(longer, tmp_path / "run")
+  assert result["step"] == 10 and json.loads(
+    (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1]
+  )
+
+
+def test_a_run_that_is_to_be_shorter_than_it_is(run, tmp_path):
+  shutil.copytree(run, tmp_path / "run")
+  before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+  with pytest.raises(UserError, match="'total_steps': 2, but this run begins at step 6"):
+    train.run(_config(total_steps=2), tmp_path / "run")
+  assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+  assert json.loads((tmp_path / "run" / "result.json").read_text())["step"] == 6
+
+
+def test_classes_with_other_numbers(run, tmp_path):
+  shutil.copytree(run, tmp_path / "run")
+  folder = checkpoint.find(tmp_path / "run")
+  description = checkpoint.read_description(folder)
+  names = description["labels"]
+  with pytest.raises(UserError, match=f"class 1 was '{names[1]}' and is '{names[2]}' in the data now"):
+    record.check_same_data(folder, {**description, "labels": [names[0], names[2], names[1], *names[3:]]})
+  with pytest.raises(UserError, match=f"class {len(names)} was none and is 'more'"):
+    record.check_same_data(folder, {**description, "labels": [*names, "more"]})
+  record.check_same_data(folder, description)
+
+
+def test_a_resume_with_another_optimizer(run, tmp_path):
+  changes = {"optimizer.weight_decay_end": 0.1, "resume": str(run), "total_steps": 8}
+  with pytest.raises(
+    UserError, match="(?s)'resume': the optimizer's state .*weight_decay_end: None in the checkpoint"
+  ):
+    train.run(_config(**changes), tmp_path)
+
+
+@pytest.mark.slow
+def test_a_damaged_best_state_is_put_aside(tmp_path, caplog):
+  best = {"checkpoint.best": "acc1", "eval.every_steps": 2}
+  train.run(_config(total_steps=4, **best), tmp_path)
+  for step in checkpoint.steps(tmp_path / "best" / "checkpoints"):
+    (tmp_path / "best" / "checkpoints" / str(step) / "description.json").write_text("{}")
+  assert train.run(_config(total_steps=6, **best), tmp_path)["step"] == 6
+  assert "damaged: description.json is changed; it was moved to" in caplog.text
+
+
+@pytest.mark.slow
+def test_the_best_state_is_of_this_run(tmp_path, caplog):
+  best = {"checkpoint.best": "acc1", "eval.every_steps": 2}
+  train.run(_config(total_steps=4, **best), tmp_path)
+  for name in ("checkpoints", "saved.json", "metrics.jsonl"):
+    (tmp_path / name).rename(tmp_path / f"old_{name}")
+  train.run(_config(total_steps=4, seed=1, **best), tmp_path)
+  found = checkpoint.read_description(checkpoint.find(tmp_path / "best"))
+  assert found["config"]["seed"] == 1 and "is of an earlier run; it was moved to" in caplog.text
+
+
+@pytest.mark.slow
+def test_a_renamed_checkpoint_is_resumed(tmp_path, caplog):
+  train.run(_config(total_steps=2), tmp_path / "first")
+  (tmp_path / "first/checkpoints/2").rename(tmp_path / "renamed")
+  result = train.run(_config(total_steps=3, resume=str(tmp_path / "renamed")), tmp_path / "second")
+  assert result["step"] == 3 and "from step 2" in caplog.text

@@ -1,0 +1,809 @@
+"""Nothing is lost: bad numbers, bad images, bad checkpoints, another recipe, another writer, errors of the disk."""
+
+import io
+import json
+import logging
+import shutil
+import struct
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from beit_jax import evaluate, train, trees
+from beit_jax.data import bad_images, examples, images, pipeline, sources
+from beit_jax.data.views import ViewReader
+from beit_jax.errors import BadImage, UserError
+from beit_jax.objectives import Classification
+from beit_jax.run import checkpoint, record
+from beit_jax.runtime import lock, logs, sharding
+from tests import tiny
+from tests.conftest import ROOT
+
+# A save that fails leaves Orbax's event loop and threads to the garbage collector, which complains when it likes.
+pytestmark = [
+  pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+  pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning"),
+]
+
+
+def _rows(workdir):
+  return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def _params(workdir, step=None):
+  return trees.flatten(checkpoint.load_params(checkpoint.find(workdir, step)))
+
+
+def _config(**changes):
+  return tiny.config(
+    "classify", **{"total_steps": 6, "checkpoint.every_steps": 1, "checkpoint.keep": 99, **changes}
+  )
+
+
+# Bad numbers.
+
+
+def _poison(monkeypatch, where, steps):
+  """NaN in the loss, the gradient or the batch at some steps (the updates made before)."""
+  original = Classification.loss
+
+  def loss(self, variables, frozen, batch, key, step):
+    bad = jnp.isin(step, jnp.array(steps))
+    if where == "batch":
+      batch = {**batch, "image": jnp.where(bad, jnp.nan, batch["image"].astype(jnp.float32))}
+    total, aux = original(self, variables, frozen, batch, key, step)
+    if where == "loss":
+      sums, extra = aux
+      total = jnp.where(bad, jnp.nan, total)
+      aux = {**sums, "loss": (total, sums["loss"][1])}, extra
+    if where == "gradient":  # the derivative of the root at 0 is infinite, times 0
+      leaf = variables["params"]["head"]["kernel"]
+      total = total + jnp.sqrt(jnp.where(bad, jnp.sum(leaf * 0.0), 1.0)) - jnp.where(bad, 0.0, 1.0)
+    return total, aux
+
+  monkeypatch.setattr(Classification, "loss", loss)
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+  "where", ["loss", pytest.param("gradient", marks=SLOW), pytest.param("batch", marks=SLOW)]
+)
+def test_a_step_that_is_not_finite_is_skipped(where, monkeypatch, tmp_path):
+  _poison(monkeypatch, where, [2])
+  result = train.run(_config(total_steps=4, **{"optimizer.ema_decay": 0.5}), tmp_path)
+  assert result["skipped_steps"] == 1 and result["step"] == 4
+  rows = _rows(tmp_path)
+  assert [row["step"] for row in rows if "skipped_step" in row] == [3]
+  assert [row["step"] for row in rows if "loss" in row] == [1, 2, 4]
+  assert all(np.isfinite(row["loss"]) for row in rows if "loss" in row)
+  before, after, later = (_params(tmp_path, step) for step in (2, 3, 4))
+  assert all(np.array_equal(before[name], after[name]) for name in before)
+  assert not all(np.array_equal(before[name], later[name]) for name in before)
+  rest = [trees.flatten(checkpoint.load_params(checkpoint.find(tmp_path, step), "rest")) for step in (2, 3)]
+  differ = [name for name in rest[0] if not np.array_equal(rest[0][name], rest[1][name])]
+  assert differ == ["step"]
+  averages = [
+    trees.flatten(checkpoint.load_params(checkpoint.find(tmp_path, step), "ema")) for step in (2, 3)
+  ]
+  assert all(np.array_equal(averages[0][name], averages[1][name]) for name in averages[0])
+
+
+def test_five_in_a_row_stop_the_run_with_the_batch(monkeypatch, tmp_path):
+  _poison(monkeypatch, "loss", [1, 3, 4, 5, 6, 7])
+  with pytest.raises(UserError) as error:
+    train.run(_config(total_steps=20, **{"checkpoint.every_steps": 2}), tmp_path)
+  for fact in ("5 steps in a row", "bad_batch_8.npz", "optimizer.learning_rate"):
+    assert fact in str(error.value)
+  batch = np.load(tmp_path / "bad_batch_8.npz")
+  assert batch["image"].shape == (16, 16, 16, 3) and batch["example_key"].shape == (16, 2)
+  assert record.count(tmp_path, "skipped_step") == 6
+  assert max(checkpoint.steps(tmp_path / "checkpoints")) == 6
+
+
+# Bad images.
+
+
+def _picture(seed, size=(24, 20)):
+  buffer = io.BytesIO()
+  pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3)).astype(np.uint8)
+  Image.fromarray(pixels).save(buffer, "PNG")
+  return buffer.getvalue()
+
+
+def _bomb(side=50_000):
+  """A PNG whose header claims side x side pixels."""
+  import zlib
+
+  header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+  chunk = lambda kind, data: (
+    struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+  )
+  pixels = chunk(b"IDAT", zlib.compress(b"\0" * 1000))
+  return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + pixels + chunk(b"IEND", b"")
+
+
+def _jpeg(seed):
+  buffer = io.BytesIO()
+  Image.open(io.BytesIO(_picture(seed, (64, 64)))).save(buffer, "JPEG")
+  return buffer.getvalue()
+
+
+BROKEN = {
+  "empty": b"",
+  "text": b"<html>404</html>",
+  "truncated_png": _picture(0)[:300],
+  "truncated_jpeg": _jpeg(0)[:700],
+  "header_only": _picture(0)[:20],
+  "flipped": _picture(0)[:60] + bytes(b ^ 0xFF for b in _picture(0)[60:200]) + _picture(0)[200:],
+  "bomb": _bomb(),
+  "postscript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\nshowpage\n",
+  "zeros": bytes(4096),
+  "noise": np.random.default_rng(0).integers(0, 256, 4096).astype(np.uint8).tobytes(),
+}
+
+
+def _folder(root, count, broken):
+  for i in range(count):
+    folder = root / "train" / "ab"[i % 2]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{i:04d}.png").write_bytes(broken.get(i) if i in broken else _picture(i))
+  return {"data.source": "folder", "data.root": str(root), "data.num_examples": 8192, "eval.split": "train"}
+
+
+@pytest.mark.slow
+def test_two_per_cent_of_broken_images_of_ten_kinds(tmp_path, caplog):
+  """Trains to the end with the count, twice, bit-identical, also with data workers; evaluation leaves them out."""
+  broken = dict(zip(range(7, 500, 50), BROKEN.values(), strict=True))
+  changes = _folder(tmp_path / "data", 500, broken)
+  results = []
+  for name, workers in (("one", 0), ("two", 2)):
+    config = _config(total_steps=32, **{**changes, "data.workers": workers, "checkpoint.every_steps": None})
+    results.append(train.run(config, tmp_path / name))
+    known = [json.loads(line) for line in (tmp_path / name / "bad_images.jsonl").read_text().splitlines()]
+    assert sorted(row["index"] for row in known) == sorted(
+      i // 2 if i % 2 == 0 else 250 + i // 2 for i in broken
+    )
+    assert all(".png" in row["reason"] for row in known)
+  assert [result["bad_images"] for result in results] == [10, 10]
+  assert results[0]["eval"] == results[1]["eval"]
+  one, two = (_params(tmp_path / name) for name in ("one", "two"))
+  assert all(np.array_equal(one[name], two[name]) for name in one)
+  assert "0007.png cannot be decoded: the file is empty" in caplog.text
+
+
+def test_half_of_the_images_broken_stops_the_run(tmp_path):
+  changes = _folder(tmp_path / "data", 200, {i: b"no picture" for i in range(0, 200, 2)})
+  with pytest.raises(UserError) as error:
+    train.run(_config(total_steps=32, **changes), tmp_path / "run")
+  for fact in ("examples could not be read", "data.max_bad=0.05", "data/train/a/0", "bad_images.jsonl"):
+    assert fact in str(error.value)
+
+
+def test_another_takes_the_place(tmp_path):
+  changes = _folder(tmp_path, 8, {2: b""})
+  source = sources.FolderSource(changes["data.root"], "train", "")  # a: 0 2 4 6, b: 1 3 5 7
+  reader = ViewReader({"image": ((16, 16), "bicubic")}, tiny.config("classify").data.to_dict())
+  seen = bad_images.BadImageTracker(source, 1.0)
+  options = dict(rows=np.arange(8), batch_size=8)
+  whole = next(pipeline.eval_batches(source, reader, bad_images=seen, **options))
+  assert whole["valid"].tolist() == [True, False] + [True] * 6 and list(seen.reasons) == [1]
+  assert sum(np.array_equal(whole["image"][1], whole["image"][i]) for i in range(8)) == 2
+  with pytest.raises(BadImage, match="0002.png"):
+    next(pipeline.eval_batches(source, reader, **options))
+
+
+class _Data:
+  """So many grey pictures; what `fault` returns for an index is raised instead."""
+
+  num_classes, class_names, multi_label = 0, (), False
+  description: dict = {}
+
+  def __init__(self, count, fault=lambda index: None):
+    self._count, self._fault = count, fault
+
+  def __len__(self):
+    return self._count
+
+  def __getitem__(self, index):
+    error = self._fault(index)
+    if error is not None:
+      raise error
+    return {"image": np.full((8, 8, 3), index % 256, np.uint8)}
+
+
+def _broken(indices):
+  return lambda index: BadImage(f"{index} is broken") if index in indices else None
+
+
+def _noted(source, order, batch_size=16, **options):
+  """Examples seen until too many were replaced, or None."""
+  noted = bad_images.BadImageTracker(source, 0.05, **options)
+  bad = np.array([source._fault(int(index)) is not None for index in order])
+  for start in range(0, len(order), batch_size):
+    part = np.s_[start : start + batch_size]
+    try:
+      noted.update(order[part], bad[part])
+    except UserError:
+      return start + batch_size
+  return None
+
+
+@pytest.fixture
+def quiet(monkeypatch):
+  monkeypatch.setattr(bad_images, "read_error", lambda source, index: "broken")
+
+
+@pytest.mark.parametrize("share, batch_size", [(0.02, 16), (0.04, 16), (0.04, 64)])
+def test_a_share_below_the_limit_stops_no_run(share, batch_size, quiet):
+  """A large set, of which 20,000 examples are seen from anywhere on."""
+  for seed in range(100):
+    rng = np.random.default_rng(seed)
+    bad = rng.random(20_000) < share
+    source = _Data(10**6, lambda index, bad=bad: bad[index] or None)
+    assert _noted(source, np.arange(20_000), batch_size) is None, seed
+
+
+def test_a_share_above_the_limit_stops_it_soon(quiet):
+  for seed in range(20):
+    bad = np.random.default_rng(seed).random(20_000)
+    for share, soon in ((0.5, 48), (0.1, 2000), (0.07, 10_000)):
+      source = _Data(10**6, lambda index, share=share, bad=bad: bad[index] < share or None)
+      seen = _noted(source, np.arange(20_000))
+      assert seen is not None and seen <= soon, (seed, share)
+
+
+def test_small_data_is_counted_whole(quiet):
+  """Of 100 examples five may be bad, epoch after epoch, in whatever order, from wherever the run goes on."""
+  for seed in range(100):
+    rng = np.random.default_rng(seed)
+    order = np.concatenate([rng.permutation(100) for _ in range(8)])[rng.integers(100) :]
+    some = set(rng.choice(100, 50, replace=False).tolist())
+    few = set(list(some)[:5])
+    assert _noted(_Data(100, _broken(few)), order) is None, seed
+    assert _noted(_Data(100, _broken(few | {min(set(range(100)) - few)})), order) <= 224
+    assert _noted(_Data(100, _broken(some)), order) <= 48
+
+
+def test_errors_that_pass_do_not_add_up(quiet):
+  """Two others of 100 in each of fifty epochs."""
+  source, rng = _Data(100), np.random.default_rng(0)
+  noted = bad_images.BadImageTracker(source, 0.05)
+  for epoch in range(50):
+    order = rng.permutation(100)
+    bad = np.isin(order, (np.arange(2) + 2 * epoch) % 100)
+    for start in range(0, 100, 20):
+      noted.update(order[start : start + 20], bad[start : start + 20])
+  assert len(noted.reasons) == 100 and noted.count <= 4
+
+
+@pytest.mark.parametrize("count", [7, 35, 36])
+def test_a_broken_folder_is_a_part_of_the_whole_set(count, tmp_path):
+  """An evaluation reads in order: its first folder all broken is one in a hundred, or 5 %, of 700; more is too much."""
+  config = _config(**{"eval.batch_size": 16})
+  source, mesh = _Data(700, _broken(range(count))), sharding.make_mesh(1, 1)
+  reader = ViewReader({"image": ((8, 8), "bicubic")}, config.data.to_dict())
+  objective = type("Objective", (), {"reader": lambda self: reader})()
+  batches = evaluate.eval_batches(config, objective, source, mesh, 16)
+  if count <= 35:
+    assert sum(int(batch["valid"].sum()) for batch in batches) == 700 - count
+    return
+  with pytest.raises(UserError) as error:
+    list(batches)
+  for fact in ("36 of 48 examples could not be read (there are 700)", "data.max_bad=0.05", "0 is broken"):
+    assert fact in str(error.value)
+
+
+def test_what_all_processes_found_is_added_up():
+  noted = bad_images.BadImageTracker(_Data(700, _broken({3})), 0.05, shuffled=False)
+  noted.update(np.arange(350), np.arange(350) == 3)
+  noted.check(35)
+  for known in (noted, bad_images.BadImageTracker(_Data(700), 0.05, shuffled=False)):
+    with pytest.raises(UserError, match="36 of 700 examples could not be read"):
+      known.check(36)
+
+
+def test_a_file_is_read_again_before_it_counts_as_broken(monkeypatch):
+  """Errors of network mounts pass; a file that is not there is not there."""
+  monkeypatch.setattr(examples, "PAUSES", (0.0, 0.0))
+  asked = []
+
+  def fault(index):
+    asked.append(index)
+    passing = index == 2 and asked.count(2) < 3
+    return FileNotFoundError(2, "gone") if index == 1 else OSError(5, "I/O error") if passing else None
+
+  source = _Data(4, fault)
+  reader = ViewReader({"image": ((8, 8), "bicubic")}, tiny.config("classify").data.to_dict())
+  noted = bad_images.BadImageTracker(source, 1.0)
+  batch = next(pipeline.eval_batches(source, reader, rows=np.arange(4), batch_size=4, bad_images=noted))
+  assert batch["valid"].tolist() == [True, False, True, True] and list(noted.reasons) == [1]
+  assert asked.count(2) >= 3 and asked[:3] == [0, 1, asked[2]] and asked[2] != 1
+
+
+TFDS = ROOT.parent / "shared" / "data" / "tfds"
+
+
+@pytest.mark.skipif(not (TFDS / "cifar10").is_dir(), reason="no prepared CIFAR-10 beside the repository")
+@pytest.mark.parametrize("damage", ["cut", "flipped"])
+def test_a_damaged_file_of_records(damage, tmp_path):
+  """ArrayRecord has checksums, and none of its errors is ours."""
+  shutil.copytree(TFDS / "cifar10", tmp_path / "cifar10", ignore=shutil.ignore_patterns("*train*"))
+  (path,) = (tmp_path / "cifar10").rglob("*test.array_record*")
+  data = bytearray(path.read_bytes())
+  if damage == "cut":
+    del data[1_000_000:]
+  else:  # a record in twenty-five, and not the table of all of them at the end
+    for at in range(100_000, len(data) - 200_000, 20_000):
+      data[at] ^= 0xFF
+  path.chmod(0o600)
+  path.unlink()
+  path.write_bytes(data)
+  changes = {
+    "data.source": "tfds",
+    "data.name": "cifar10",
+    "data.data_dir": str(tmp_path),
+    "data.split": "test",
+  }
+  config = _config(**changes, **{"data.max_bad": 0.01, "eval.split": "", "total_steps": 40})
+  with pytest.raises(UserError) as error:
+    train.run(config, tmp_path / "run")
+  for fact in ("cifar10", "cannot be read: Corrupted", "copy or build the data set again"):
+    assert fact in str(error.value)
+
+
+def test_nothing_but_broken_images(tmp_path):
+  changes = _folder(tmp_path, 6, {i: b"" for i in range(6)})
+  with pytest.raises(UserError, match="nor could any"):
+    train.run(_config(**{**changes, "batch_size": 6, "mesh.data": 1}), tmp_path / "run")
+
+
+def test_sizes_are_read_before_pixels():
+  with pytest.raises(Image.DecompressionBombError):
+    images.decode(BROKEN["bomb"])
+  with pytest.raises(ValueError, match="9000x9000 pixels are more than 67,108,864"):
+    images.decode(_bomb(9000))
+
+
+def test_share_must_be_one(tmp_path):
+  with pytest.raises(UserError, match="data.max_bad"):
+    train.run(_config(**{"data.max_bad": 2.0}), tmp_path)
+
+
+# Checkpoints.
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("robust") / "run"
+  train.run(_config(), workdir)
+  return workdir
+
+
+def _cases(path, rng):
+  """Ways to damage one file: cut off, flipped bits, a hole, more bytes, gone."""
+  data = path.read_bytes()
+  yield None
+  yield data + b"\0"
+  for size in {0, len(data) // 2, max(len(data) - 1, 0)}:
+    if size < len(data):
+      yield data[:size]
+  for _ in range(8):
+    if data:
+      at = int(rng.integers(len(data)))
+      yield data[:at] + bytes([data[at] ^ (1 << int(rng.integers(8)))]) + data[at + 1 :]
+      end = min(at + int(rng.integers(1, 64)), len(data))
+      yield data[:at] + data[end:]
+
+
+def _same_json(one, other):
+  try:
+    return json.loads(one) == json.loads(other)
+  except ValueError:
+    return False
+
+
+def test_every_damage_falls_back_to_the_checkpoint_before(run, tmp_path):
+  """Over 200 cases on the files of the newest checkpoint: never restored, never a restart."""
+  rng, count = np.random.default_rng(0), 0
+  workdir = tmp_path / "run"
+  shutil.copytree(run, workdir)
+  newest = workdir / "checkpoints" / "6"
+  for path in sorted(p for p in newest.rglob("*") if p.is_file()):
+    original = path.read_bytes()
+    for case in _cases(path, rng):
+      if case == original or (path.name == "digest.json" and case and _same_json(case, original)):
+        continue
+      path.unlink() if case is None else path.write_bytes(case)
+      assert checkpoint.fault(newest) is not None, (path, case)
+      assert checkpoint.find(workdir).name == "5", (path, case)
+      path.write_bytes(original)
+      count += 1
+  assert count >= 200
+  assert checkpoint.find(workdir).name == "6"
+
+
+def test_no_good_checkpoint_is_no_fresh_start(run, tmp_path):
+  workdir = tmp_path / "run"
+  shutil.copytree(run, workdir)
+  (workdir / "result.json").unlink()
+  for step in checkpoint.steps(workdir / "checkpoints"):
+    (workdir / "checkpoints" / str(step) / "description.json").write_text("{}")
+  for _ in range(2):  # and not at the second attempt either
+    with pytest.raises(UserError, match="no checkpoint of this run can be used"):
+      train.run(_config(), workdir)
+  assert len(checkpoint.steps(workdir / "checkpoints")) == 6
+
+
+@pytest.mark.slow
+def test_old_checkpoints_go_when_the_new_one_is_sealed(run, tmp_path, monkeypatch):
+  order = []
+  original = checkpoint._write_json
+  monkeypatch.setattr(
+    checkpoint,
+    "_write_json",
+    lambda path, value: (
+      original(path, value),
+      order.append((path.name, checkpoint.steps(path.parent.parent))),
+    ),
+  )
+  train.run(_config(total_steps=3, **{"checkpoint.keep": 1}), tmp_path)
+  assert ("digest.json", [1, 2]) in order and ("digest.json", [2, 3]) in order
+  assert checkpoint.steps(tmp_path / "checkpoints") == [3]
+
+
+@pytest.mark.slow
+def test_another_recipe_is_refused_and_other_logging_is_not(run, tmp_path, caplog):
+  workdir = tmp_path / "run"
+  shutil.copytree(run, workdir)
+  with pytest.raises(UserError) as error:
+    train.run(_config(**{"optimizer.learning_rate": 5e-4, "data.flip": False}), workdir)
+  for fact in ("optimizer.learning_rate: 0.001 in the checkpoint, 0.0005", "data.flip", "--workdir"):
+    assert fact in str(error.value)
+  result = train.run(_config(total_steps=7, log_every_steps=2, **{"data.threads": 1}), workdir)
+  assert result["step"] == 7 and "total_steps: 6 in the checkpoint, 7 in the config" in caplog.text
+
+
+@pytest.mark.slow
+def test_a_run_whose_checkpoints_are_gone_is_not_begun_again(run, tmp_path):
+  """The folder was renamed, deleted, or the only digest was: refused, twice, and the log is as it was."""
+  for gone in ("renamed", "unsealed"):
+    workdir = tmp_path / gone
+    shutil.copytree(run, workdir)
+    (workdir / "result.json").unlink()
+    if gone == "renamed":
+      (workdir / "checkpoints").rename(workdir / "checkpoints_old")
+    else:
+      for step in checkpoint.steps(workdir / "checkpoints"):
+        (workdir / "checkpoints" / str(step) / "digest.json").unlink()
+    before = (workdir / "metrics.jsonl").read_bytes()
+    for _ in range(2):
+      with pytest.raises(UserError, match=r"metrics.jsonl tells of 6 steps.*another --workdir, or move"):
+        train.run(_config(), workdir)
+    assert (workdir / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_that_had_no_checkpoint_yet_begins_again_loudly(tmp_path, caplog):
+  rows = "".join(json.dumps({"step": i, "loss": 1.0}) + "\n" for i in range(1, 41))
+  (tmp_path / "metrics.jsonl").write_text(rows + '{"step": 10000, "lo')
+  record.check_not_lost(tmp_path)
+  assert "got to step 40, with no checkpoint yet" in caplog.text
+
+
+def test_one_complete_checkpoint_is_never_forgotten(tmp_path):
+  """However few steps after it a run ended, and whatever became of its checkpoints."""
+
+  def ends(self, step, *_):
+    if step == 4:
+      raise UserError("the end")
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(train.Trace, "before", ends)
+    with pytest.raises(UserError, match="the end"):
+      train.run(_config(**{"checkpoint.every_steps": 2, "eval.every_steps": None}), tmp_path)
+  assert checkpoint.steps(tmp_path / "checkpoints") == [2] and (tmp_path / "saved.json").is_file()
+  (tmp_path / "checkpoints").rename(tmp_path / "elsewhere")
+  with pytest.raises(UserError, match=r"had complete checkpoints .*move saved.json and metrics.jsonl away"):
+    train.run(_config(), tmp_path)
+  for name in ("saved.json", "metrics.jsonl"):
+    (tmp_path / name).unlink()
+  assert train.run(_config(), tmp_path)["step"] == 6 and _rows(tmp_path)[0]["step"] == 1
+
+
+def test_what_was_evaluated_was_saved(tmp_path):
+  (tmp_path / "metrics.jsonl").write_text('{"step": 3, "loss": 1.0}\n{"step": 3, "eval_loss": 1.0}\n')
+  with pytest.raises(UserError, match="tells of 3"):
+    record.check_not_lost(tmp_path)
+
+
+def test_steps_count_from_where_a_resume_began(tmp_path, caplog):
+  """A run with `resume`, killed before its first own checkpoint, may be given again."""
+  (tmp_path / "metrics.jsonl").write_text('{"step": 101, "loss": 1.0}\n{"step": 102, "loss": 1.0}\n')
+  record.check_not_lost(tmp_path, 100)
+  assert "got to step 102, with no checkpoint yet; this one begins at step 100" in caplog.text
+  (tmp_path / "saved.json").write_text("{}")
+  with pytest.raises(UserError, match="tells of 102"):
+    record.check_not_lost(tmp_path, 100)
+
+
+def test_nothing_was_begun(tmp_path, caplog):
+  record.check_not_lost(tmp_path)
+  (tmp_path / "metrics.jsonl").write_text("")
+  record.check_not_lost(tmp_path)
+  assert not caplog.text
+
+
+def test_lines_that_a_kill_or_a_power_cut_left_half(tmp_path):
+  """metrics.jsonl and bad_images.jsonl with a cut, an empty, a zeroed and a foreign line."""
+  rows = b'{"step": 1, "loss": 2.0}\n\n\0\0\0\xff\n[1]\n7\n{"step": 2, "loss": 1.0}\n{"step": 3, "lo'
+  (tmp_path / "metrics.jsonl").write_bytes(rows)
+  assert [row["step"] for row in record.rows(tmp_path)] == [1, 2]
+  assert record.logged(tmp_path)[1]["loss"] == 1.0 and record.count(tmp_path, "loss") == 2
+  logs.Logger(tmp_path, 10, start_step=1).close()
+  assert _rows(tmp_path) == [{"step": 1, "loss": 2.0}]
+
+  path = tmp_path / "bad_images.jsonl"
+  path.write_text('{"index": 4, "reason": "a"}\n{"index": 5, "rea')
+  source = sources.make_source(_config().data.to_dict())
+  for index in (0, 1):  # the first line after the cut one begins anew
+    seen = bad_images.BadImageTracker(source, 1.0, path)
+    assert sorted(seen.reasons) == sorted([4, *range(index)])
+    seen.update(np.array([index]), np.array([True]))
+  assert sorted(bad_images.BadImageTracker(source, 1.0, path).reasons) == [0, 1, 4]
+
+
+@pytest.mark.slow
+def test_a_kill_at_the_very_end(tmp_path, monkeypatch):
+  """In the last evaluation, in the figures, before the result: done again, with the same numbers, each once."""
+  whole = train.run(_config(total_steps=3, figures=True), tmp_path / "whole")
+  workdir = tmp_path / "run"
+  parts = ((Classification, "check_eval"), (train, "_write_figures"), (record, "write_result"))
+  for owner, name in parts:
+
+    def stop(*_, **__):
+      raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+      patch.setattr(owner, name, stop)
+      train.run(_config(total_steps=3, figures=True), workdir)
+    assert not (workdir / "result.json").exists()
+  assert train.run(_config(total_steps=3, figures=True), workdir)["eval"] == whole["eval"]
+  timeless = [
+    [{**row, "images_per_second": 0, "data_wait": 0} for row in _rows(path)]
+    for path in (tmp_path / "whole", workdir)
+  ]
+  assert timeless[0] == timeless[1]
+
+
+def test_a_digest_that_names_nothing_is_damage(run, tmp_path):
+  workdir = tmp_path / "run"
+  shutil.copytree(run / "checkpoints", workdir / "checkpoints")
+  for text in ("[]", "7", '"x"', "null"):
+    (workdir / "checkpoints" / "6" / "digest.json").write_text(text)
+    assert checkpoint.find(workdir).name == "5"
+
+
+def test_whole_files_or_the_ones_before(tmp_path, monkeypatch):
+  """config.json and result.json are replaced, never half-written."""
+  record.write_result(tmp_path, {"step": 1})
+
+  def fail(*_):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr("os.fsync", fail)
+  with pytest.raises(OSError, match="space"):
+    record.write_result(tmp_path, {"step": 2})
+  assert json.loads((tmp_path / "result.json").read_text()) == {"step": 1}
+
+
+@pytest.mark.slow
+def test_a_data_set_that_has_shrunk_is_said(tmp_path, caplog):
+  changes = _folder(tmp_path / "data", 40, {})
+  config = _config(total_steps=2, **changes)
+  train.run(config, tmp_path / "run")
+  (tmp_path / "data" / "train" / "a" / "0004.png").unlink()
+  train.run(_config(total_steps=4, **changes), tmp_path / "run")
+  assert "had 40 examples before and has 39 now" in caplog.text
+
+
+# Writers and disks.
+
+
+def test_tensorboard_on_a_full_disk_is_an_error_and_no_waiting(tmp_path, monkeypatch):
+  """tensorboardX's own writer ends its thread at such an error, and whoever hands it more waits for ever."""
+  from tensorboardX import record_writer
+
+  logger = logs.Logger(tmp_path, 10)
+  logger.write(1, {"loss": 1.0})
+
+  def fail(*_):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(record_writer.RecordWriter, "write", fail)
+  with pytest.raises(OSError, match="space"):
+    logger.write(2, {"loss": 1.0})
+  logger.close()
+
+
+def test_tensorboard_reads_what_is_written(tmp_path):
+  from tensorboardX.proto.event_pb2 import Event
+
+  logger = logs.Logger(tmp_path, 10, start_step=4)
+  logger.write(5, {"loss": 1.5, "nothing": float("nan")})
+  logger.close()
+  (path,) = (tmp_path / "tensorboard").iterdir()
+  data, events = path.read_bytes(), []
+  while data:
+    (size,) = struct.unpack("<Q", data[:8])
+    events.append(Event.FromString(data[12 : 12 + size]))
+    data = data[16 + size :]
+  assert events[0].file_version == "brain.Event:2"
+  assert (events[1].step, events[1].session_log.status) == (5, 1)  # START: what is later is forgotten
+  assert [(e.step, e.summary.value[0].tag, e.summary.value[0].simple_value) for e in events[2:]] == [
+    (5, "loss", 1.5)
+  ]
+
+
+def test_the_log_on_a_full_disk_is_one_line(tmp_path, capsys, monkeypatch):
+  logs.setup(tmp_path)
+  (handler,) = [h for h in logs.log.handlers if isinstance(h, logging.FileHandler)]
+
+  def fail(*_):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(handler, "flush", fail)
+  for i in range(3):
+    logs.log.warning("message %d", i)
+  monkeypatch.undo()
+  said = capsys.readouterr().err
+  assert said.count("No space left") == 1 and "Traceback" not in said and "message 2" in said
+
+
+def test_a_second_run_is_refused_and_a_dead_one_is_not(tmp_path, caplog):
+  script = (
+    "import sys, time, pathlib\nfrom beit_jax.runtime import lock\n"
+    "with lock.exclusive_lock(pathlib.Path(sys.argv[1])):\n  print('held', flush=True)\n  time.sleep(600)\n"
+  )
+  other = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, cwd=ROOT)
+  try:
+    assert other.stdout.readline() == b"held\n"
+    assert lock.held(tmp_path)
+    with pytest.raises(UserError) as error:
+      train.run(_config(), tmp_path)
+    assert str(other.pid) in str(error.value) and "another run writes here" in str(error.value)
+  finally:
+    other.kill()
+    other.wait()
+    other.stdout.close()
+  assert not lock.held(tmp_path)
+  with lock.exclusive_lock(tmp_path):
+    pass
+  assert f"process {other.pid}" in caplog.text and "taken over" in caplog.text
+
+
+def _fail_saves(monkeypatch, error, times):
+  original, calls = checkpoint.Checkpointer._seal, []
+
+  def seal(self, step, description):
+    calls.append(step)
+    if len(calls) <= times:
+      self._manager.wait_until_finished()
+      shutil.rmtree(self.root / str(step))
+      raise error
+    original(self, step, description)
+
+  monkeypatch.setattr(checkpoint.Checkpointer, "_seal", seal)
+  return calls
+
+
+@pytest.mark.slow
+def test_a_passing_error_is_tried_again(monkeypatch, tmp_path, caplog):
+  calls = _fail_saves(monkeypatch, OSError(5, "Input/output error"), 2)
+  result = train.run(_config(**{"checkpoint.every_steps": 2}), tmp_path)
+  assert result["step"] == 6 and len(calls) >= 3 and "tried again" in caplog.text
+  assert max(checkpoint.steps(tmp_path / "checkpoints")) == 6
+
+
+def test_an_error_while_the_last_checkpoint_is_sealed_is_tried_again(monkeypatch, tmp_path, caplog):
+  """The one that has its final name by then, and no digest, is not in the way of its repetition."""
+  write, calls = checkpoint._write_json, []
+
+  def fails_once(path, value):
+    calls.append(path)
+    if len(calls) == 2:  # of description and digest
+      raise OSError(5, "Input/output error")
+    write(path, value)
+
+  monkeypatch.setattr(checkpoint, "_write_json", fails_once)
+  assert train.run(_config(total_steps=2, **{"checkpoint.every_steps": 1000}), tmp_path)["step"] == 2
+  assert [path.parent.name for path in calls] == ["2"] * 4 + [tmp_path.name] and "tried again" in caplog.text
+  assert checkpoint.find(tmp_path).name == "2"
+
+
+def test_a_full_disk_stops_the_run_and_keeps_what_is_there(monkeypatch, tmp_path):
+  train.run(_config(total_steps=2), tmp_path)
+  _fail_saves(monkeypatch, OSError(28, "No space left on device"), 99)
+  with pytest.raises(UserError) as error:
+    train.run(_config(), tmp_path)
+  assert "No space left" in str(error.value) and "go on from the newest" in str(error.value)
+  assert checkpoint.find(tmp_path).name == "2"
+
+
+def test_a_workdir_that_cannot_be_made(tmp_path):
+  (tmp_path / "file").write_text("")
+  with pytest.raises(UserError, match="file"):
+    train.run(_config(), tmp_path / "file" / "run")
+
+
+@pytest.mark.slow
+def test_a_small_disk_for_real(tmp_path):
+  """A tmpfs of 2 MiB fills up: one clear error, and the checkpoints before it are whole."""
+  mount = tmp_path / "small"
+  mount.mkdir()
+  command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(mount)]
+  if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+    pytest.skip("file systems cannot be mounted here")
+  try:
+    with pytest.raises(UserError) as error:
+      train.run(_config(total_steps=40), mount / "run")
+    assert "space" in str(error.value).lower(), error.value
+    newest = checkpoint.find(mount / "run")
+    assert int(newest.name) >= 1 and jax.tree.leaves(checkpoint.load_params(newest))
+    subprocess.run(["mount", "-o", "remount,ro", str(mount)], check=True)
+    with pytest.raises(UserError, match="[Rr]ead-only"):
+      train.run(_config(total_steps=40), mount / "run")
+  finally:
+    subprocess.run(["umount", "-l", str(mount)], check=True)
+
+
+@pytest.mark.slow
+def test_a_workdir_that_is_removed_under_way(monkeypatch, tmp_path):
+  original = checkpoint.Checkpointer.save
+
+  def save(self, step, *args):
+    if step == 3:
+      self.wait()
+      shutil.rmtree(tmp_path / "run")
+    original(self, step, *args)
+
+  monkeypatch.setattr(checkpoint.Checkpointer, "save", save)
+  with pytest.raises(UserError, match="run is no longer there"):
+    train.run(_config(), tmp_path / "run")
+  assert not (tmp_path / "run").exists()  # nothing is made again, apart from what the run had written before
+
+
+def test_no_space_for_the_batches_of_data_workers(monkeypatch, tmp_path):
+  def fail(*_, **__):
+    raise OSError(28, "No space left on device")
+    yield
+
+  monkeypatch.setattr("grain.IterDataset.mp_prefetch", fail)
+  with pytest.raises(UserError, match="no space left in /dev/shm.*--shm-size"):
+    train.run(_config(**{"data.workers": 1}), tmp_path)
+
+
+@pytest.mark.slow
+def test_the_log_can_be_understood_a_week_later(tmp_path):
+  """Command, host, revision, versions, devices, the whole config, warnings of others, the error: in log.txt."""
+  from beit_jax import main
+
+  arguments = [f"--config={ROOT}/tests/kills_config.py", f"--workdir={tmp_path}", "--config.total_steps=5"]
+  assert main.main([*arguments, "--config.data.workers=0", "--config.data.color_jitter=0.3"]) == 0
+  assert main.main([*arguments, "--config.optimizer.learning_rate=2e-3"]) == 2
+  text = (tmp_path / "log.txt").read_text()
+  for fact in (
+    "command: ",
+    "host: ",
+    "jaxlib=",
+    "devices: ",
+    '"label_smoothing": 0.1',
+    "color_jitter",
+    "error: ",
+  ):
+    assert fact in text, fact

@@ -1,0 +1,179 @@
+"""Who is told to stop, and by whom: signals, notices of a metadata server, one of several processes."""
+
+import contextlib
+import functools
+import http.server
+import signal
+import socket
+import threading
+import time
+
+import pytest
+
+from beit_jax.run import checkpoint
+from beit_jax.runtime import maintenance_events as notices
+from beit_jax.runtime import preemption
+from tests import kills
+
+SLOW = pytest.mark.slow
+
+
+@pytest.fixture
+def metadata(monkeypatch):
+  """A metadata server on the loopback address: key -> value, as `instance/<key>` gives it."""
+  values = {"preempted": "FALSE", "maintenance-event": "NONE"}
+
+  class Server(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+      key = self.path.rpartition("/")[2]
+      good = self.headers["Metadata-Flavor"] == "Google" and key in values
+      self.send_response(200 if good else 404)
+      self.end_headers()
+      self.wfile.write(values.get(key, "").encode() if good else b"")
+      values["asked"] = values.get("asked", 0) + 1
+
+    def log_message(self, *_):
+      pass
+
+  server = http.server.ThreadingHTTPServer(("localhost", 0), Server)
+  thread = threading.Thread(target=server.serve_forever)
+  thread.start()
+  monkeypatch.setenv("GCE_METADATA_IP", f"localhost:{server.server_port}")
+  monkeypatch.setattr(preemption, "Notices", functools.partial(notices.Notices, every=0.05))
+  yield values
+  server.shutdown()
+  thread.join()
+  server.server_close()
+
+
+def _until(reached, seconds=20):
+  end = time.monotonic() + seconds
+  while not reached() and time.monotonic() < end:
+    time.sleep(0.01)
+  return reached()
+
+
+def _asked(values, times=4):
+  before = values.get("asked", 0)
+  return _until(lambda: values.get("asked", 0) >= before + times)
+
+
+@pytest.mark.parametrize(
+  "key, value", [("preempted", "TRUE"), ("maintenance-event", "TERMINATE_ON_HOST_MAINTENANCE")]
+)
+def test_a_notice_is_a_sigterm(key, value, metadata, caplog):
+  with preemption.Watch() as watch:
+    watch.nothing_to_save = False
+    assert _asked(metadata) and watch.requested() == 0
+    metadata[key] = value
+    assert _until(watch.requested) and watch.requested() == signal.SIGTERM
+    with pytest.raises(preemption.Stopped) as stopped:
+      watch.saved()
+  assert stopped.value.status == 143 and f"{key}={value}" in caplog.text
+
+
+def test_a_notice_from_before_the_start_and_a_live_migration_are_none(metadata):
+  metadata |= {"preempted": "TRUE", "maintenance-event": "MIGRATE_ON_HOST_MAINTENANCE"}
+  with preemption.Watch() as watch:
+    watch.nothing_to_save = False
+    assert _asked(metadata, 8) and watch.requested() == 0
+
+
+def test_a_server_without_these_keys_and_no_server(metadata, monkeypatch, caplog):
+  metadata.clear()
+  with preemption.Watch():
+    assert _asked(metadata)
+  assert "metadata server" not in caplog.text
+  with socket.create_server(("localhost", 0)) as free:
+    port = free.getsockname()[1]
+  monkeypatch.setenv("GCE_METADATA_IP", f"localhost:{port}")
+  with preemption.Watch():
+    assert _until(lambda: "no metadata server" in caplog.text)
+
+
+def test_machines_that_are_not_googles_ask_nobody(monkeypatch, tmp_path):
+  monkeypatch.setattr(notices, "PRODUCT", tmp_path / "product_name")
+  assert notices.server({}) is None
+  (tmp_path / "product_name").write_text("Standard PC\n")
+  assert notices.server({}) is None
+  (tmp_path / "product_name").write_text("Google Compute Engine\n")
+  assert notices.server({}) == "metadata.google.internal"
+
+
+@pytest.fixture
+def two(monkeypatch):
+  """As in one of two processes: the step that JAX's service was asked about, and the SIGTERMs that it got."""
+  asked, handed = [], []
+  monkeypatch.setattr(preemption.jax, "process_count", lambda: 2)
+  ask = lambda step: bool(handed) and not asked.append(step)
+  monkeypatch.setattr(preemption.multihost_utils, "reached_preemption_sync_point", ask)
+  old = signal.signal(signal.SIGTERM, lambda *_: handed.append(1))
+  yield asked, handed
+  signal.signal(signal.SIGTERM, old)
+
+
+def test_the_first_ctrl_c_to_one_of_several_lets_a_compilation_end(two, monkeypatch):
+  _, handed = two
+  left = []
+  monkeypatch.setattr(preemption.Watch, "_leave", lambda self, number: left.append(number))
+  with preemption.Watch() as watch:
+    assert watch.nothing_to_save
+    signal.raise_signal(signal.SIGINT)
+    assert _until(lambda: handed or left) and not left
+    assert watch.requested() == signal.SIGINT
+    signal.raise_signal(signal.SIGINT)
+    assert _until(lambda: left) and left == [signal.SIGINT]
+
+
+def test_the_steps_of_a_later_stage_are_later_steps(two):
+  """JAX chooses the step after the latest it was asked about; a notice in the last evaluation of a stage counts."""
+  asked, handed = two
+  handed.append(1)
+  for _ in range(2):
+    with preemption.Watch() as watch:
+      for _ in range(3):
+        watch.requested()
+  assert asked == list(range(asked[0], asked[0] + 6))
+
+
+@SLOW
+def test_one_of_two_processes_is_asked_in_the_first_compilation(tmp_path):
+  """It saves the step that follows; JAX compiles anew where its cache is empty."""
+  workdir, log = tmp_path / "run", tmp_path / "run" / "log.txt"
+  with contextlib.ExitStack() as stack:
+    started = kills.start_all(workdir, "compiling", processes=2, workers=0, mesh=2, slow=0.0)
+    for process in started:
+      stack.callback(process.wait)
+      stack.callback(process.kill)  # first
+    assert _until(lambda: log.exists() and "parameter groups" in log.read_text(), 240)
+    started[1].send_signal(signal.SIGINT)
+    assert kills.ended(started, workdir) == [143, 130]
+  assert checkpoint.steps(workdir / "checkpoints") == [kills.logged_steps(workdir)]
+
+
+@SLOW
+@pytest.mark.parametrize(
+  "index, number, statuses",
+  [(1, signal.SIGTERM, [143, 143]), (0, signal.SIGTERM, [143, 143]), (1, signal.SIGINT, [143, 130])],
+)
+def test_one_of_two_processes_is_asked_and_both_save_the_same_step(index, number, statuses, tmp_path):
+  """And the run that goes on from there is the one that was left alone."""
+  (tmp_path / "whole").mkdir()
+  whole, workdir = tmp_path / "whole" / "run", tmp_path / "run"
+  options = dict(processes=2, workers=0, mesh=2, slow=0.0)
+  with contextlib.ExitStack() as stack:
+    started = kills.start_all(workdir, "asked", **options)
+    for process in started:
+      stack.callback(process.wait)
+      stack.callback(process.kill)  # first
+    assert _until(lambda: kills.logged_steps(workdir) > 12, 240)
+    started[index].send_signal(number)
+    assert kills.ended(started, workdir) == statuses
+  newest = max(checkpoint.steps(workdir / "checkpoints"))
+  assert newest == kills.logged_steps(workdir)
+  assert checkpoint.fault(workdir / "checkpoints" / str(newest)) is None
+  if number == signal.SIGINT:
+    kills.finish(workdir, "asked", **options)
+    kills.finish(whole, "asked", **options)
+    kills.compare(whole, workdir, exact=True)
+  assert not kills.left_behind("asked")

@@ -1,0 +1,653 @@
+"""Random damage to pictures, configs and command lines: a result or one of our own errors, in seconds, in a GiB.
+
+All that was asked for (about eight minutes of one core; weights are fuzzed in test_convert_hostile.py):
+
+    BEIT_FUZZ=5000 BEIT_FUZZ_IMAGES=20000 BEIT_FUZZ_CONFIGS=2000 BEIT_FUZZ_COMMANDS=40 \
+      python -m pytest -n 0 -s tests/test_fuzz.py tests/test_convert_hostile.py
+
+A case is a function of its number: `BEIT_FUZZ_FIRST=1234 BEIT_FUZZ_IMAGES=1 pytest -k images` does number 1234 again.
+"""
+
+import contextlib
+import copy
+import functools
+import io
+import json
+import os
+import random
+import re
+import struct
+import subprocess
+import sys
+import textwrap
+import warnings
+import zlib
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from beit_jax import main as main_lib
+from beit_jax import objectives, train
+from beit_jax import step as step_lib
+from beit_jax.config import parse as config_lib
+from beit_jax.config import ranges
+from beit_jax.data import examples, images
+from beit_jax.errors import BadImage, UserError
+from beit_jax.objectives.probe import Knn
+from beit_jax.run import state as train_state
+from beit_jax.runtime import sharding
+from beit_jax.weights import io as weights_io
+from tests import tiny
+from tests.conftest import ROOT
+from tests.limits import Limits
+
+IMAGES, CONFIGS, COMMANDS, FIRST = (
+  int(os.environ.get(f"BEIT_FUZZ_{name}", default))
+  for name, default in (("IMAGES", 300), ("CONFIGS", 60), ("COMMANDS", 3), ("FIRST", 0))
+)
+
+
+# Pictures.
+
+
+def _picture(format, mode="RGB", size=(40, 30), **options):
+  rng = np.random.default_rng(len(format) + size[0])
+  small = rng.integers(0, 256, (6, 8, 3)).astype(np.uint8)
+  image = Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
+  if mode == "I;16":
+    image = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
+  elif mode == "F":
+    image = Image.fromarray(np.asarray(image.convert("L")).astype(np.float32) / 3)
+  else:
+    image = image.convert(mode)
+  more = [image.rotate(90 * i) for i in range(1, options.pop("frames", 1))]
+  buffer = io.BytesIO()
+  image.save(buffer, format, **options, **(dict(save_all=True, append_images=more) if more else {}))
+  return buffer.getvalue()
+
+
+def _exif(orientation):
+  exif = Image.Exif()
+  exif[0x0112], exif[0x010F], exif[0x8769] = orientation, "maker" * 5, {0x9003: "2021:06:15 00:00:00"}
+  return exif.tobytes()
+
+
+def _chunk(kind, data):
+  return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def _png(body):
+  return b"\x89PNG\r\n\x1a\n" + body
+
+
+def _chunks(png):
+  """(kind, data) of every chunk of a whole PNG."""
+  found, at = [], 8
+  while at + 8 <= len(png):
+    (length,) = struct.unpack(">I", png[at : at + 4])
+    found.append((png[at + 4 : at + 8], png[at + 8 : at + 8 + length]))
+    at += 12 + length
+  return found
+
+
+def _interlaced():
+  """Adam7, which Pillow reads and does not write: 16x16 grey."""
+  pixels = (np.arange(256) % 251).astype(np.uint8).reshape(16, 16)
+  starts = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))
+  rows = [row for y, x, dy, dx in starts for row in pixels[y::dy, x::dx]]
+  data = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
+  header = struct.pack(">IIBBBBB", 16, 16, 8, 0, 0, 0, 1)
+  return _png(_chunk(b"IHDR", header) + _chunk(b"IDAT", data) + _chunk(b"IEND", b""))
+
+
+def _whole_pictures():
+  found = {
+    "jpeg": _picture("JPEG"),
+    "jpeg progressive": _picture("JPEG", progressive=True),
+    "jpeg grey": _picture("JPEG", "L"),
+    "jpeg cmyk": _picture("JPEG", "CMYK"),
+    "jpeg 4:4:4": _picture("JPEG", subsampling=0, optimize=True),
+    "jpeg restarts": _picture("JPEG", restart_marker_rows=1),
+    **{f"jpeg turned {i}": _picture("JPEG", exif=_exif(i)) for i in (3, 6, 7)},
+    "png": _picture("PNG"),
+    "png rgba": _picture("PNG", "RGBA"),
+    "png palette": _picture("PNG", "P"),
+    "png palette transparent": _picture("PNG", "P", transparency=b"\0\x80\xff"),
+    "png 16-bit": _picture("PNG", "I;16"),
+    "png 1-bit": _picture("PNG", "1"),
+    "png grey alpha": _picture("PNG", "LA"),
+    "png interlaced": _interlaced(),
+    "png turned": _picture("PNG", exif=_exif(5)),
+    "png moving": _picture("PNG", frames=3),
+    "png line": _picture("PNG", size=(5000, 1)),
+    "png column": _picture("PNG", "L", size=(1, 3000)),
+    "jpeg line": _picture("JPEG", size=(1, 4000)),
+    "webp": _picture("WEBP"),
+    "webp lossless": _picture("WEBP", "RGBA", lossless=True),
+    "webp moving": _picture("WEBP", frames=3, exif=_exif(8)),
+    "gif": _picture("GIF", "P", frames=2),
+    "tiff": _picture("TIFF", exif=_exif(6)),
+    "tiff lzw": _picture("TIFF", compression="tiff_lzw"),
+    "tiff float": _picture("TIFF", "F"),
+    "tiff 16-bit": _picture("TIFF", "I;16", compression="tiff_deflate"),
+    "bmp": _picture("BMP"),
+    "ppm": _picture("PPM"),
+  }
+  return found
+
+
+SIZES = (0, 1, 2, 7, 255, 4096, 8192, 8193, 16383, 30_000, 65_535, 2**24, 2**31 - 1, 2**32 - 1)
+
+
+def _other_sizes(rng, data):
+  """Another width or height where the header has it, the checksum made to fit."""
+  damaged = bytearray(data)
+  sizes = [rng.choice(SIZES) if rng.random() < 0.7 else rng.randrange(1, 9000) for _ in range(2)]
+  if data.startswith(b"\x89PNG"):
+    both = struct.pack(">II", *sizes)
+    damaged[16:24] = both if rng.random() < 0.5 else both[:4] + data[20:24]
+    damaged[29:33] = struct.pack(">I", zlib.crc32(bytes(damaged[12:29])))
+  elif data.startswith(b"\xff\xd8"):
+    frame = re.search(rb"\xff[\xc0-\xc2]\0.", data, re.S)
+    if frame:
+      damaged[frame.start() + 5 : frame.start() + 9] = struct.pack(">HH", *(side % 65_536 for side in sizes))
+  elif data.startswith(b"GIF"):
+    damaged[6:10] = struct.pack("<HH", *(side % 65_536 for side in sizes))
+  elif data.startswith(b"BM"):
+    damaged[18:26] = struct.pack("<II", *sizes)
+  elif data.startswith(b"P6"):
+    damaged = bytearray(b"P6\n%d %d\n255\n" % tuple(sizes)) + damaged[-50:]
+  elif data.startswith(b"RIFF"):
+    at = 20 + rng.choice((1, 4, 6, 7, 9))
+    damaged[at : at + 3] = struct.pack("<I", sizes[0])[:3]
+  elif data.startswith(b"II"):
+    for tag in (256, 257):
+      at = data.find(struct.pack("<H", tag))
+      if at > 0:
+        damaged[at + 8 : at + 12] = struct.pack("<I", sizes[tag - 256])
+  return bytes(damaged)
+
+
+def _other_chunks(rng, data):
+  """Parts of a PNG with good checksums: doubled, gone, moved, with other content; markers of a JPEG doubled."""
+  if not data.startswith(b"\x89PNG"):
+    markers = [found.start() for found in re.finditer(rb"\xff[\xc0-\xfe]", data)] or [0]
+    start, stop = sorted((rng.choice(markers), rng.choice(markers)))
+    at = rng.choice(markers)
+    return (
+      data[:at] + data[start:stop] + data[at if rng.random() < 0.5 else min(at + stop - start, len(data)) :]
+    )
+  chunks = _chunks(data)
+  if not chunks:
+    return data
+  at = rng.randrange(len(chunks))
+  kind, content = chunks[at]
+  what = rng.randrange(5)
+  if what == 0:
+    chunks.insert(rng.randrange(len(chunks) + 1), chunks[at])
+  elif what == 1:
+    del chunks[at]
+  elif what == 2:
+    rng.shuffle(chunks)
+  elif what == 3 and content:
+    changed = bytearray(content)
+    for _ in range(rng.randrange(1, 4)):
+      changed[rng.randrange(len(changed))] = rng.randrange(256)
+    chunks[at] = (kind, bytes(changed))
+  else:
+    other = rng.choice(
+      (b"tEXt", b"iTXt", b"zTXt", b"iCCP", b"eXIf", b"tRNS", b"PLTE", b"acTL", b"fcTL", b"fdAT")
+    )
+    junk = rng.choice((rng.randbytes(rng.randrange(60)), b"k\0\0" + zlib.compress(b"\0" * 10**6), content))
+    chunks.insert(rng.randrange(len(chunks) + 1), (other, junk))
+  return _png(b"".join(_chunk(kind, content) for kind, content in chunks))
+
+
+def _flips(rng, data):
+  damaged = bytearray(data)
+  for _ in range(rng.choice((1, 1, 2, 4, 16, 64))):
+    edge = rng.random() < 0.5  # half of them where the structure is
+    at = rng.randrange(min(len(data), 64) if edge else len(data))
+    damaged[at] = damaged[at] ^ (1 << rng.randrange(8)) if rng.random() < 0.5 else rng.randrange(256)
+  return bytes(damaged)
+
+
+def _cut(rng, data):
+  start = rng.randrange(len(data))
+  return data[:start] if rng.random() < 0.5 else data[:start] + data[start + rng.randrange(1, 40) :]
+
+
+def _filled(rng, data):
+  start, count = rng.randrange(len(data)), rng.randrange(1, 200)
+  filling = rng.choice((b"\0" * count, b"\xff" * count, rng.randbytes(count)))
+  return data[:start] + filling + data[start + count :]
+
+
+def _doubled(rng, data):
+  start, count, at = rng.randrange(len(data)), rng.randrange(1, 200), rng.randrange(len(data))
+  return data[:at] + data[start : start + count] + data[at:]
+
+
+DAMAGES = (_flips, _flips, _cut, _filled, _doubled, _other_sizes, _other_sizes, _other_chunks)
+
+
+def _damaged(rng, pictures):
+  name = rng.choice(sorted(pictures))
+  data = pictures[name]
+  if rng.random() < 0.05:
+    other = rng.choice(sorted(pictures))
+    return f"{name} and {other}", data[: rng.randrange(len(data))] + pictures[other]
+  for _ in range(rng.choice((1, 1, 1, 2, 3))):
+    data = rng.choice(DAMAGES)(rng, data) or b"\0"
+  return name, data
+
+
+def _read(rng, data, case):
+  """Through everything that reads pictures, each with the limits of `case(what)`. Whether it is a picture."""
+  found = None
+  with case("decode"):
+    try:
+      found = examples.decode({"image": data, "file": "x.jpg"}, 0)
+      pixels = found.pixels()
+    except BadImage as error:
+      found = None
+      assert "x.jpg cannot be decoded: " in str(error)
+  with case("label map"):
+    try:
+      labels = examples.decode_labels(data, "x.png")
+      assert labels.ndim == 2 and labels.dtype in (np.uint8, np.int32)
+    except UserError as error:
+      assert str(error).startswith("x.png: the label map ")
+  if found is None:
+    return False
+  assert pixels.dtype == np.uint8 and pixels.shape == (*found.size[::-1], 3) and min(found.size) > 0
+  del pixels
+  views, crop = {"view": ((16, 16), rng.choice(sorted(images.RESAMPLE)))}, rng.choice(images.CROPS)
+  options = dict(scale=(0.08, 1.0), ratio=rng.choice(((3 / 4, 4 / 3), (0.1, 0.2), (10.0, 20.0))), flip=True)
+  with case(f"{crop} of {found.size}"):
+    made = images.train_views(found, np.random.default_rng(0), views, crop=crop, **options)
+  assert made["view"].shape == (16, 16, 3) and made["view"].dtype == np.uint8
+  with case(f"evaluation of {found.size}"):
+    made = images.eval_views(found, views, crop_pct=0.875, resize=rng.choice(images.RESIZES))
+  assert made["view"].shape == (16, 16, 3) and made["view"].dtype == np.uint8
+  return True
+
+
+def _case(limits, picture, what):
+  return limits.case(f"{picture}, {what}")
+
+
+def test_images():
+  """With warnings as errors, as everywhere in these tests, and ignored, as in a run."""
+  pictures = _whole_pictures()
+  for name, data in pictures.items():
+    assert _read(random.Random(0), data, contextlib.nullcontext), name
+  limits, good = Limits("images"), 0
+  for i in range(FIRST, FIRST + IMAGES):
+    rng = random.Random(f"images {i}")
+    name, data = _damaged(rng, pictures)
+    case = functools.partial(_case, limits, f"{i}: {name}, {len(data)} bytes")
+    with warnings.catch_warnings():
+      warnings.simplefilter(rng.choice(("error", "ignore")))
+      good += _read(rng, data, case)
+  limits.report(pictures=IMAGES, readable=good)
+  assert IMAGES < 100 or 0.05 < good / IMAGES < 0.95  # the harness does hit something, and not everything
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "CMYK", "I;16", "F", "P"])
+def test_the_largest_pictures_there_may_be(mode):
+  """A few KB that stand for 67 million pixels: read in less than a GiB."""
+  side = 8192
+  format, options = {
+    "CMYK": ("JPEG", dict(progressive=True)),
+    "F": ("TIFF", dict(compression="tiff_lzw")),
+  }.get(mode, ("PNG", dict(compress_level=1)))
+  buffer = io.BytesIO()
+  Image.new(mode, (side, side)).save(buffer, format, **options)
+  data = buffer.getvalue()
+  del buffer
+  _read(random.Random(0), _picture("PNG"), contextlib.nullcontext)
+  limits = Limits(f"a large picture, {mode}")
+  assert _read(random.Random(0), data, limits.case)
+  limits.report()
+
+
+# Configs.
+
+PLAIN = (
+  *(None, True, False, 0, 1, 2, 3, 7, 16, -1, 255, 10**9, 10**18, -(10**18), 10**400, 2**31, 2**32),
+  *(0.0, 0.5, 1.0, 1.5, -0.5, 1e-300, 1e30, 1e300, float("nan"), float("inf"), -float("inf")),
+  *(
+    "",
+    "x",
+    "\0",
+    "é" * 5000,
+    "(",
+    "[a",
+    "stage:",
+    "stage:tokenizer",
+    "/proc/self/mem",
+    "~nobody/x",
+    "..",
+    ".",
+  ),
+  *(
+    (),
+    (1,),
+    (0.5, 0.5),
+    (1.0, 0.1),
+    (0.0, 0.0),
+    (0, 0, 0),
+    (1, 2, 3, 4),
+    ("a", "b"),
+    (None, None),
+    [1, 2],
+    [[]],
+  ),
+  *(
+    ({},),
+    ((1, 2), (3, 4)),
+    (float("nan"),) * 2,
+    (float("inf"),) * 3,
+    (0.5, 0.5, 0.5),
+    (16, 32),
+    (1e300, 1e300),
+  ),
+  *({}, {"a": 1}, {"a": {"b": ()}}, {"a.b": 1}, {1: 2}, b"bytes", range(3), object(), {1, 2}, 1j),
+)
+WORDS = (
+  "cosine poly block random block_at_most paper plus tiny base large bicubic nearest lanczos float16 bfloat16 float64 "
+  "int8 float32 per_block shared none cls mean setr_pup upernet whole slide l1 l2 rand-m9-mstd0.5-inc1 pad center "
+  "random_resized squash short_side folder pairs tfds shapes train test camvid acc1 loss dvae beit knn segment classify"
+).split()
+
+
+def _sections(run, prefix=()):
+  """Paths of everything in nested dicts, sections too."""
+  for key, value in run.items():
+    yield (*prefix, key)
+    if isinstance(value, dict):
+      yield from _sections(value, (*prefix, key))
+
+
+def _near(rng, value):
+  """Something of the same kind."""
+  if isinstance(value, bool):
+    return not value
+  if isinstance(value, int | float):
+    return rng.choice(
+      (value * 2, value + 1, value - 1, -value, value // 2, value * 0.5, value * 10, value * 1000)
+    )
+  if isinstance(value, str):
+    return rng.choice(WORDS)
+  if isinstance(value, tuple) and value:
+    return rng.choice((value[::-1], value[:-1], value * 2, tuple(_near(rng, v) for v in value), list(value)))
+  return rng.choice(PLAIN)
+
+
+def _mutated(rng, bases):
+  name = rng.choice([name for name in bases if "default" not in name or rng.random() < 0.3])
+  run, done = copy.deepcopy(bases[name]), []
+  paths = [path for path in _sections(run) if rng.random() < 0.8 or len(path) > 1]
+  for _ in range(rng.choice((1, 1, 2, 3))):
+    *parents, last = rng.choice(paths)
+    node = run
+    for parent in parents:
+      node = node.get(parent) if isinstance(node, dict) else None
+    if not isinstance(node, dict):
+      continue
+    if rng.random() < 0.05:
+      last = rng.choice(("nothing", "mode1", "", "a.b", 5, None, "__class__", "items", *WORDS))
+    value = _near(rng, node.get(last)) if rng.random() < 0.7 else rng.choice((*PLAIN, *WORDS))
+    node[last] = value
+    done.append(f"{'.'.join(map(str, (*parents, last)))}={ranges.show(value, 60)}")
+  return f"{name} with {', '.join(done)}", run
+
+
+class Reached(Exception):
+  """The run would now make its first array."""
+
+
+@pytest.fixture
+def no_arrays(monkeypatch, tokenizer_run):
+  """Runs stop where they would begin to compute; the tokenizer is read once."""
+
+  def stop(*_, **__):
+    raise Reached
+
+  loaded, load = weights_io.load(tokenizer_run), weights_io.load
+  monkeypatch.setattr(train_state, "create", stop)
+  monkeypatch.setattr(Knn, "frozen_params", stop)
+  monkeypatch.setattr(
+    weights_io,
+    "load",
+    lambda path, **options: loaded if path == str(tokenizer_run) else load(path, **options),
+  )
+
+
+def _bases(tokenizer):
+  """Runs in miniature, and those of the paper's size."""
+  found = {name: tiny.raw(name).to_dict() for name in tiny.RUNS}
+  for name in tiny.RUNS:
+    whole = config_lib.complete({"objective": name}, objectives.model_fields()).to_dict()
+    whole["data"] |= dict(source="shapes", num_classes=None, token_image_size=28)
+    whole["total_epochs"] = 3.0
+    whole["eval"]["split"] = "test"
+    found[f"default {name}"] = whole
+    if name == "segment":
+      whole["model"]["num_classes"] = 9
+    if name == "dvae":
+      whole["data"]["token_image_size"] = 32
+  for run in (found["beit"], found["default beit"]):
+    run["tokenizer"] = {"init_from": tokenizer}
+  return found
+
+
+def _begin(run, workdir):
+  """The completed config of a run, which has been stopped where its first array would be made."""
+  config = config_lib.complete(run, objectives.model_fields())
+  with contextlib.suppress(Reached):
+    train.run(config, workdir)
+  return config
+
+
+def _trace(config):
+  """The first example is read, and the steps of training and evaluation are traced."""
+  mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+  with jax.set_mesh(mesh):
+    _trace_steps(config, train.prepare(config, mesh), mesh)
+
+
+def _trace_steps(config, plan, mesh):
+  objective, source = plan.objective, plan.source
+  image = examples.decode(source[0], 0)
+  plan.reader.eval(image, source[0])
+  example = plan.reader.train(image, source[0], (config.seed, 0, 0))
+  example |= {"example_key": np.zeros(2, np.uint32), "valid": np.array(True)}
+  batch = {
+    name: jax.ShapeDtypeStruct((config.batch_size, *np.shape(value)), np.asarray(value).dtype)
+    for name, value in example.items()
+  }
+  init = lambda: objective.init(jax.random.key(0))
+  decay = config.optimizer.ema_decay
+  _, shapes, shardings = train_state.abstract(init, plan.tx, mesh, ema=decay > 0)
+  frozen = jax.eval_shape(lambda: objective.frozen_params(mesh))
+  step = step_lib.make_train_step(
+    objective, plan.tx, config.microbatches, jax.random.key(1), shardings, decay
+  )
+  jax.eval_shape(step, shapes, frozen, batch)
+  jax.eval_shape(objective.eval_step, {"params": shapes.params, **shapes.collections}, frozen, batch)
+
+
+def test_configs(no_arrays, tokenizer_run, tmp_path):
+  bases = _bases(str(tokenizer_run))
+  for run in bases.values():
+    _begin(copy.deepcopy(run), tmp_path / "base")
+  limits, traces, begun = Limits("configs"), Limits("configs, steps traced", seconds=60), 0
+  for i in range(FIRST, FIRST + CONFIGS):
+    rng = random.Random(f"configs {i}")
+    what, run = _mutated(rng, bases)
+    trace = rng.random() < 0.3 and "default" not in what
+    try:
+      with limits.case(f"{i}: {what}"):
+        config = _begin(run, tmp_path / f"{i}")
+      begun += 1
+      if trace and objectives.OBJECTIVES[config.objective].trains:
+        with traces.case(f"{i}: {what}"):
+          _trace(config)
+    except UserError as error:
+      assert 10 < len(str(error)) < 10_000 and "Traceback" not in str(error)
+    if i % 100 == 99:
+      jax.clear_caches()
+  limits.report(begun=begun)
+  traces.report()
+
+
+@pytest.mark.parametrize(
+  "changes, fact",
+  [
+    ({"batch_size": 0}, "'batch_size': 0 must be a whole number from 1"),
+    ({"optimizer.betas": (0.999, 0.9)}, r"'optimizer.betas': \(0.999, 0.9\) must be two numbers"),
+    ({"optimizer.learning_rate": float("nan")}, "'optimizer.learning_rate': nan must be a finite number"),
+    ({"optimizer.no_decay": ("(",)}, "'optimizer.no_decay'.*regular expressions"),
+    ({"data.crop_scale": (1.0, 0.5)}, r"'data.crop_scale'.*\(0, 1\], the smaller one first"),
+    ({"data.std": (0.5, 0.5, 0.0)}, "'data.std'.*three numbers above 0"),
+    ({"data.mean": (0.5,)}, "'data.mean'.*three numbers"),
+    ({"data.threads": 0}, "'data.threads': 0"),
+    ({"data.root": "a\0b"}, "'data.root'.*null"),
+    ({"checkpoint.keep": 0}, "'checkpoint.keep': 0"),
+    ({"seed": 2**32}, "'seed': 4294967296"),
+    ({"log_every_steps": 0}, "'log_every_steps'"),
+    ({"model.dtype": "float64"}, "'model.dtype': 'float64' must be one of float32"),
+    ({"model.depth": 1000}, "'model.depth': 1000"),
+    ({"model.drop_path_rate": 1.0}, r"'model.drop_path_rate': 1.0 must lie in \[0, 1\)"),
+    ({"data.image_size": 2**20}, "'data.image_size': 1048576"),
+    ({"total_steps": 10**400}, "'total_steps': 1000.*\\.\\.\\. must be"),
+  ],
+)
+def test_values_out_of_range(changes, fact):
+  with pytest.raises(UserError, match=fact):
+    tiny.config("classify", **changes)
+
+
+@pytest.mark.parametrize(
+  "text, fact",
+  [
+    ("def get_config(): return 5", "get_config gave 5"),
+    ("def get_config(): return {}['x']", "line 2: KeyError: 'x'"),
+    ("1 / 0", "line 2: ZeroDivisionError"),
+    ("get_config = 3", "no get_config"),
+    ("def get_config(): return dict(stages=5)", "names of one or more stages"),
+    ("def get_config(): return {'stages': ('../x',), '../x': {}}", "'../x' cannot name a stage"),
+    ("def get_config(): return {'stages': ('a', 'a'), 'a': {}}", "'a' cannot name a stage"),
+    ("def get_config(): return {'stages': ('a',), 'a': 7}", "stage a: found 7"),
+    ("def get_config(): return {'stages': ('a',), 'a': {}, 'summary': (('x', 'a.eval'),)}", "'summary'"),
+    (
+      "def get_config(): return {'stages': ('a',), 'a': {'eval': {'num_examples': 0}}}",
+      "'a.eval.num_examples': 0",
+    ),
+  ],
+)
+def test_config_files_that_are_none(text, fact, tmp_path):
+  path = tmp_path / "config.py"
+  path.write_text(f"# a config\n{text}\n")
+  with pytest.raises(UserError) as error:
+    config_lib.load(str(path), [], objectives.model_fields())
+  assert fact in str(error.value)
+
+
+def test_ranges_are_of_keys_that_exist():
+  """Every row of the table is about a key, and every number of the defaults has a row."""
+  keys = set()
+  for name in objectives.OBJECTIVES:
+    run = config_lib.complete({"objective": name}, objectives.model_fields()).to_dict()
+    keys |= {".".join(path) for path in _sections(run)}
+  for pattern, _ in ranges.TABLE:
+    assert any(re.fullmatch(pattern, key) for key in keys), pattern
+
+
+# Command lines.
+
+
+def _config_file(folder):
+  """A config whose data is not there, so that a good command line ends soon, with status 2."""
+  run = tiny.raw("classify", **{"data.source": "tfds", "data.name": "none", "data.data_dir": str(folder)})
+  path = folder / "config.py"
+  path.write_text(
+    textwrap.dedent(f"""
+      from ml_collections import ConfigDict
+
+      def get_config(variant="a"):
+        return ConfigDict({run.to_dict()!r})
+    """)
+  )
+  return str(path)
+
+
+TEXTS = (
+  *("", "1", "-1", "0", "nan", "1e999", "none", "True", "x", "é\n\t", "%s%n", "--", "-", "=", "0x" + "f" * 6000),
+  *("(1,2", "{[]: 1}", "[" * 500, "-" * 500 + "1", "1is", "'\\d'", "()", "{}", "(0.5,)*3", "lambda: 0", "a" * 50_000),
+)  # fmt: skip
+
+
+def _command(rng, config, folder):
+  key = rng.choice(
+    ("seed", "batch_size", "data", "data.mean", "optimizer.betas", "model.width", "model.nothing", "eval..")
+  )
+  value = rng.choice(TEXTS)
+  flags = [f"--config={config}", f"--workdir={folder / 'run'}"]
+  program = rng.choice(("main", "main", "main", "main", "main", "doctor", "convert", "predict"))
+  if program in ("main", "doctor"):
+    more = rng.choice(
+      (
+        [f"--config.{key}={value}"],
+        [f"--config.{key}", value],
+        [f"--config.{value[:100]}={value}"],
+        [
+          f"--config={rng.choice((value, __file__, str(ROOT / 'README.md'), sys.executable, str(folder), '/dev/null'))}"
+        ],
+        [f"--config={config}:{value}"],
+        [f"--workdir={rng.choice((value, '/dev/null/x', '/proc/x', config))}"],
+        [f"--{value}"],
+        [value],
+        [f"--num_processes={value}"],
+        [f"--process_id={value}", "--num_processes=1"],
+        ["--config"],
+      )
+    )
+    return program, [*flags, *more] if rng.random() < 0.8 else more
+  noise = rng.sample(
+    [value, config, str(folder), "--format=hf", "--format=x", "--ema", "--top=0", "--image_size=x"], 4
+  )
+  return program, noise
+
+
+def test_commands(tmp_path):
+  config, statuses = _config_file(tmp_path), []
+  environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+  for i in range(FIRST, FIRST + COMMANDS):
+    program, arguments = _command(random.Random(f"commands {i}"), config, tmp_path)
+    done = subprocess.run(
+      [sys.executable, "-m", f"beit_jax.{program}", *arguments],
+      cwd=tmp_path, env=environment, capture_output=True, text=True, errors="replace", timeout=120,
+    )  # fmt: skip
+    what = json.dumps([program, *(ranges.show(text) for text in arguments)])
+    assert "Traceback" not in done.stderr + done.stdout, (i, what, done.stderr[-2000:])
+    wanted = (0, 1, 2) if program in ("doctor", "predict") else (2,)
+    assert done.returncode in wanted, (i, what, done.returncode, done.stderr[-2000:])
+    if program == "main":
+      errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+      assert len(errors) == 1, (i, what, done.stderr[-2000:])
+    statuses.append(done.returncode)
+  print(
+    f"\ncommands: {len(statuses)}, with status {', '.join(f'{s}: {statuses.count(s)}' for s in (0, 1, 2))}"
+  )
+
+
+@pytest.mark.parametrize("place", ["/dev/null/x", "/proc/x", __file__, "x" * 300])
+def test_workdirs_that_cannot_be(place, capsys):
+  assert main_lib.main([f"--config={ROOT}/configs/segment_shapes.py", f"--workdir={place}"]) == 2
+  assert "nothing can be written there" in capsys.readouterr().err
