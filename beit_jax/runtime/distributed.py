@@ -3,9 +3,9 @@
 `initialize` runs before any device is touched. It learns from flags or from the environment (Cloud TPU, GKE, Slurm,
 Open MPI) how many processes there are; with one process it does nothing and waits for nobody.
 
-`jax.distributed.initialize` ends the process with a stack dump when a process is missing, and does not say which. So the
-processes first meet on the same port (rendezvous.py), which names those that are missing and those that die later.
-JAX's own heartbeat finds hosts that vanish together with their network.
+`jax.distributed.initialize` ends the process with a stack dump when a process is missing, and does not say which.
+Therefore the processes first meet on the same port (rendezvous.py), which names those that are missing and those that
+die later. JAX's own heartbeat finds hosts that vanish together with their network.
 """
 
 import contextlib
