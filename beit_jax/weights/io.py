@@ -22,6 +22,9 @@ from beit_jax.weights.pretrained import Pretrained
 HF_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 WRAPPERS = ("model", "module", "state_dict", "teacher", "student")
 EMA_WRAPPERS = ("model_ema", "state_dict_ema", "ema")
+FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+WRAPPERS = ("model", "module", "state_dict", "teacher", "student")
+EMA_WRAPPERS = ("model_ema", "state_dict_ema", "ema")
 FORMATS = {
   "backbone": ("orbax", "unilm", "timm", "hf"),
   "mim": ("orbax", "unilm", "hf"),
@@ -283,10 +286,10 @@ def save(pretrained: Pretrained, path: str | Path, *, format: str) -> None:
   }
   if format not in writers:
     raise UserError(f"format {format!r} is unknown; there are {', '.join(writers)}")
-  if format not in FORMATS.get(pretrained.kind, ()):
+  if format not in pretrained.spec.formats:
     raise UserError(
-      f"a {pretrained.kind} cannot be saved as {format}, which has no such model. Formats for it: "
-      + (", ".join(FORMATS.get(pretrained.kind, ())) or "none yet")
+      f"a {pretrained.kind} cannot be saved as {format}, which has no such model; its formats are "
+      + ", ".join(pretrained.spec.formats)
     )
   free = not os.path.lexists(path) or (path.is_dir() and not path.is_symlink() and not any(path.iterdir()))
   if not free:

@@ -352,7 +352,7 @@ def export_hf(pretrained: Pretrained) -> tuple[lazy.State, dict[str, Any], dict[
     UserError: transformers has no such head.
   """
   module, fields = pretrained.module, pretrained.encoder_fields
-  instead = "Formats for it: orbax, unilm"
+  instead = "Its formats are orbax, unilm"
   if module.head != "upernet":
     raise UserError(
       f"a segmenter with head {module.head!r} cannot be saved as hf: transformers has UPerNet only. {instead}"

@@ -24,13 +24,128 @@ from beit_jax.models.dvae import Dvae
 from beit_jax.models.resampling import resize_bilinear
 from beit_jax.models.upernet import BeitForSemanticSegmentation
 
-MODULES: dict[str, Callable[..., nn.Module]] = {
-  "backbone": Beit,
-  "mim": BeitForMaskedImageModeling,
-  "classifier": BeitForImageClassification,
-  "segmenter": BeitForSemanticSegmentation,
-  "tokenizer": Dvae,
+Variables = dict[str, Any]
+
+
+def _features(module: nn.Module, variables: Variables, x: jax.Array, mask: jax.Array | None) -> Any:
+  return module.apply(variables, x, mask)[0]
+
+
+def _token_logits(module: nn.Module, variables: Variables, x: jax.Array, mask: jax.Array | None) -> Any:
+  return module.apply(variables, x, mask)
+
+
+def _class_logits(module: nn.Module, variables: Variables, x: jax.Array, mask: jax.Array | None) -> Any:
+  del mask
+  return module.apply(variables, x)
+
+
+def _pixel_logits(module: nn.Module, variables: Variables, x: jax.Array, mask: jax.Array | None) -> Any:
+  del mask
+  output: Any = module.apply(variables, x)
+  return resize_bilinear(output["logits"], (x.shape[1], x.shape[2]))
+
+
+def _codebook_logits(module: nn.Module, variables: Variables, x: jax.Array, mask: jax.Array | None) -> Any:
+  del mask
+  return module.apply(variables, x, method="logits")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelKind:
+  """One row of `KINDS`: what the program has to know about one kind of model.
+
+  Attributes:
+    module: the Linen module class; its fields are the `module` part of a checkpoint's description.
+    forward: pure function `(module, variables, x, mask) -> output`; see `Pretrained.forward` for the shapes.
+    formats: the formats that `beit_jax.save` can write.
+    encoder_path: where the parameters of the BEiT encoder lie: a key of the parameter tree, "" for the whole tree (the
+      model is the encoder itself), or None if the model has no BEiT encoder.
+    takes_mask: the model accepts masked patches (and so has a mask token).
+    can_tokenize: the model turns images into visual tokens.
+    has_classes: the model predicts named classes, which its description lists as `labels`.
+    has_batch_stats: the model has the Linen collection `batch_stats` besides its parameters.
+    head: name of the output layer in unilm's checkpoints, or None.
+    head_size: the module field that holds the number of outputs of `head`.
+    tensor_names: the naming scheme of the model's tensors in foreign formats: "unilm", "mmseg" or "dalle".
+    hf_class: name of the class in Hugging Face transformers.
+  """
+
+  module: type[nn.Module]
+  forward: Callable[[nn.Module, Variables, jax.Array, jax.Array | None], Any]
+  formats: tuple[str, ...]
+  encoder_path: str | None = "encoder"
+  takes_mask: bool = False
+  can_tokenize: bool = False
+  has_classes: bool = False
+  has_batch_stats: bool = False
+  head: str | None = None
+  head_size: str | None = None
+  tensor_names: str = "unilm"
+  hf_class: str = ""
+
+  @property
+  def is_encoder(self) -> bool:
+    """Whether the model is a BEiT encoder without a head."""
+    return self.encoder_path == ""
+
+
+KINDS: dict[str, ModelKind] = {
+  "backbone": ModelKind(
+    module=Beit,
+    forward=_features,
+    formats=("orbax", "unilm", "timm", "hf"),
+    encoder_path="",
+    takes_mask=True,
+    hf_class="BeitModel",
+  ),
+  "mim": ModelKind(
+    module=BeitForMaskedImageModeling,
+    forward=_token_logits,
+    formats=("orbax", "unilm", "hf"),
+    takes_mask=True,
+    head="lm_head",
+    head_size="vocab_size",
+    hf_class="BeitForMaskedImageModeling",
+  ),
+  "classifier": ModelKind(
+    module=BeitForImageClassification,
+    forward=_class_logits,
+    formats=("orbax", "unilm", "timm", "hf"),
+    has_classes=True,
+    head="head",
+    head_size="num_classes",
+    hf_class="BeitForImageClassification",
+  ),
+  "segmenter": ModelKind(
+    module=BeitForSemanticSegmentation,
+    forward=_pixel_logits,
+    formats=("orbax", "unilm", "hf"),
+    has_classes=True,
+    has_batch_stats=True,
+    tensor_names="mmseg",
+    hf_class="BeitForSemanticSegmentation",
+  ),
+  "tokenizer": ModelKind(
+    module=Dvae,
+    forward=_codebook_logits,
+    formats=("orbax", "hf"),
+    encoder_path=None,
+    can_tokenize=True,
+    tensor_names="dalle",
+    hf_class="FlavaImageCodebook",
+  ),
 }
+# Kinds of runs whose checkpoints are not a model on their own, with the reason.
+INCOMPLETE_KINDS = {
+  "linear_probe": "this run holds the heads of a linear probe without their encoder; load the encoder's run",
+}
+
+
+def module_fields(module: nn.Module) -> dict[str, Any]:
+  """The fields of a Linen module by name, without Linen's own `parent` and `name`."""
+  names = [field.name for field in dataclasses.fields(module) if field.name not in ("parent", "name")]
+  return {name: getattr(module, name) for name in names}
 
 
 def fingerprint(params: Any, collections: Any = None) -> str:
@@ -44,35 +159,38 @@ def fingerprint(params: Any, collections: Any = None) -> str:
 
 
 def make_module(kind: str, fields: dict[str, Any]) -> nn.Module:
-  """The Linen module of a description's `kind` and `module` (JSON: lists stand for tuples).
+  """The Linen module that a checkpoint's description names.
+
+  Args:
+    kind: a key of `KINDS`.
+    fields: the module's fields; JSON lists stand for tuples.
 
   Raises:
-    UserError: a kind or a field that this version does not know, or a number outside its range: a stranger's
-      description must not make anyone compute for hours, or fill the memory.
+    UserError: the kind or a field is unknown to this version, or a number is outside its range. Descriptions come
+      from strangers: one must not start hours of computation or fill the memory.
   """
-
-  def thaw(value):
-    if isinstance(value, dict):
-      return {k: thaw(v) for k, v in value.items()}
-    return tuple(value) if isinstance(value, list) else value
-
-  if kind == "linear_probe":
-    raise UserError(
-      "this run holds the heads of a linear probe without their encoder; load the encoder's run"
-    )
-  if not isinstance(kind, str) or kind not in MODULES:
-    raise UserError(f"a checkpoint of kind {kind!r} is unknown to this version; it knows {sorted(MODULES)}")
-  _check_fields(kind, thaw(fields))
+  if isinstance(kind, str) and kind in INCOMPLETE_KINDS:
+    raise UserError(INCOMPLETE_KINDS[kind])
+  if not isinstance(kind, str) or kind not in KINDS:
+    raise UserError(f"unknown kind of checkpoint {kind!r}; this version knows {', '.join(sorted(KINDS))}")
+  fields = _lists_to_tuples(fields)
+  _check_fields(kind, fields)
   try:
-    return MODULES[kind](**thaw(fields))
+    return KINDS[kind].module(**fields)
   except TypeError as error:
     raise UserError(f"the {kind} of this checkpoint has fields this version does not know: {error}") from None
+
+
+def _lists_to_tuples(value: Any) -> Any:
+  if isinstance(value, dict):
+    return {key: _lists_to_tuples(entry) for key, entry in value.items()}
+  return tuple(value) if isinstance(value, list) else value
 
 
 def _check_fields(kind: str, fields: Any) -> None:
   encoder = fields.get("encoder", {}) if isinstance(fields, dict) else None
   if not isinstance(encoder, dict):
-    raise UserError(f"the {kind} of this checkpoint has no fields that describe it")
+    raise UserError(f"the description of this checkpoint does not list the fields of its {kind}")
   size = {"image_size": fields.get("image_size", encoder.get("image_size"))}
   for part in (fields, encoder):
     numbers = {name: value for name, value in part.items() if name not in ("encoder", "image_size")}
@@ -80,7 +198,7 @@ def _check_fields(kind: str, fields: Any) -> None:
       ranges.check({"model": numbers, "data": size})
     except (TypeError, UserError) as error:
       text = re.sub("config key '(model|data).", "field '", str(error))
-      raise UserError(f"the {kind} of this checkpoint cannot be: {text}") from None
+      raise UserError(f"the {kind} of this checkpoint is not a valid model: {text}") from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,71 +221,112 @@ class Pretrained:
   description: dict[str, Any] = dataclasses.field(default_factory=dict)
   collections: dict[str, Any] = dataclasses.field(default_factory=dict)
 
-  def __post_init__(self):
-    thawed = {k: tuple(v) if isinstance(v, list) else v for k, v in self.preprocessing.items()}
-    object.__setattr__(self, "preprocessing", thawed)
+  def __post_init__(self) -> None:
+    preprocessing = {key: _lists_to_tuples(value) for key, value in self.preprocessing.items()}
+    object.__setattr__(self, "preprocessing", preprocessing)
+
+  @property
+  def spec(self) -> ModelKind:
+    """The row of `KINDS` for this model."""
+    return KINDS[self.kind]
+
+  @property
+  def takes_mask(self) -> bool:
+    """Whether `forward` accepts a mask."""
+    return self.spec.takes_mask
+
+  @property
+  def can_tokenize(self) -> bool:
+    """Whether `tokenize` is available."""
+    return self.spec.can_tokenize
+
+  @property
+  def has_encoder(self) -> bool:
+    """Whether there is a BEiT encoder in this model."""
+    return self.spec.encoder_path is not None
 
   @property
   def encoder_fields(self) -> dict[str, Any]:
-    """Fields of the BEiT encoder in this model (not of a tokenizer)."""
-    self._need(("backbone", "mim", "classifier", "segmenter"), "encoder_fields")
-    encoder = self.module if self.kind == "backbone" else Beit(**self.module.encoder)
-    return {
-      f.name: getattr(encoder, f.name) for f in dataclasses.fields(Beit) if f.name not in ("parent", "name")
-    }
+    """All fields of the BEiT encoder in this model, defaults included.
+
+    Raises:
+      UserError: the model has no BEiT encoder.
+    """
+    self._check_encoder()
+    if self.spec.is_encoder:
+      return module_fields(self.module)
+    fields: Any = module_fields(self.module)["encoder"]
+    return module_fields(Beit(**fields))
+
+  @property
+  def encoder_params(self) -> dict[str, Any]:
+    """The parameters of the BEiT encoder in this model.
+
+    Raises:
+      UserError: the model has no BEiT encoder.
+    """
+    self._check_encoder()
+    return self.params[self.spec.encoder_path] if self.spec.encoder_path else self.params
+
+  @property
+  def head_params(self) -> dict[str, Any]:
+    """The parameters besides those of the encoder; empty for a backbone."""
+    if self.spec.is_encoder:
+      return {}
+    return {name: value for name, value in self.params.items() if name != self.spec.encoder_path}
 
   def describe(self) -> dict[str, Any]:
     """The description that is saved with the weights, as JSON values."""
-    names = [f.name for f in dataclasses.fields(self.module) if f.name not in ("parent", "name")]
-    text = {
+    facts = {
       "version": beit_jax.__version__,
       **self.description,
       "kind": self.kind,
-      "module": {name: getattr(self.module, name) for name in names},
+      "module": module_fields(self.module),
       "preprocessing": self.preprocessing,
     }
-    return json.loads(json.dumps(text, default=str))
+    return json.loads(json.dumps(facts, default=str))
+
+  def forward(self, x: Any, mask: Any = None) -> jax.Array:
+    """Runs the model on normalized images.
+
+    Args:
+      x: float32 [B, H, W, 3], already normalized (for a tokenizer: after `map_pixels`, which is mean -0.125, std 1.25).
+      mask: bool [B, h, w], True = masked; only for a backbone or a masked image model.
+
+    Returns:
+      float32. backbone: features [B, 1 + N, D] after `norm`; mim: logits [B, N, V] of every patch; classifier: logits
+      [B, C]; segmenter: logits [B, H, W, C]; tokenizer: logits [B, h, w, V].
+
+    Raises:
+      UserError: the model takes no mask.
+    """
+    if mask is not None and not self.takes_mask:
+      raise UserError(f"a {self.kind} takes no mask")
+    mask = None if mask is None else jnp.asarray(mask)
+    return self._forward(self.params, jnp.asarray(x, jnp.float32), mask)
 
   @cached_property
-  def _forward(self):
-    module = self.module
-
-    def run(params, x, mask):
-      variables = {"params": params, **self.collections}
-      if self.kind == "segmenter":
-        return resize_bilinear(module.apply(variables, x)["logits"], x.shape[1:3])
-      if self.kind == "tokenizer":
-        return module.apply(variables, x, method="logits")
-      if self.kind == "backbone":
-        return module.apply(variables, x, mask)[0]
-      return module.apply(variables, x, mask) if self.kind == "mim" else module.apply(variables, x)
+  def _forward(self) -> Callable[..., jax.Array]:
+    def run(params: Any, x: jax.Array, mask: jax.Array | None) -> jax.Array:
+      return self.spec.forward(self.module, {"params": params, **self.collections}, x, mask)
 
     return jax.jit(run)
 
-  def forward(self, x: Any, mask: Any = None) -> jax.Array:
-    """Runs the model on float32 [B, H, W, 3], already normalised (a tokenizer: `map_pixels`'d).
+  def preprocess(self, images: Any) -> jax.Array:
+    """Prepares images as the checkpoint's `preprocessing` says.
 
     Args:
-      mask: bool [B, h, w], True = masked; backbone and mim only.
+      images: uint8 [B, H, W, 3], or float in [0, 1]; any size, also a list of images of several sizes.
 
     Returns:
-      backbone: [B, 1 + N, D] after `norm`; mim: logits [B, N, V]; classifier: [B, C]; segmenter:
-      [B, H, W, C]; tokenizer: [B, h, w, V].
+      float32 [B, h, w, 3], normalized, of the model's image size.
     """
-    if mask is not None and self.kind not in ("backbone", "mim"):
-      raise UserError(f"a {self.kind} takes no mask")
-    return self._forward(
-      self.params, jnp.asarray(x, jnp.float32), None if mask is None else jnp.asarray(mask)
-    )
-
-  def preprocess(self, images: Any) -> jax.Array:
-    """uint8 [B, H, W, 3], or float in [0, 1], any size -> normalised float32 of the model's size."""
     p = self.preprocessing
     pixels = np.stack([self._fit(np.asarray(image)) for image in images])
     return (jnp.asarray(pixels) - jnp.asarray(p["mean"])) / jnp.asarray(p["std"])
 
   def _fit(self, image: np.ndarray) -> np.ndarray:
-    """One image to float32 [h, w, 3] in [0, 1]; floats are resized as floats."""
+    """Resizes and crops one image to float32 [h, w, 3] in [0, 1]; float images are not rounded to uint8."""
     p, size = self.preprocessing, tuple(self.preprocessing["image_size"])
     if image.dtype == np.uint8:
       views, how = {"image": (size, p["interpolation"])}, {name: p[name] for name in ("crop_pct", "resize")}
@@ -183,34 +342,47 @@ class Pretrained:
     return image[top : top + size[0], left : left + size[1]]
 
   def __call__(self, images: Any) -> jax.Array:
-    """`forward` of `preprocess(images)`.
+    """Runs the model on images: `forward(preprocess(images))`.
 
-    A segmenter gives logits for the prepared view, at `image_size`; whole images by windows are what a run's evaluation
-    does.
+    A segmenter returns logits of the prepared image, at `image_size`. Sliding windows over whole images are part of a
+    run's evaluation and of `beit_jax.predict`.
     """
     return self.forward(self.preprocess(images))
 
   def tokenize(self, images: Any) -> jax.Array:
-    """Images as for `preprocess` -> visual tokens int32 [B, N], row-major. Tokenizers only."""
-    self._need(("tokenizer",), "tokenize()")
+    """Turns images, as for `preprocess`, into visual tokens int32 [B, N] in row-major order.
+
+    Raises:
+      UserError: the model is not a tokenizer.
+    """
+    self._check_tokenizer("tokenize")
     logits = self(images)
     return logits.argmax(-1).astype(jnp.int32).reshape(len(logits), -1)
 
   def decode(self, ids: Any) -> jax.Array:
-    """Visual tokens int32 [B, N] -> images float32 [B, H, W, 3] in [0, 1]. Tokenizers with a decoder only."""
-    self._need(("tokenizer",), "decode()")
+    """Turns visual tokens int32 [B, N] into images float32 [B, H, W, 3] in [0, 1].
+
+    Raises:
+      UserError: the model is not a tokenizer, or was loaded without its decoder.
+    """
+    self._check_tokenizer("decode")
     if "decoder" not in self.params:
-      raise UserError(
-        "this tokenizer was loaded without its decoder, so tokens cannot be turned into pictures"
-      )
-    grid = tuple(side // self.module.stride for side in self.preprocessing["image_size"])
-    return self._decode(self.params, jnp.asarray(ids), grid)
+      raise UserError("this tokenizer was loaded without its decoder, so it cannot turn tokens into images")
+    assert isinstance(self.module, Dvae)
+    grid_size = tuple(side // self.module.stride for side in self.preprocessing["image_size"])
+    return self._decode(self.params, jnp.asarray(ids), grid_size)
 
   @cached_property
-  def _decode(self):
-    decode = lambda params, ids, grid: self.module.apply({"params": params}, ids, grid, method="decode")  # noqa: E731
-    return jax.jit(decode, static_argnums=2)
+  def _decode(self) -> Callable[..., jax.Array]:
+    def run(params: Any, ids: jax.Array, grid_size: tuple[int, int]) -> Any:
+      return self.module.apply({"params": params}, ids, grid_size, method="decode")
 
-  def _need(self, kinds: tuple[str, ...], what: str) -> None:
-    if self.kind not in kinds:
-      raise UserError(f"{what} needs a {' or '.join(kinds)}, this is a {self.kind}")
+    return jax.jit(run, static_argnums=2)
+
+  def _check_encoder(self) -> None:
+    if not self.has_encoder:
+      raise UserError(f"a {self.kind} has no BEiT encoder")
+
+  def _check_tokenizer(self, method: str) -> None:
+    if not self.can_tokenize:
+      raise UserError(f"{method}() needs a tokenizer, this is a {self.kind}")

@@ -469,9 +469,9 @@ def test_a_model_without_auxiliary_head_gets_a_fresh_one(tmp_path, caplog):
 @pytest.mark.parametrize(
   ("fields", "format", "message"),
   [
-    (dict(head="setr_pup"), "hf", "head 'setr_pup' cannot be saved as hf.*Formats for it: orbax, unilm"),
+    (dict(head="setr_pup"), "hf", "head 'setr_pup' cannot be saved as hf.*Its formats are orbax, unilm"),
     (dict(channels=6), "hf", "channels=6 cannot be saved as hf.*as wide as its encoder, 8.*orbax, unilm"),
-    (dict(), "timm", "a segmenter cannot be saved as timm.*Formats for it: orbax, unilm, hf"),
+    (dict(), "timm", "a segmenter cannot be saved as timm.*its formats are orbax, unilm, hf"),
   ],
 )
 def test_impossible_pairs(fields, format, message, tmp_path):

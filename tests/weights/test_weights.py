@@ -193,7 +193,7 @@ def test_what_timm_has_no_place_for_is_said(tmp_path, caplog):
 @pytest.mark.parametrize(
   ("kind", "format", "message"),
   [
-    ("mim", "timm", "a mim cannot be saved as timm.*Formats for it: orbax, unilm, hf"),
+    ("mim", "timm", "a mim cannot be saved as timm.*its formats are orbax, unilm, hf"),
     ("tokenizer", "timm", "a tokenizer cannot be saved as timm.*orbax, hf"),
     ("tokenizer", "unilm", "a tokenizer cannot be saved as unilm.*orbax, hf"),
     ("mim", "onnx", "format 'onnx' is unknown; there are orbax, unilm, timm, hf"),
