@@ -31,9 +31,7 @@ class Best:
       self._value = value
       best = {"metric": self._metric, "value": value}
       self._saver.forget_from(step)
-      self._saver.save(step, state, {**description, "best": best})
-      while not self._saver.wait():
-        self._saver.save(step, state, {**description, "best": best})
+      self._saver.save_and_wait(step, state, {**description, "best": best})
       log.info("best so far: %s %.6g at step %d, kept in %s", self._metric, value, step, self._saver.root)
 
   def close(self) -> None:

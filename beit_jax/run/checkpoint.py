@@ -296,6 +296,16 @@ class Checkpointer:
       return
     self._sealing = self._sealer.submit(self._seal, step, {**description, "step": step})
 
+  def save_and_wait(self, step: int, state: TrainState, description: dict[str, Any]) -> None:
+    """Saves and waits until the checkpoint is complete, repeating a save that fails for a transient reason.
+
+    Raises:
+      UserError: The save fails for good, or too often.
+    """
+    self.save(step, state, description)
+    while not self.wait():
+      self.save(step, state, description)
+
   def forget_from(self, step: int) -> None:
     """Deletes checkpoints of this step and later ones: a run that was begun anew may reach them again."""
     self.wait()
