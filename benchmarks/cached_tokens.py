@@ -22,6 +22,7 @@ from beit_jax import objectives, step
 from beit_jax.config import parse as config_lib
 from beit_jax.data import pipeline
 from beit_jax.data import token_cache as tokens
+from beit_jax.data.sources import Source
 from beit_jax.run import state as train_state
 from beit_jax.runtime import sharding
 from beit_jax.weights import io as weights_io
@@ -30,10 +31,10 @@ from beit_jax.weights.pretrained import Pretrained, make_module
 ROOT = Path(__file__).resolve().parent.parent
 
 
-class NoData:
+class NoData(Source):
   """As many examples as ImageNet has, and no image."""
 
-  num_classes, class_names, description = 0, (), {}
+  description = {}
 
   def __len__(self):
     return 1_281_167

@@ -31,7 +31,7 @@ def _rng(index):
 
 def ours(encoded, index, scaled=False):
   return images.train_views(
-    images.Picture(encoded), _rng(index), VIEWS, crop="random_resized", flip=True, scaled=scaled, **LAW
+    images.LazyImage(encoded), _rng(index), VIEWS, crop="random_resized", flip=True, scaled=scaled, **LAW
   )
 
 

@@ -13,6 +13,7 @@ import pytest
 from beit_jax import evaluate, objectives
 from beit_jax import step as step_lib
 from beit_jax.config import parse as config_lib
+from beit_jax.data import sources
 from beit_jax.objectives.base import module_fields
 from beit_jax.run import state as train_state
 from beit_jax.runtime import sharding
@@ -87,10 +88,9 @@ def test_documented_commands_have_configs(command, monkeypatch):
   config_lib.load(spec, overrides, objectives.model_fields())
 
 
-class _Source:
+class _Source(sources.Source):
   """As many classes as the config asks for, and no images."""
 
-  multi_label = False
   has_labels = True
 
   def __init__(self, data):

@@ -2,12 +2,13 @@
 
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
 
 from beit_jax.data import images
+from beit_jax.data.sources import Example, Source
 from beit_jax.errors import BadImage, UserError
 
 HostBatch = dict[str, np.ndarray]
@@ -16,16 +17,32 @@ PAUSES = (0.1, 0.5)  # seconds before a file is read again: a network mount has 
 LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)  # those do not
 
 
-def decode(example: dict[str, Any], index: int, field: str = "image") -> images.Picture:
+class Reader(Protocol):
+  """Turns an example into the arrays of one row of a host batch. Pickled when `data.workers` is positive."""
+
+  def train(self, image: images.LazyImage, example: Example, key: tuple[int, ...]) -> HostBatch:
+    """Augments an example; all randomness is a function of `key` = (seed, epoch, index of the row's example).
+
+    Raises:
+      BadImage: the image, or another part of the example, is damaged.
+    """
+    ...
+
+  def eval(self, image: images.LazyImage, example: Example) -> HostBatch:
+    """Prepares an example for evaluation, without randomness. Raises as `train`."""
+    ...
+
+
+def decode(example: Example, index: int, field: str = "image") -> images.LazyImage:
   """The picture of an example; its pixels may be damaged all the same, which shows when they are asked for.
 
   Raises:
     BadImage: it cannot be decoded; names the file, or the example.
   """
-  return images.Picture(example[field], str(example.get("file", f"example {index}")))
+  return images.LazyImage(example[field], str(example.get("file", f"example {index}")))
 
 
-def read(source: Any, index: int) -> dict[str, Any]:
+def read(source: Source, index: int) -> Example:
   """An example of a source, its file tried three times.
 
   Raises:
@@ -74,12 +91,12 @@ def decode_labels(encoded: Any, name: str) -> np.ndarray:
   return np.asarray(image).astype(np.int32 if image.mode.startswith("I") else np.uint8, copy=False)
 
 
-def map_name(example: dict[str, Any], index: int) -> str:
+def map_name(example: Example, index: int) -> str:
   """What to call an example's label map in an error."""
   return str(example.get("label_file", example.get("file", f"example {index}")))
 
 
-def read_error(source: Any, index: int) -> str:
+def read_error(source: Source, index: int) -> str:
   """Which example it is, and why it cannot be read."""
   try:
     example = source[index]

@@ -80,7 +80,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def decode(image: Any) -> Image.Image:
-  """Encoded bytes, a uint8 array [H, W, 3 or 1], a `Picture`, or what this returned before -> Pillow image in RGB.
+  """Encoded bytes, a uint8 array [H, W, 3 or 1], a `LazyImage`, or what this returned before -> Pillow image in RGB.
 
   Encoded pictures are turned upright as their EXIF orientation says; a damaged EXIF block says nothing. Transparency
   is dropped.
@@ -89,7 +89,7 @@ def decode(image: Any) -> Image.Image:
     return to_rgb(_upright(open_picture(image)))
   if isinstance(image, Image.Image):
     return image
-  if isinstance(image, Picture):
+  if isinstance(image, LazyImage):
     return Image.fromarray(image.pixels())
   array = np.asarray(image)
   return to_rgb(Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array))
@@ -108,7 +108,7 @@ def _blamed_on(name: str) -> Iterator[None]:
     raise BadImage(f"{name} cannot be decoded: {reason}; remove or repair it") from None
 
 
-class Picture:
+class LazyImage:
   """A picture of which the header has been read. A plain JPEG is decoded when its pixels are asked for.
 
   Args:
@@ -193,7 +193,7 @@ def train_views(
   flip: bool,
   scaled: bool = False,
 ) -> dict:
-  """One random box and flip, resized to every view: {name: uint8 [H, W, 3]}. `image`: as for `Picture`, or one.
+  """One random box and flip, resized to every view: {name: uint8 [H, W, 3]}. `image`: as for `LazyImage`, or one.
 
   Args:
     crop: "random_resized"; "pad" (reflect-free: zero padding by an eighth, then a random crop, for small images);
@@ -203,7 +203,7 @@ def train_views(
   Raises:
     BadImage: the picture cannot be decoded.
   """
-  picture = image if isinstance(image, Picture) else Picture(image)
+  picture = image if isinstance(image, LazyImage) else LazyImage(image)
   first, factor = next(iter(views.values()))[0], 1
   if crop == "random_resized":
     box = random_resized_box(rng, *picture.size, scale, ratio)

@@ -16,13 +16,13 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from typing import Any
 
 import grain
 import numpy as np
 
 from beit_jax.data.bad_images import BadImageTracker
-from beit_jax.data.examples import TRIES, HostBatch, candidates, decode, read
+from beit_jax.data.examples import TRIES, HostBatch, Reader, candidates, decode, read
+from beit_jax.data.sources import Source
 from beit_jax.errors import BadImage, TransientError, UserError
 
 
@@ -145,14 +145,14 @@ def _batches(
 
 
 def train_batches(
-  source: Any, reader: Any, *,
+  source: Source, reader: Reader, *,
   rows: np.ndarray, batch_size: int, total_steps: int, start_step: int, seed: int, workers: int = 0, threads: int = 1,
   bad_images: BadImageTracker | None = None,
 ) -> Iterator[HostBatch]:  # fmt: skip
   """Host batches of steps start_step..total_steps-1.
 
   Args:
-    reader: `Views`, or anything with its `train` and `eval`.
+    reader: makes the arrays of each row.
     rows: the rows of a global batch that this process reads.
     workers: processes that read; 0 = `threads` of this one.
     bad_images: is told of examples that cannot be read; others take their place. Without it they are errors.
@@ -167,7 +167,7 @@ def train_batches(
 
 
 def eval_batches(
-  source: Any, reader: Any, *,
+  source: Source, reader: Reader, *,
   rows: np.ndarray, batch_size: int, workers: int = 0, threads: int = 1, bad_images: BadImageTracker | None = None,
 ) -> Iterator[HostBatch]:  # fmt: skip
   """Every example once, in order, centre-cropped; `valid` is False in the last batch's padding and for damaged ones."""

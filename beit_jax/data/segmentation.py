@@ -116,7 +116,7 @@ class LabelMapReader:
     self._rule["num_classes"] = num_classes
     self._fill = tuple(int(255 * m + 0.5) for m in data["mean"])
 
-  def labels(self, example: dict[str, Any], image: images.Picture, index: int) -> np.ndarray:
+  def labels(self, example: dict[str, Any], image: images.LazyImage, index: int) -> np.ndarray:
     """uint8 [H, W] of the image's size.
 
     Raises:
@@ -132,7 +132,7 @@ class LabelMapReader:
       )
     return to_classes(labels, name, **self._rule)
 
-  def train(self, image: images.Picture, example: dict[str, Any], key: tuple[int, ...]) -> HostBatch:
+  def train(self, image: images.LazyImage, example: dict[str, Any], key: tuple[int, ...]) -> HostBatch:
     rng, s = np.random.default_rng((*key, 2)), self._segment
     labels = self.labels(example, image, example.get("index", key[-1]))
     factor = rng.uniform(*s["resize_ratio"])
@@ -148,7 +148,7 @@ class LabelMapReader:
       pixels = distort(rng, np.ascontiguousarray(pixels))
     return self._pad(pixels, labels)
 
-  def eval(self, image: images.Picture, example: dict[str, Any]) -> HostBatch:
+  def eval(self, image: images.LazyImage, example: dict[str, Any]) -> HostBatch:
     """A central crop after the resize of evaluation; for figures (`windows.py` evaluates whole images)."""
     labels = self.labels(example, image, example.get("index", 0))
     size = rescale_size(image.size, self._segment["resize"])

@@ -79,27 +79,3 @@ def render(split: str, index: int, size: int) -> dict[str, np.ndarray | int]:
     "label": label,
     "label_map": labels[::scale, ::scale].copy(),
   }
-
-
-class ShapesSource:
-  """`num_examples` scenes of `size` x `size` pixels. `split` is "train" or "test"."""
-
-  num_classes = len(KINDS)
-  class_names = KINDS
-  map_class_names = ("background", *KINDS)
-  has_labels, multi_label = True, False
-
-  def __init__(self, split: str, num_examples: int, size: int):
-    self._split, self._num_examples, self._size = split, num_examples, size
-    self.description = {"source": "shapes", "split": split, "num_examples": num_examples, "size": size}
-    self._cache: dict[int, dict] = {}  # 3 KB an example at 32 pixels; rendering takes longer than a read
-
-  def __len__(self) -> int:
-    return self._num_examples
-
-  def __getitem__(self, index: int) -> dict:
-    if self._size > 64:
-      return render(self._split, index, self._size)
-    if index not in self._cache:
-      self._cache[index] = render(self._split, index, self._size)
-    return self._cache[index]

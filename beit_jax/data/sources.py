@@ -1,30 +1,83 @@
-"""Where examples come from. A source has `__len__`, `__getitem__(i)`, `num_classes`, `class_names`, `description`.
+"""Data sources: random access to the examples of a data set.
 
-An example is a dict with `image` (encoded bytes or uint8 array) and, where there are labels, `label`: an int, or,
-with several labels an image (`multi_label`), float32 [num_classes] of 0 and 1; or `label_map` (bytes or array), a class
-for every pixel. How many classes a label map has, only the config knows (data.num_classes).
-`SOURCES` is the register: a new data set is a class here, unless it is in TFDS or a folder of images.
+`Source` is what the rest of the library asks of a data set. To add one, write a class here and give it a line in
+`SOURCES`.
 """
 
 import csv
 import difflib
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from beit_jax.data.shapes import SPLITS, ShapesSource
+from beit_jax.data import shapes
 from beit_jax.errors import BadImage, UserError
 from beit_jax.runtime import bucket
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 
+Example = dict[str, Any]
 
-class TfdsSource:
-  """A prepared TFDS data set in a random-access form (ArrayRecord), read without TensorFlow.
 
-  Nothing is ever downloaded: a data set that is not there is an error with the command that builds it.
+class Source(Protocol):
+  """A data set with random access.
+
+  A subclass implements `__len__` and `__getitem__` and sets `description`; the other attributes have defaults for
+  images without labels. Sources are pickled when `data.workers` is positive.
+
+  Attributes:
+    num_classes: number of classes of `label`; 0 if there are no labels or only the config knows the number.
+    class_names: name of each class of `label`; () if unknown.
+    map_class_names: name of each class of `label_map`; () if unknown.
+    has_labels: whether examples have a `label`.
+    multi_label: whether a `label` is a vector of 0 and 1 instead of one class id.
+    description: JSON values that identify the data; checkpoints and token caches record them.
+  """
+
+  num_classes: int = 0
+  class_names: tuple[str, ...] = ()
+  map_class_names: tuple[str, ...] = ()
+  has_labels: bool = False
+  multi_label: bool = False
+  description: dict[str, Any]
+
+  def __len__(self) -> int: ...
+
+  def __getitem__(self, index: int) -> Example:
+    """Reads one example.
+
+    Returns:
+      A dict with `image`, encoded bytes or uint8 [H, W, 3 or 1], and optionally
+      `label`: int, or with `multi_label` float32 [num_classes];
+      `label_map`: encoded bytes or an integer array [H, W], the class of each pixel;
+      `file`, `label_file`: the paths of the image and of its label map, for error messages.
+
+    Raises:
+      BadImage: the example is damaged.
+      OSError: the example cannot be read.
+    """
+    ...
+
+  def relabel(self, class_names: tuple[str, ...]) -> None:
+    """Renumbers the classes to match `class_names`, those of the training data or of a checkpoint.
+
+    Raises:
+      UserError: a class is not in `class_names`, or the numbers of this source are fixed and differ.
+    """
+    if tuple(class_names) != tuple(self.class_names):
+      raise UserError(
+        f"{self.description}: found the classes {self.class_names[:5]}..., the model expects {class_names[:5]}...; use "
+        "data with the classes of the model"
+      )
+
+
+class TfdsSource(Source):
+  """A prepared TFDS data set in a random-access format (ArrayRecord), read without TensorFlow.
+
+  Nothing is downloaded: if the data set is not prepared, the error gives the command that builds it.
   """
 
   def __init__(self, name: str, split: str, data_dir: str, image_key: str, label_key: str):
@@ -32,7 +85,7 @@ class TfdsSource:
     bucket.refuse("data.data_dir", data_dir)
     root = Path(os.path.expanduser(data_dir))
     folder = _version_folder(root, name)
-    import tensorflow_datasets as tfds
+    import tensorflow_datasets as tfds  # slow to import; only this source needs it
 
     builder = tfds.builder_from_directory(str(folder))
     features = builder.info.features
@@ -41,8 +94,8 @@ class TfdsSource:
         raise UserError(
           f"{option}={key!r}: data set {name} has the features {sorted(features)}; set {option}"
         )
-    self._maps = bool(label_key) and isinstance(features[label_key], tfds.features.Image)
-    encoded = (image_key, label_key) if self._maps else (image_key,)
+    self._has_maps = bool(label_key) and isinstance(features[label_key], tfds.features.Image)
+    encoded = (image_key, label_key) if self._has_maps else (image_key,)
     try:
       self._source = builder.as_data_source(
         split=split, decoders={key: tfds.decode.SkipDecoding() for key in encoded}
@@ -52,33 +105,35 @@ class TfdsSource:
       raise UserError(f"data.split={split!r}: data set {name} has the splits {splits} ({error})") from None
     except NotImplementedError:
       raise UserError(
-        f"{folder} is not in a random-access form; rebuild it with: {_build_command(root, name)}"
+        f"{folder} is not in a random-access format; rebuild it with: {_build_command(root, name)}"
       ) from None
-    label = features[label_key] if label_key else None
-    self.has_labels = label is not None
-    self.multi_label = isinstance(label, tfds.features.Sequence)
-    label = label.feature if self.multi_label else label
-    self.num_classes = getattr(label, "num_classes", 0) or 0
-    self.class_names = tuple(label.names) if self.num_classes else ()
     self.description = {"source": "tfds", "name": str(builder.info.full_name), "split": split}
     self._image_key, self._label_key = image_key, label_key
+    self.has_labels = bool(label_key)
+    if label_key:
+      label = features[label_key]
+      self.multi_label = isinstance(label, tfds.features.Sequence)
+      label = label.feature if self.multi_label else label
+      classified = isinstance(label, tfds.features.ClassLabel | tfds.features.LabeledImage)
+      if classified and label.num_classes:
+        self.num_classes, self.class_names = label.num_classes, tuple(label.names)
 
   def __len__(self) -> int:
     return len(self._source)
 
-  def __getitem__(self, index: int) -> dict[str, Any]:
+  def __getitem__(self, index: int) -> Example:
     try:
-      example = self._source[int(index)]
-    except (RuntimeError, ValueError) as error:  # ArrayRecord's checksums
+      stored = self._source[int(index)]
+    except (RuntimeError, ValueError) as error:  # a checksum of ArrayRecord does not match
       where = f"{self.description['name']} ({self.description['split']}), example {index}"
       raise BadImage(f"{where} cannot be read: {error}; copy or build the data set again") from None
-    result = {"image": example[self._image_key]}
-    if self._maps:
-      result["label_map"] = example[self._label_key]
+    example = {"image": stored[self._image_key]}
+    if self._has_maps:
+      example["label_map"] = stored[self._label_key]
     elif self._label_key:
-      label = example[self._label_key]
-      result["label"] = multi_hot(label, self.num_classes) if self.multi_label else int(label)
-    return result
+      label = stored[self._label_key]
+      example["label"] = multi_hot(label, self.num_classes) if self.multi_label else int(label)
+    return example
 
 
 def multi_hot(labels: Any, num_classes: int) -> np.ndarray:
@@ -103,21 +158,27 @@ def _version_folder(root: Path, name: str) -> Path:
   versions = [path for path in versions if not version or path.name == version]
   if versions:
     return versions[-1]
-  there = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
-  near = difflib.get_close_matches(base, there, 1)
-  hint = f" Did you mean {near[0]!r}?" if near else ""
+  prepared = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+  similar = difflib.get_close_matches(base, prepared, 1)
+  hint = f" Did you mean {similar[0]!r}?" if similar else ""
   raise UserError(
-    f"data.name={name!r}: no prepared data set in {folder} (found in {root}: {', '.join(there) or 'nothing'}).{hint} "
-    f"Build it with: {_build_command(root, name)}   (needs `pip install tensorflow` once), or set data.data_dir"
+    f"data.name={name!r}: no prepared data set in {folder} (found in {root}: {', '.join(prepared) or 'nothing'})."
+    f"{hint} Build it with: {_build_command(root, name)}   (needs `pip install tensorflow` once), or set data.data_dir"
   )
 
 
-class FolderSource:
-  """A folder of images of any kind: `root/[split/]<class>/*.jpg`, or no class folders at all (unlabelled).
+def list_images(folder: Path) -> list[Path]:
+  """The image files below a folder, recursively, sorted by path."""
+  return sorted(
+    path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
+  )
 
-  Files are taken in sorted order of their path. A file that Pillow cannot open is found on reading it.
-  With `label_file`, a CSV of `file,class[,class...]` with files relative to the split's folder, an image has
-  any number of labels, and only the files listed are taken.
+
+class FolderSource(Source):
+  """A folder of images: `root/[split/]<class>/*.jpg`, or without class folders (unlabeled).
+
+  Files are sorted by path. With `label_file`, a CSV of `file,class[,class...]` with files relative to the split's
+  folder, an image has any number of labels, and only the listed files are used.
   """
 
   def __init__(self, root: str, split: str, label_file: str = ""):
@@ -126,26 +187,25 @@ class FolderSource:
       raise UserError(f"data.root={root!r}: no such folder; give the folder that holds the images")
     folder = base / split if split and (base / split).is_dir() else base
     if split not in ("", "train") and folder == base:
-      have = sorted(p.name for p in base.iterdir() if p.is_dir())
-      raise UserError(f"data.split={split!r}: {base} has no such sub-folder (it has {have or 'none'})")
-    self._files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+      found = sorted(path.name for path in base.iterdir() if path.is_dir())
+      raise UserError(f"data.split={split!r}: {base} has no such subfolder (it has {found or 'none'})")
+    self._files = list_images(folder)
     if not self._files:
       raise UserError(
-        f"data.root: no images below {folder}; known endings are {', '.join(sorted(IMAGE_SUFFIXES))}"
+        f"data.root: no images below {folder}; known file extensions are {', '.join(sorted(IMAGE_SUFFIXES))}"
       )
     self.description = {"source": "folder", "root": str(folder), "num_examples": len(self._files)}
-    self.has_labels = self.multi_label = bool(label_file)
     if label_file:
-      self._read_labels(folder, folder / os.path.expanduser(label_file))
+      self._read_label_file(folder, folder / os.path.expanduser(label_file))
       return
     parents = [path.relative_to(folder).parts[0] if path.parent != folder else "" for path in self._files]
     self.has_labels = "" not in parents
-    self.class_names, self.num_classes = (), 0
     if self.has_labels:
-      self._names = [[parent] for parent in parents]
+      self._class_names_of = [[parent] for parent in parents]
       self.relabel(tuple(sorted(set(parents))))
 
-  def _read_labels(self, folder: Path, table: Path) -> None:
+  def _read_label_file(self, folder: Path, table: Path) -> None:
+    self.has_labels = self.multi_label = True
     try:
       with table.open(newline="", encoding="utf-8-sig") as file:
         rows = [[cell.strip() for cell in row] for row in csv.reader(file) if row]
@@ -158,24 +218,18 @@ class FolderSource:
         f"data.label_file: {table} names {len(missing)} files that are not below {folder}, first {missing[:3]}; "
         "expected rows `file,class[,class...]` without a header"
       )
-    names: dict[str, list[str]] = {}  # several rows of one file are one example
+    labels: dict[str, list[str]] = {}  # several rows of one file are one example
     for row in rows:
-      names.setdefault(row[0], []).extend(name for name in row[1:] if name)
-    self._files, self._names = [known[name] for name in names], list(names.values())
-    self.relabel(tuple(sorted({name for some in self._names for name in some})))
+      labels.setdefault(row[0], []).extend(name for name in row[1:] if name)
+    self._files = [known[name] for name in labels]
+    self._class_names_of = list(labels.values())
+    self.relabel(tuple(sorted({name for names in self._class_names_of for name in names})))
     if not self.num_classes:
-      raise UserError(
-        f"data.label_file: {table} names no class at all; expected rows `file,class[,class...]`"
-      )
+      raise UserError(f"data.label_file: {table} names no class; expected rows `file,class[,class...]`")
     self.description |= {"label_file": str(table), "num_examples": len(self._files)}
 
   def relabel(self, class_names: tuple[str, ...]) -> None:
-    """Numbers the classes as in `class_names`, those of the training data or of a checkpoint.
-
-    Raises:
-      UserError: a class here is not among them.
-    """
-    unknown = sorted({name for some in self._names for name in some} - set(class_names))
+    unknown = sorted({name for names in self._class_names_of for name in names} - set(class_names))
     if unknown:
       raise UserError(
         f"{self.description['root']}: the classes {unknown[:5]} are not among the {len(class_names)} that the model "
@@ -183,53 +237,44 @@ class FolderSource:
       )
     self.class_names, self.num_classes = tuple(class_names), len(class_names)
     ids = {name: i for i, name in enumerate(class_names)}
-    if self.multi_label:
-      self._labels = [multi_hot([ids[name] for name in some], self.num_classes) for some in self._names]
-    else:
-      self._labels = [ids[some[0]] for some in self._names]
+    self._class_ids = [[ids[name] for name in names] for names in self._class_names_of]
 
   def __len__(self) -> int:
     return len(self._files)
 
-  def __getitem__(self, index: int) -> dict[str, Any]:
-    example: dict[str, Any] = {"image": self._files[index].read_bytes(), "file": str(self._files[index])}
+  def __getitem__(self, index: int) -> Example:
+    example: Example = {"image": self._files[index].read_bytes(), "file": str(self._files[index])}
     if self.has_labels:
-      example["label"] = self._labels[index]
+      ids = self._class_ids[index]
+      example["label"] = multi_hot(ids, self.num_classes) if self.multi_label else ids[0]
     return example
 
 
-class PairsSource:
+class PairsSource(Source):
   """Images and label maps in two folders, as in SceneParse150: `root/{images,annotations}/<split>/NAME.{jpg,png}`."""
-
-  num_classes, class_names, multi_label = 0, (), False
 
   def __init__(self, root: str, split: str):
     base = Path(os.path.expanduser(root))
-    folders = [base / name / split for name in ("images", "annotations")]
-    for folder in folders:
+    images, annotations = base / "images" / split, base / "annotations" / split
+    for folder in (images, annotations):
       if not root or not folder.is_dir():
         raise UserError(
           f"data.root={root!r}: no folder {folder}; expected images/{split} and annotations/{split} in it"
         )
-    images, maps = folders
-    self._images = sorted(p for p in images.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+    self._images = list_images(images)
     if not self._images:
       raise UserError(f"data.root: no images below {images}")
-    self._maps = [maps / path.relative_to(images).with_suffix(".png") for path in self._images]
+    self._maps = [annotations / path.relative_to(images).with_suffix(".png") for path in self._images]
     missing = [path for path in self._maps if not path.is_file()]
     if missing:
       raise UserError(f"{missing[0]}: missing; {len(missing)} of {len(self._maps)} images have no annotation")
-    self.description = {
-      "source": "pairs",
-      "root": str(base),
-      "split": split,
-      "num_examples": len(self._images),
-    }
+    count = len(self._images)
+    self.description = {"source": "pairs", "root": str(base), "split": split, "num_examples": count}
 
   def __len__(self) -> int:
     return len(self._images)
 
-  def __getitem__(self, index: int) -> dict[str, Any]:
+  def __getitem__(self, index: int) -> Example:
     image, label_map = self._images[index], self._maps[index]
     return {
       "image": image.read_bytes(),
@@ -239,52 +284,84 @@ class PairsSource:
     }
 
 
-class Subset:
-  """A fixed random fraction of a source (for few-label runs); the choice depends only on the source's length."""
+class ShapesSource(Source):
+  """`num_examples` procedural scenes of `render_size` x `render_size` pixels with labels and label maps."""
 
-  def __init__(self, source: Any, fraction: float):
+  num_classes = len(shapes.KINDS)
+  class_names = shapes.KINDS
+  map_class_names = ("background", *shapes.KINDS)
+  has_labels = True
+
+  def __init__(self, split: str, num_examples: int, render_size: int):
+    if split not in shapes.SPLITS:
+      raise UserError(f"data.split={split!r}: the shapes data has the splits {sorted(shapes.SPLITS)}")
+    self._split, self._num_examples, self._size = split, num_examples, render_size
+    self.description = {
+      "source": "shapes",
+      "split": split,
+      "num_examples": num_examples,
+      "size": render_size,
+    }
+    self._cache: dict[int, Example] = {}  # of small scenes: 3 kB each at 32 pixels; rendering is slower
+
+  def __len__(self) -> int:
+    return self._num_examples
+
+  def __getitem__(self, index: int) -> Example:
+    if self._size > 64:
+      return shapes.render(self._split, index, self._size)
+    if index not in self._cache:
+      self._cache[index] = shapes.render(self._split, index, self._size)
+    return self._cache[index]
+
+
+class Subset(Source):
+  """A fixed random fraction of a source, for few-label runs; the choice depends on the source's length only."""
+
+  def __init__(self, source: Source, fraction: float):
     count = max(int(round(len(source) * fraction)), 1)
     self._source, self._indices = source, np.random.default_rng(0).permutation(len(source))[:count]
     self.description = {**source.description, "fraction": fraction}
+    self.map_class_names = source.map_class_names
+    self.has_labels, self.multi_label = source.has_labels, source.multi_label
+    self.num_classes, self.class_names = source.num_classes, source.class_names
 
-  def __getattr__(self, name: str) -> Any:
-    """num_classes, class_names, relabel and so on are the source's."""
-    if name.startswith("_"):
-      raise AttributeError(name)
-    return getattr(self._source, name)
+  def relabel(self, class_names: tuple[str, ...]) -> None:
+    self._source.relabel(class_names)
+    self.num_classes, self.class_names = self._source.num_classes, self._source.class_names
 
   def __len__(self) -> int:
     return len(self._indices)
 
-  def __getitem__(self, index: int) -> dict[str, Any]:
+  def __getitem__(self, index: int) -> Example:
     return self._source[int(self._indices[index])]
 
 
-def _shapes(data) -> ShapesSource:
-  if data["split"] not in SPLITS:
-    raise UserError(f"data.split={data['split']!r}: the shapes data has the splits {sorted(SPLITS)}")
-  return ShapesSource(data["split"], data["num_examples"], data["render_size"])
-
-
-SOURCES = {
-  "tfds": lambda d: TfdsSource(d["name"], d["split"], d["data_dir"], d["image_key"], d["label_key"]),
-  "folder": lambda d: FolderSource(d["root"], d["split"], d["label_file"]),
-  "pairs": lambda d: PairsSource(d["root"], d["split"]),
-  "shapes": _shapes,
+# Value of `data.source` -> the class, and the keys of the config's `data` section that are its keyword arguments.
+SOURCES: dict[str, tuple[Callable[..., Source], tuple[str, ...]]] = {
+  "tfds": (TfdsSource, ("name", "split", "data_dir", "image_key", "label_key")),
+  "folder": (FolderSource, ("root", "split", "label_file")),
+  "pairs": (PairsSource, ("root", "split")),
+  "shapes": (ShapesSource, ("split", "num_examples", "render_size")),
 }
 
 
-def make_source(data: dict[str, Any]) -> Any:
-  """The source that a config's `data` (or `eval.data`) section asks for."""
+def make_source(data: dict[str, Any]) -> Source:
+  """Builds the source that a config's `data` section names.
+
+  Raises:
+    UserError: the section is invalid, or the data is missing or has another number of classes.
+  """
   if data["source"] not in SOURCES:
     raise UserError(f"data.source={data['source']!r} is unknown; there are {sorted(SOURCES)}")
-  if data.get("label_file") and data["source"] != "folder":
+  source_class, keys = SOURCES[data["source"]]
+  if data.get("label_file") and "label_file" not in keys:
     raise UserError(
       f"config key 'data.label_file': only for data.source='folder', here it is {data['source']!r}"
     )
   for key in ("data_dir", "root", "label_file"):
     bucket.refuse(f"data.{key}", data.get(key))
-  source = SOURCES[data["source"]](data)
+  source = source_class(**{key: data[key] for key in keys})
   expected = data["num_classes"]
   if expected is not None and source.num_classes not in (0, expected):
     raise UserError(

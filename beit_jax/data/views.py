@@ -39,7 +39,7 @@ class ViewReader:
           "config key 'data.rand_augment': the views of an example would no longer show the same; it is for fine-tuning"
         )
 
-  def train(self, image: images.Picture, example: dict[str, Any], key: tuple[int, ...]) -> HostBatch:
+  def train(self, image: images.LazyImage, example: dict[str, Any], key: tuple[int, ...]) -> HostBatch:
     """`key`, (seed, epoch, index of the row), is all the randomness there is.
 
     Raises:
@@ -55,7 +55,7 @@ class ViewReader:
       views = {name: np.asarray(augment(view)) for name, view in views.items()}
     return {**views, **self._label(example)}
 
-  def eval(self, image: images.Picture, example: dict[str, Any]) -> HostBatch:
+  def eval(self, image: images.LazyImage, example: dict[str, Any]) -> HostBatch:
     o = self._options
     views = images.eval_views(image, self._views, crop_pct=o["crop_pct"], resize=o["resize"])
     return {**views, **self._label(example)}

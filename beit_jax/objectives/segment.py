@@ -228,7 +228,7 @@ def _names_and_colours(options: Any, source: Any, count: int) -> tuple[tuple[str
       f"config key 'segment.class_names': {len(names)} names, there are {count} classes (data.num_classes); give one "
       f"text for each, found {names[:3]!r}, ..."
     )
-  own = tuple(getattr(source, "map_class_names", ()))
+  own = source.map_class_names
   try:
     colours = drawing.class_colours(options.palette, count)
   except ValueError as error:

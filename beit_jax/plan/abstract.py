@@ -33,10 +33,8 @@ KNOWN: dict[str, tuple[int, int]] = {
 }
 
 
-class Source:
+class Source(sources.Source):
   """Stands in for data that is not here: so many examples and classes, and no images."""
-
-  multi_label = False
 
   def __init__(self, examples: int, num_classes: int, has_labels: bool):
     self.num_classes, self.has_labels = num_classes, has_labels
@@ -46,6 +44,9 @@ class Source:
 
   def __len__(self) -> int:
     return self._examples
+
+  def __getitem__(self, index: int) -> sources.Example:
+    raise NotImplementedError("a plan reads no examples")
 
 
 def make_source(config: ConfigDict, examples: int | None) -> Source:
@@ -58,7 +59,7 @@ def make_source(config: ConfigDict, examples: int | None) -> Source:
   if examples is None:
     try:
       real = sources.make_source(data.to_dict())
-      return Source(len(real), real.num_classes, real.has_labels if hasattr(real, "has_labels") else False)
+      return Source(len(real), real.num_classes, real.has_labels)
     except (UserError, OSError, ImportError) as error:
       name = data.name.split("/")[0].split(":")[0].lower()
       if name not in KNOWN or data.split != "train":

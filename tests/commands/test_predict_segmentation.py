@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import beit_jax
-from beit_jax.data import drawing, examples, shapes
+from beit_jax.data import drawing, examples, shapes, sources
 from beit_jax.errors import UserError
 from beit_jax.models.upernet import BeitForSemanticSegmentation
 from beit_jax.objectives import Segmentation, sliding
@@ -282,7 +282,7 @@ def test_a_run_says_what_prediction_needs():
 
 
 def _segment(**changes):
-  return Segmentation(tiny.config("segment", **changes), shapes.ShapesSource("train", 8, 16))
+  return Segmentation(tiny.config("segment", **changes), sources.ShapesSource("train", 8, 16))
 
 
 @pytest.mark.parametrize(

@@ -565,7 +565,7 @@ def test_a_run_without_tokens_is_refused(tmp_path, capsys):
 
 CHILD = """
 import sys, time
-from beit_jax.data import tokens
+from beit_jax.data import token_cache as tokens
 tokens.SHARD_SIZE = 40
 write = tokens.TokenCache.write
 def slow(self, *arguments):

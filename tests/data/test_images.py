@@ -90,7 +90,7 @@ def test_a_line_of_pixels_is_cut_before_it_is_resized(monkeypatch):
 def test_plain_jpegs_have_the_pixels_that_pillow_finds(name, mode, taken):
   for size in ((150, 100), (33, 17), (8, 64), (1, 5)):
     data = _encoded(_scene(*size).convert(mode), **PLAIN[name])
-    picture, plain = images.Picture(data), np.asarray(images.decode(data))
+    picture, plain = images.LazyImage(data), np.asarray(images.decode(data))
     assert picture.size == plain.shape[1::-1]
     np.testing.assert_array_equal(picture.pixels(), plain)
   assert len(taken) == 4 and all(pixels is not None for pixels in taken)
@@ -110,7 +110,7 @@ OTHERS = {
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_pictures_are_left_to_pillow(name, taken):
   data = OTHERS[name]()
-  picture, plain = images.Picture(data), np.asarray(images.decode(data))
+  picture, plain = images.LazyImage(data), np.asarray(images.decode(data))
   assert picture.size == plain.shape[1::-1]
   np.testing.assert_array_equal(picture.pixels(), plain)
   assert not taken
@@ -136,12 +136,12 @@ def test_damage_is_found_where_pillow_finds_it(taken):
       if isinstance(error, Image.UnidentifiedImageError):
         reason = "no picture of a kind that is read"
     if reason is None:
-      np.testing.assert_array_equal(images.Picture(data).pixels(), wanted)
+      np.testing.assert_array_equal(images.LazyImage(data).pixels(), wanted)
     else:
       with pytest.raises(
         BadImage, match=f"^x.jpg cannot be decoded: {re.escape(reason)}; remove or repair it$"
       ):
-        images.Picture(data, "x.jpg").pixels()
+        images.LazyImage(data, "x.jpg").pixels()
     outcomes["read" if reason is None else "refused"] += 1
   assert min(outcomes.values()) > 50
   # Some that Pillow reads are not to the library's taste, and the other way round there are none.
@@ -157,7 +157,7 @@ def test_sizes_are_limited_before_anything_is_decoded(taken, monkeypatch):
   data = _encoded(_scene())
   for size in ((9_000, 9_000), (65_500, 1_100)):
     with pytest.raises(BadImage, match="pixels are more than 67,108,864"):
-      images.Picture(_with_size(data, *size))
+      images.LazyImage(_with_size(data, *size))
   assert not taken
   assert jpeg.decode(data, (150, 100)).shape == (100, 150, 3)
   monkeypatch.setattr(jpeg.simplejpeg, "decode_jpeg", lambda *_, **__: pytest.fail("it was decoded"))
@@ -281,7 +281,9 @@ def test_fifty_decibels_on_imagenet():
 def test_evaluation_has_pillows_pixels():
   for options in (dict(), dict(exif=_exif(8))):
     data = _encoded(_scene(200, 160), **options)
-    view = images.eval_views(images.Picture(data), {"image": ((32, 32), "bicubic")}, crop_pct=0.875)["image"]
+    view = images.eval_views(images.LazyImage(data), {"image": ((32, 32), "bicubic")}, crop_pct=0.875)[
+      "image"
+    ]
     image = images.decode(data)
     height, width = images.eval_size(image.size[::-1], (32, 32), 0.875, "short_side")
     resized = image.resize((width, height), Image.Resampling.BICUBIC)
@@ -324,7 +326,7 @@ def test_scaled_decoding_of_a_damaged_picture_is_pillows():
   """What the library objects to comes at its full size, and the box with it."""
   data = bytearray(_encoded(_scene(640, 480), quality=95))
   data[-400:-380] = bytes(20)
-  picture = images.Picture(bytes(data))
+  picture = images.LazyImage(bytes(data))
   pixels, factor = picture.shrunk(4)
   assert factor == 1 and pixels.shape == (480, 640, 3)
   np.testing.assert_array_equal(pixels, np.asarray(images.decode(bytes(data))))
@@ -340,8 +342,8 @@ def test_the_config_key():
 # In the pipeline.
 
 
-class _Pictures:
-  num_classes, class_names, description = 0, (), {}
+class _Pictures(sources.Source):
+  description = {}
 
   def __init__(self, encoded):
     self._encoded = encoded

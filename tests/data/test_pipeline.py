@@ -18,7 +18,7 @@ OPTIONS = dict(
 
 
 def _source(count=20):
-  return shapes.ShapesSource("train", count, 24)
+  return sources.ShapesSource("train", count, 24)
 
 
 def _reader(**options):
@@ -78,10 +78,10 @@ def test_evaluation_shows_every_example_once_and_pads():
   assert sorted(_flat(batches, "example_key")[valid][:, 1]) == list(range(10))
 
 
-class _Gradient:
+class _Gradient(sources.Source):
   """One image whose red is its row and whose green is its column: the box can be read off the view."""
 
-  num_classes, class_names, description = 0, (), {}
+  description = {}
 
   def __len__(self):
     return 1

@@ -116,10 +116,10 @@ def test_poly_schedule_by_formula():
   assert rate(50) == pytest.approx(0.99e-3 * 0.5 + 1e-5) and rate(100) == pytest.approx(1e-5)
 
 
-class _Sized:
+class _Sized(sources.Source):
   """Images of many sizes with random label maps."""
 
-  num_classes, class_names, multi_label = 9, (), False
+  num_classes = 9
   description: dict = {}
 
   def __init__(self, sizes):

@@ -199,10 +199,9 @@ def test_another_takes_the_place(tmp_path):
     next(pipeline.eval_batches(source, reader, **options))
 
 
-class _Data:
+class _Data(sources.Source):
   """So many grey pictures; what `fault` returns for an index is raised instead."""
 
-  num_classes, class_names, multi_label = 0, (), False
   description: dict = {}
 
   def __init__(self, count, fault=lambda index: None):
