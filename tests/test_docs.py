@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import beit_jax
 from tests.conftest import ROOT
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "launch").rglob("*.md")])
@@ -151,3 +152,10 @@ def test_the_checks_find_what_is_broken():
   ]
   assert missing_tests(BROKEN) == ["test_nothing", "tests/test_docs.py -k nothing"]
   assert missing_commands(BROKEN) == ["beit_jax.nothing"]
+
+
+def test_versions_agree():
+  """The package, CITATION.cff and the newest released section of CHANGELOG.md name one version."""
+  citation = re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(), re.M)[1]
+  changelog = re.search(r"^## \[(\d.*?)\] - \d{4}-\d\d-\d\d$", (ROOT / "CHANGELOG.md").read_text(), re.M)[1]
+  assert citation == changelog == beit_jax.__version__
