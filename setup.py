@@ -44,6 +44,7 @@ setup(
     # There are no wheels for Linux on ARM, where Pillow replaces it (beit_jax/data/resize.py).
     "cykooz-resizer>=4.0.1,<5; sys_platform != 'linux' or platform_machine != 'aarch64'",
     "tensorboardX>=2.6,<3",
+    "safetensors>=0.5,<1",
   ],
   extras_require={
     "test": TEST,
@@ -52,7 +53,6 @@ setup(
       "torch>=2.4",
       "transformers>=5.2,<6",
       "timm>=1.0.20,<2",
-      "safetensors>=0.5",
     ],  # references in tests
     "plan": [
       "jax[tpu]>=0.10,<0.12"

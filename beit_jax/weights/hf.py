@@ -66,7 +66,7 @@ def to_unilm(state: lazy.State, path: Path) -> tuple[lazy.State, list[str]]:
   for stem in [name.removesuffix("q.weight") for name in result if name.endswith("attn.q.weight")]:
     parts = [result.pop(f"{stem}{x}.weight", None) for x in "qkv"]
     if all(part is not None for part in parts):
-      result[f"{stem}qkv.weight"] = lazy.joined(parts)
+      result[f"{stem}qkv.weight"] = lazy.concatenate(parts)
     for x in "qv":
       if f"{stem}{x}.bias" in result:
         result[f"{stem}{x}_bias"] = result.pop(f"{stem}{x}.bias")
@@ -198,7 +198,7 @@ def undo_rectangles(state: lazy.State, image_size: tuple[int, int], patch: int) 
       )
       return np.concatenate([body.reshape(height * width, -1).astype(table.dtype), table[-3:]])
 
-    return lazy.Lazy(tensor.shape, read)
+    return lazy.LazyTensor(tensor.shape, read)
 
   return {name: effective(value) if name.endswith(TABLE) else value for name, value in state.items()}
 

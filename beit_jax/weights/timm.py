@@ -55,14 +55,14 @@ def _lacks_cls(pos_embed: Any, state: lazy.State, image_size: tuple[int, int] | 
   return math.isqrt(count) ** 2 == count and "dist_token" not in state
 
 
-def _with_cls(pos_embed: Any) -> lazy.Lazy:
+def _with_cls(pos_embed: Any) -> lazy.LazyTensor:
   _, count, width = pos_embed.shape
 
   def read():
     patches = pos_embed.read()
     return np.concatenate([np.zeros((1, 1, width), patches.dtype), patches], 1)
 
-  return lazy.Lazy((1, count + 1, width), read)
+  return lazy.LazyTensor((1, count + 1, width), read)
 
 
 def read_config(folder: Path, state: lazy.State) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Files made to harm, damaged files, and random damage: each ends in a UserError, executes and leaves nothing.
 
-BEIT_FUZZ=20000 python -m pytest tests/test_convert_hostile.py -k random   # the full harness; the default is 300
+BEIT_FUZZ=20000 python -m pytest tests/weights/test_hostile_files.py -k random   # the full harness; the default is 300
 """
 
 import copy
@@ -66,12 +66,12 @@ HOSTILE = {
   "a large extension code": (b"\x84\x01\x00\x00\x00", "EXT4"),
   "a changed function": (
     _global("torch._utils._rebuild_tensor_v2") + b"}" + _text("__code__") + b"Ksb",
-    "changes",
+    "sets the state",
   ),
-  "a changed list": (b"]}" + _text("append") + b"K\x01sb", "changes something other"),
+  "a changed list": (b"]}" + _text("append") + b"K\x01sb", "sets the state of something other"),
   "a text that is called": (
     _text("os.system") + b"(" + _text("x") + b"tR",
-    "calls something that is no name",
+    "calls something that is not a global name",
   ),
   "a storage that is called": (_global("torch.FloatStorage") + b"(K\x01tR", "calls torch.FloatStorage"),
   "a nested pickle": (
@@ -92,7 +92,7 @@ HOSTILE = {
   ),
   "a tensor with negative steps": (
     TENSOR + b"K\x03(K\x02t(J\xff\xff\xff\xfft\x89)tR",
-    "sizes are no numbers",
+    "sizes are not valid numbers",
   ),
   "a storage of many bytes": (TENSOR.replace(b"K\x04", b"\x8a\x06" + b"\xff" * 5 + b"\x0f"), "should have"),
   "a text of 2^60 bytes": (b"\x8d" + struct.pack("<Q", 2**60) + b"x", "damaged"),
@@ -101,11 +101,11 @@ HOSTILE = {
   "a deep reference": (b")" + b"\x85q\x00h\x00\x86" * 60 + b"Q", "unknown reference"),
   "a tensor of ten thousand axes": (
     TENSOR + b"K\x00(" + (b"\x8a\xff" + b"\x7f" * 255) * 10_000 + b"t(K\x01t\x89)tR",
-    "sizes are no numbers",
+    "sizes are not valid numbers",
   ),
   "a list used again and again": (
     b"]q\x00(" + b"N" * 100_000 + b"e0(" + (_global("torch.Size") + b"h\x00\x85R") * 5000 + b"l",
-    "far more of its lists",
+    "copies far more elements",
   ),
   "numbers that collide": (
     b"}("
@@ -266,7 +266,7 @@ def test_compressed_double_and_foreign_archives(tmp_path):
     weights_io.load(path)
   with zipfile.ZipFile(path, "w") as archive:
     archive.writestr("hello.txt", "hello")
-  with pytest.raises(UserError, match="has one data.pkl, this one 0"):
+  with pytest.raises(UserError, match="has one data.pkl, this one has 0"):
     weights_io.load(path)
   _archive(path, b"\x80\x02}.", [("x/byteorder", b"big")])
   with pytest.raises(UserError, match="big-endian"):

@@ -65,10 +65,10 @@ def _pth(path, arrays, texts=None):
 
 
 def test_golden_files_load_without_pytorch(tmp_path):
-  """In a process in which torch, timm, transformers and safetensors cannot be imported."""
+  """In a process in which torch, timm and transformers cannot be imported."""
   code = """
 import sys
-for name in ("torch", "timm", "transformers", "safetensors"):
+for name in ("torch", "timm", "transformers"):
   sys.modules[name] = None
 import numpy as np
 import beit_jax

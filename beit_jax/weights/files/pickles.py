@@ -1,14 +1,14 @@
-"""The pickle inside PyTorch's files, interpreted without executing anything.
+"""Interprets the pickles inside PyTorch's files without executing anything.
 
-`pickletools.genops` splits a pickle into opcodes; the interpreter here can build numbers, texts, lists, dicts,
-`Tensor`s and `Inert` containers, and nothing else. It knows the names in `CALLS`, `INERT`, `VALUES` and `STORAGES`; any
-other is refused by name. Sizes are checked before anything is made of them.
+`pickletools.genops` splits a pickle into opcodes. The interpreter in this module builds numbers, strings, lists, dicts,
+`Tensor`s and `Inert` objects, and nothing else. It accepts the globals in `CALLS`, `INERT`, `VALUES` and `STORAGES` and
+refuses every other by name. It checks sizes before it allocates.
 """
 
 import math
 import pickletools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 import ml_dtypes
 import numpy as np
@@ -25,7 +25,7 @@ STORAGES: dict[str, Any] = {
   "ByteStorage": np.uint8,
   "BoolStorage": np.bool_,
 }
-# What becomes an `Inert` container: arguments that unilm saves with the weights, and the modules of DALL-E's pickles.
+# A call of these gives an `Inert` object: arguments that unilm saves with the weights, the modules in DALL-E's pickles.
 INERT = {
   "argparse.Namespace",
   "torch.device",
@@ -53,94 +53,104 @@ INERT = {
 }
 VALUES = {f"torch.{name}" for name in ("float32", "float16", "bfloat16", "float64", "int64", "uint8")}
 MAX_AXES, MAX_NUMBER, MAX_NAME = 8, 2**48, 512
-# Elements of containers that calls may copy, in all: one is small in the file, many thousand copies are not.
+# Number of elements that all calls together may copy: a small file can ask for thousands of copies of one list.
 MAX_COPIED = 2_000_000
 
 
 class Refused(Exception):
-  """Why a file is not read; `load` turns it into a UserError with the file's name."""
+  """The reason why a file is not read; `torchfile.load` turns it into a UserError that names the file."""
 
 
 class Inert:
-  """Stands for an object that we do not make: its type's name, and the state it would have got."""
+  """Stands for an object that is not created.
+
+  Attributes:
+    name: its type.
+    state: the attributes that the pickle gives it.
+  """
 
   def __init__(self, name: str):
-    self.name, self.state = name, {}
+    self.name = name
+    self.state: dict[Any, Any] = {}
+
+
+def _not_loaded() -> NoReturn:
+  raise Refused("a storage that is not in the file")
 
 
 class Storage:
-  """A run of numbers in the file; `read` returns all of them, flat."""
+  """A flat array of `count` numbers in the file; `read` returns it."""
 
-  def __init__(self, dtype: np.dtype, count: int, read: Callable[[], np.ndarray] | None = None):
+  def __init__(self, dtype: np.dtype, count: int, read: Callable[[], np.ndarray] = _not_loaded):
     self.dtype, self.count, self.read = np.dtype(dtype), count, read
 
 
 class Tensor:
-  """A view into a storage; nothing is read before `read()`."""
+  """A view into a storage; `read` reads it from the file."""
 
   def __init__(self, storage: Any, offset: Any, shape: Any, stride: Any):
-    sized = type(shape) is tuple and type(stride) is tuple and len(shape) == len(stride) <= MAX_AXES
-    numbers = [offset, *shape, *stride] if sized else [None]
+    is_sized = type(shape) is tuple and type(stride) is tuple and len(shape) == len(stride) <= MAX_AXES
+    numbers = [offset, *shape, *stride] if is_sized else [None]
     if not isinstance(storage, Storage) or not all(type(n) is int and 0 <= n < MAX_NUMBER for n in numbers):
-      raise Refused("a tensor whose sizes are no numbers")
+      raise Refused("a tensor whose sizes are not valid numbers")
     count = math.prod(shape)
     last = offset + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) if count else 0
     if count > storage.count or (count and last >= storage.count):
       raise Refused(f"a tensor of shape {shape} in a storage of {storage.count} numbers")
-    self.storage, self.offset, self.shape, self.stride = storage, offset, shape, stride
+    self.storage, self.offset, self.stride = storage, offset, stride
+    self.shape: tuple[int, ...] = shape
     self.dtype = storage.dtype
 
   def read(self) -> np.ndarray:
+    """The values, as a read-only view."""
     flat = self.storage.read()[self.offset :]
     strides = tuple(s * self.dtype.itemsize for s in self.stride)
     return np.lib.stride_tricks.as_strided(flat, self.shape, strides, writeable=False)
 
 
-class Name:
-  """A global that the pickle mentions; what may be done with it is in `_call`."""
+class Global:
+  """A global name that the pickle mentions; `_call` says what may be done with it."""
 
   def __init__(self, name: str):
     short = name.removeprefix("torch.")
     self.name, self.dtype = name, STORAGES.get(short) if name != short else None
     if self.dtype is None and name not in INERT | VALUES | set(CALLS):
       raise Refused(
-        f"it refers to {name}, which has no place in a file of weights; nothing was executed. If you trust the file, "
+        f"it refers to {name}, which no file of weights needs; nothing was executed. If you trust the file, "
         "save the plain state dict with PyTorch and load that"
       )
 
 
-def _ordered(*args):
-  pairs = args[0] if args else []
-  return dict(_pair(p) for p in pairs)
+def _ordered_dict(pairs: Any = ()) -> dict[Any, Any]:
+  return _make_dict([part for key, value in pairs for part in (key, value)])
 
 
-def _pair(pair):
-  key, value = pair
-  return _key(key), value
+def _make_dict(items: Sequence[Any]) -> dict[Any, Any]:
+  """The dict of alternating keys and values; keys are strings and small integers, which hash quickly."""
+  keys = items[::2]
+  for key in keys:
+    if type(key) is not str and not (type(key) in (int, bool) and abs(key) < MAX_NUMBER):
+      raise Refused(f"a dict with a key of type {type(key).__name__}")
+  return dict(zip(keys, items[1::2], strict=True))
 
 
-def _key(key):
-  if type(key) is not str and not (type(key) in (int, bool) and abs(key) < MAX_NUMBER):
-    raise Refused(f"a table with a key of type {type(key).__name__}")
-  return key
-
-
-def _rebuild(storage, offset, shape, stride, *rest):
+def _rebuild_tensor(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any) -> Tensor:
+  del rest
   return Tensor(storage, offset, shape, stride)
 
 
 CALLS: dict[str, Callable[..., Any]] = {
-  "collections.OrderedDict": _ordered,
-  "torch._utils._rebuild_tensor": _rebuild,
-  "torch._utils._rebuild_tensor_v2": _rebuild,
+  "collections.OrderedDict": _ordered_dict,
+  "torch._utils._rebuild_tensor": _rebuild_tensor,
+  "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
   "torch._utils._rebuild_parameter": lambda data, *rest: data,
   "torch.Size": lambda sizes: tuple(sizes[:MAX_AXES]),
 }
 
 
 def _call(function: Any, args: Any) -> Any:
-  if not isinstance(function, Name) or type(args) is not tuple:
-    raise Refused("it calls something that is no name")
+  if not isinstance(function, Global) or type(args) is not tuple:
+    raise Refused("it calls something that is not a global name")
   if function.name in CALLS:
     return CALLS[function.name](*args)
   if function.name in INERT:
@@ -149,117 +159,119 @@ def _call(function: Any, args: Any) -> Any:
 
 
 _MARK = object()
-_LITERALS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-_ARGUMENTS = {
-  *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
-  *("BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
-  *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
-}
-_EMPTY = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_TUPLE": tuple}
-_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
-def unpickle(stream: Any, storage: Callable[[Any], Any]) -> Any:
-  """The value of one pickle: bytes, or a file that is left behind the pickle's end.
+class _Interpreter:
+  """The stack and the memo of one pickle, and the instructions that need more than one line."""
 
-  Args:
-    storage: makes the value of a persistent id.
+  def __init__(self, make_storage: Callable[[Any], Any]):
+    self.make_storage = make_storage
+    self.stack: list[Any] = []
+    self.memo: dict[int, Any] = {}
+    self.copied = 0
 
-  Raises:
-    Refused: an opcode, a global or a shape of things that weights have no need of.
-  """
-  stack: list[Any] = []
-  memo: dict[int, Any] = {}
-  copied = 0
+  def push(self, value: Any) -> None:
+    self.stack.append(value)
 
-  def marked():
+  def pop(self, count: int) -> list[Any]:
+    """Removes the last values; returns them in the order in which they were pushed."""
+    return [self.stack.pop() for _ in range(count)][::-1]
+
+  def pop_to_mark(self) -> list[Any]:
     items: list[Any] = []
-    while (item := stack.pop()) is not _MARK:
+    while (item := self.stack.pop()) is not _MARK:
       items.append(item)
     return items[::-1]
 
-  def put(items):
-    if type(stack[-1]) is not dict or len(items) % 2:
-      raise Refused("it sets items of something that is no table")
-    stack[-1].update(_pair(p) for p in zip(items[::2], items[1::2], strict=True))
+  def set_items(self, items: list[Any]) -> None:
+    if type(self.stack[-1]) is not dict or len(items) % 2:
+      raise Refused("it sets items of something that is not a dict")
+    self.stack[-1].update(_make_dict(items))
 
-  def extend(items):
-    if type(stack[-1]) is not list:
-      raise Refused("it appends to something that is no list")
-    stack[-1].extend(items)
+  def extend(self, items: list[Any]) -> None:
+    if type(self.stack[-1]) is not list:
+      raise Refused("it appends to something that is not a list")
+    self.stack[-1].extend(items)
 
-  for opcode, arg, _ in pickletools.genops(stream):
-    op = opcode.name
-    if op in ("PROTO", "FRAME"):
-      pass
-    elif op in _ARGUMENTS:
-      stack.append(arg)
-    elif op in _LITERALS:
-      stack.append(_LITERALS[op])
-    elif op in _EMPTY:
-      stack.append(_EMPTY[op]())
-    elif op in _TUPLES:
-      items = [stack.pop() for _ in range(_TUPLES[op])]
-      stack.append(tuple(items[::-1]))
-    elif op == "TUPLE":
-      stack.append(tuple(marked()))
-    elif op == "LIST":
-      stack.append(marked())
-    elif op == "DICT":
-      items = marked()
-      stack.append({})
-      put(items)
-    elif op == "MARK":
-      stack.append(_MARK)
-    elif op in ("PUT", "BINPUT", "LONG_BINPUT"):
-      memo[arg] = stack[-1]
-    elif op == "MEMOIZE":
-      memo[len(memo)] = stack[-1]
-    elif op in ("GET", "BINGET", "LONG_BINGET"):
-      stack.append(memo[arg])
-    elif op == "POP":
-      stack.pop()
-    elif op == "SETITEM":
-      value, key = stack.pop(), stack.pop()
-      put([key, value])
-    elif op == "SETITEMS":
-      put(marked())
-    elif op == "APPEND":
-      extend([stack.pop()])
-    elif op == "APPENDS":
-      extend(marked())
-    elif op == "GLOBAL":
-      stack.append(Name(".".join(arg.split(" ", 1))))
-    elif op == "STACK_GLOBAL":
-      name, module = stack.pop(), stack.pop()
-      stack.append(Name(f"{module}.{name}"))
-    elif op in ("REDUCE", "NEWOBJ"):
-      args, function = stack.pop(), stack.pop()
-      if type(args) is tuple:
-        copied += sum(len(a) for a in args if type(a) in (list, tuple, dict, str, bytes))
-      if copied > MAX_COPIED:
-        raise Refused("it makes far more of its lists than it holds")
-      stack.append(_call(function, args))
-    elif op == "BUILD":
-      state, target = stack.pop(), stack[-1]
-      if isinstance(target, Inert):
-        target.state = state if type(state) is dict else {}
-      elif type(target) is not dict:  # of an ordered dict: attributes such as `_metadata`, not needed
-        raise Refused("it changes something other than a module")
-    elif op == "BINPERSID":
-      stack.append(storage(stack.pop()))
-    elif op == "STOP":
-      value = stack.pop()
-      if stack:
+  def call(self) -> None:
+    function, args = self.pop(2)
+    if type(args) is tuple:
+      self.copied += sum(len(a) for a in args if type(a) in (list, tuple, dict, str, bytes))
+    if self.copied > MAX_COPIED:
+      raise Refused("it copies far more elements than it holds")
+    self.push(_call(function, args))
+
+  def set_state(self) -> None:
+    target, state = self.stack[-2], self.pop(1)[0]
+    if isinstance(target, Inert):
+      target.state = state if type(state) is dict else {}
+    elif (
+      type(target) is not dict
+    ):  # the state of an ordered dict is attributes such as `_metadata`, not needed
+      raise Refused("it sets the state of something other than a module")
+
+
+_NUMBERS = "INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT"
+_STRINGS = "BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8"
+# Instruction -> what it does, given the interpreter and the instruction's argument. Every other one is refused.
+_INSTRUCTIONS: dict[str, Callable[[_Interpreter, Any], object]] = {
+  **dict.fromkeys(("PROTO", "FRAME"), lambda vm, arg: None),
+  **dict.fromkeys(_NUMBERS.split() + _STRINGS.split(), _Interpreter.push),
+  "NONE": lambda vm, _: vm.push(None),
+  "NEWTRUE": lambda vm, _: vm.push(True),
+  "NEWFALSE": lambda vm, _: vm.push(False),
+  "EMPTY_LIST": lambda vm, _: vm.push([]),
+  "EMPTY_DICT": lambda vm, _: vm.push({}),
+  "EMPTY_TUPLE": lambda vm, _: vm.push(()),
+  "TUPLE1": lambda vm, _: vm.push(tuple(vm.pop(1))),
+  "TUPLE2": lambda vm, _: vm.push(tuple(vm.pop(2))),
+  "TUPLE3": lambda vm, _: vm.push(tuple(vm.pop(3))),
+  "TUPLE": lambda vm, _: vm.push(tuple(vm.pop_to_mark())),
+  "LIST": lambda vm, _: vm.push(vm.pop_to_mark()),
+  "DICT": lambda vm, _: vm.push(_make_dict(vm.pop_to_mark())),
+  "MARK": lambda vm, _: vm.push(_MARK),
+  "POP": lambda vm, _: vm.pop(1),
+  **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT"), lambda vm, key: vm.memo.update({key: vm.stack[-1]})),
+  "MEMOIZE": lambda vm, _: vm.memo.update({len(vm.memo): vm.stack[-1]}),
+  **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), lambda vm, key: vm.push(vm.memo[key])),
+  "SETITEM": lambda vm, _: vm.set_items(vm.pop(2)),
+  "SETITEMS": lambda vm, _: vm.set_items(vm.pop_to_mark()),
+  "APPEND": lambda vm, _: vm.extend(vm.pop(1)),
+  "APPENDS": lambda vm, _: vm.extend(vm.pop_to_mark()),
+  "GLOBAL": lambda vm, name: vm.push(Global(name.replace(" ", ".", 1))),
+  "STACK_GLOBAL": lambda vm, _: vm.push(Global("{}.{}".format(*vm.pop(2)))),
+  **dict.fromkeys(("REDUCE", "NEWOBJ"), lambda vm, _: vm.call()),
+  "BUILD": lambda vm, _: vm.set_state(),
+  "BINPERSID": lambda vm, _: vm.push(vm.make_storage(vm.pop(1)[0])),
+}
+
+
+def unpickle(stream: Any, make_storage: Callable[[Any], Any]) -> Any:
+  """Interprets one pickle.
+
+  Args:
+    stream: bytes, or a file, which is left at the end of the pickle.
+    make_storage: gives the value of a persistent id.
+
+  Raises:
+    Refused: the pickle has an instruction, a global or a shape that weights do not need.
+  """
+  interpreter = _Interpreter(make_storage)
+  for opcode, argument, _ in pickletools.genops(stream):
+    if opcode.name == "STOP":
+      (value,) = interpreter.pop(1)
+      if interpreter.stack:
         raise Refused("something is left over at the end of the pickle")
       return value
-    else:
-      raise Refused(f"it uses the pickle instruction {op}")
+    if opcode.name not in _INSTRUCTIONS:
+      raise Refused(f"it uses the pickle instruction {opcode.name}")
+    _INSTRUCTIONS[opcode.name](interpreter, argument)
   raise Refused("the pickle has no end")
 
 
 def storage_id(pid: Any) -> tuple[np.dtype, str, int]:
-  if type(pid) is tuple and len(pid) >= 5 and pid[0] == "storage" and isinstance(pid[1], Name):
+  """(dtype, key, number of elements) out of a persistent id that refers to a storage."""
+  if type(pid) is tuple and len(pid) >= 5 and pid[0] == "storage" and isinstance(pid[1], Global):
     _, name, key, _, count = pid[:5]
     if name.dtype is not None and type(key) is str and type(count) is int and count >= 0:
       return np.dtype(name.dtype), key, count
