@@ -206,10 +206,7 @@ def main(argv: list[str]) -> int:
   try:
     flags, argv = distributed.take_flags(argv)
     own, rest = _take_flags(argv)
-    try:
-      spec, workdir, overrides = config_lib.parse_args(rest)
-    except UserError as error:
-      raise UserError(str(error).replace(config_lib.USAGE, USAGE)) from None
+    spec, workdir, overrides = config_lib.parse_args(rest, USAGE)
     distributed.initialize(flags)
     config = config_lib.load(spec, overrides, objectives.model_fields())
     path, _, variant = spec.partition(":")

@@ -349,18 +349,21 @@ def duration(section: ConfigDict, what: str, steps_per_epoch: int, default: int 
   return steps if steps is not None else math.ceil(epochs * steps_per_epoch - 1e-9)
 
 
-def parse_args(argv: list[str]) -> tuple[str, str, list[tuple[str, Any]]]:
+USAGE = "usage: python -m beit_jax.main --config=FILE[:variant] [--workdir=DIR] [--config.key=value ...]"
+
+
+def parse_args(argv: list[str], usage: str = USAGE) -> tuple[str, str, list[tuple[str, Any]]]:
   """`--config=FILE[:variant] [--workdir=DIR] [--config.key=value ...]` -> (spec, workdir, overrides)."""
   spec, workdir, overrides = "", "", []
   items = iter(argv)
   for item in items:
     name, equals, value = item.partition("=")
     if not name.startswith("--"):
-      raise UserError(f"unexpected argument {item!r}; {USAGE}")
+      raise UserError(f"unexpected argument {item!r}; {usage}")
     if not equals:
       value = next(items, None)
       if value is None:
-        raise UserError(f"{name} needs a value; {USAGE}")
+        raise UserError(f"{name} needs a value; {usage}")
     if name == "--config":
       spec = value
     elif name == "--workdir":
@@ -368,13 +371,10 @@ def parse_args(argv: list[str]) -> tuple[str, str, list[tuple[str, Any]]]:
     elif name.startswith("--config."):
       overrides.append((name.removeprefix("--config."), parse_value(value)))
     else:
-      raise UserError(f"unknown flag {name}; {USAGE}")
+      raise UserError(f"unknown flag {name}; {usage}")
   if not spec:
-    raise UserError(f"--config is missing; {USAGE}")
+    raise UserError(f"--config is missing; {usage}")
   return spec, workdir, overrides
-
-
-USAGE = "usage: python -m beit_jax.main --config=FILE[:variant] [--workdir=DIR] [--config.key=value ...]"
 
 
 def load(spec: str, overrides: list[tuple[str, Any]], model_fields: dict[str, dict[str, Any]]) -> ConfigDict:

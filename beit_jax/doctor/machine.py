@@ -133,10 +133,7 @@ def prepare(argv: list[str]) -> Machine:
   """
   flags, argv = distributed.take_flags(argv)
   distributed.from_flags(flags)
-  try:
-    spec, workdir, overrides = config_lib.parse_args(["--config=-", *argv])
-  except UserError as error:
-    raise UserError(str(error).replace(config_lib.USAGE, USAGE)) from None
+  spec, workdir, overrides = config_lib.parse_args(["--config=-", *argv], USAGE)
   if spec == "-":
     if overrides:
       raise UserError(f"--config.{overrides[0][0]} is set, but there is no --config=FILE; {USAGE}")
