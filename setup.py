@@ -31,7 +31,7 @@ setup(
   install_requires=[
     "jax>=0.10,<0.12",
     "flax>=0.12,<0.14",
-    "optax>=0.2.6,<0.3",
+    "optax>=0.2.8,<0.3",
     "orbax-checkpoint>=0.11.30,<0.13",
     "grain>=0.2.15,<0.4",
     "tensorflow-datasets>=4.9.9,<5",

@@ -1,35 +1,53 @@
-"""AdamW with warm-up + cosine, the weight-decay rule, layer-wise lr decay, and the report about them.
+"""Optimizers by name, learning-rate schedules, the weight-decay rule and layer-wise learning-rate decay.
 
-Follows unilm `beit/optim_factory.py` and `beit/utils.py`. Differs on purpose: layer decay also works when
-weight decay is 0 (there it is silently dropped), and `warmup_steps` may be given without epochs.
+Follows unilm `beit/optim_factory.py` and `beit/utils.py`, with two deliberate differences: layer decay also works
+with a weight decay of 0, where unilm silently ignores it, and `warmup_steps` can be set without epochs.
 """
 
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 
 from beit_jax import trees
 
-# Which parameters weight decay applies to; first match wins. Everything that is a vector in PyTorch, plus
-# pos_embed and cls_token, is spared; mask_token and the relative-position tables are decayed (unilm).
+PyTree = Any
+
+# Whether weight decay applies to a parameter; the first matching rule wins. As in unilm, parameters that are vectors
+# in PyTorch, `pos_embed` and `cls_token` are not decayed; `mask_token` and the relative-position tables are.
 WEIGHT_DECAY_RULES: tuple[tuple[str, bool], ...] = (
   (r"(^|/)(bias|scale|gamma_1|gamma_2|q_bias|v_bias|pos_embed|cls_token)$", False),
   (r"(^|/)(kernel|mask_token|relative_position_bias_table)$", True),
 )
 
+MUON_RMS = 0.2  # typical root mean square of an update of Adam (Liu et al., 2025)
+
 
 def warmup_cosine(
   step: Any, *, peak: float, end: float, warmup_steps: int, total_steps: int, start: float = 0.0, xp: Any = np
 ) -> Any:
-  """Value at `step` (scalar or array) of unilm's `cosine_scheduler`; `xp` is numpy (float64) or jax.numpy.
+  """Linear warm-up followed by cosine decay, as unilm's `cosine_scheduler`.
 
-  `linspace(start, peak, warmup_steps)`, then `end + (peak - end) * (1 + cos(pi * i / n)) / 2` over the `n`
-  steps left: the first value of a warm-up is `start` and the peak occurs twice. Constant after the end.
+  The warm-up is `linspace(start, peak, warmup_steps)`; the `n` remaining steps follow
+  `end + (peak - end) * (1 + cos(pi * i / n)) / 2`. The peak therefore occurs twice. The value stays constant after
+  the last step.
+
+  Args:
+    step: Scalar or array of steps.
+    peak: Value at the end of the warm-up.
+    end: Value that the cosine approaches.
+    warmup_steps: Length of the warm-up.
+    total_steps: Length of the run, warm-up included.
+    start: Value at step 0 of the warm-up.
+    xp: `numpy` (float64) or `jax.numpy`.
+
+  Returns:
+    The value at each step.
   """
   step = xp.minimum(step, total_steps - 1)
   ramp = start + (peak - start) * step / max(warmup_steps - 1, 1)
@@ -41,17 +59,23 @@ def warmup_cosine(
 def warmup_poly(
   step: Any, *, peak: float, end: float, warmup_steps: int, total_steps: int, power: float = 1.0, xp: Any = np
 ) -> Any:
-  """mmcv's PolyLrUpdater with linear warm-up from 1e-6 of it: `(peak - end) * (1 - step / total) ** power + end`.
+  """Polynomial decay with a linear warm-up, as mmcv's PolyLrUpdater.
 
-  The warm-up multiplies that curve, by 1e-6 at step 0 and 1 from `warmup_steps` on.
+  The curve is `(peak - end) * (1 - step / total_steps) ** power + end`. The warm-up multiplies it by a factor that
+  rises linearly from 1e-6 at step 0 to 1 at `warmup_steps`. Arguments as in `warmup_cosine`.
   """
   value = (peak - end) * (1 - xp.minimum(step, total_steps) / total_steps) ** power + end
-  share = xp.minimum(step / max(warmup_steps, 1), 1.0)
-  return value * (1 - (1 - share) * (1 - 1e-6)) if warmup_steps else value
+  progress = xp.minimum(step / max(warmup_steps, 1), 1.0)
+  return value * (1 - (1 - progress) * (1 - 1e-6)) if warmup_steps else value
 
 
 def layer_id(name: str, depth: int) -> int:
-  """0: patch embedding, tokens, positions; i + 1: block i; depth + 1: everything after (norm, heads, shared table)."""
+  """Layer of a parameter for layer-wise learning-rate decay.
+
+  Returns:
+    0 for the patch embedding, tokens and positions, i + 1 for block i, and `depth + 1` for everything else (final
+    norm, heads, the shared relative-position table).
+  """
   if re.search(r"(^|/)encoder/(patch_embed|cls_token|mask_token|pos_embed)", name):
     return 0
   block = re.search(r"(^|/)encoder/block_(\d+)/", name)
@@ -59,61 +83,155 @@ def layer_id(name: str, depth: int) -> int:
 
 
 def layer_scale(name: str, depth: int, layer_decay: float) -> float:
-  """Factor of the learning rate: layer_decay ** (depth + 1 - layer_id)."""
+  """Learning-rate factor of a parameter: `layer_decay ** (depth + 1 - layer_id)`."""
   return layer_decay ** (depth + 1 - layer_id(name, depth))
 
 
-def weight_decay_tree(params: Any, no_decay: tuple[str, ...] = ()) -> Any:
-  """bool per parameter: does weight decay apply; `no_decay` are further regexes to spare."""
+def weight_decay_tree(params: PyTree, no_decay: tuple[str, ...] = ()) -> PyTree:
+  """Tree of bools that says which parameters are decayed.
+
+  Args:
+    params: Parameters or their shapes.
+    no_decay: Regexes of further parameters without weight decay.
+
+  Raises:
+    KeyError: No rule matches a parameter.
+  """
   rules = tuple((pattern, False) for pattern in no_decay) + WEIGHT_DECAY_RULES
   return trees.match_rules(rules, params)
 
 
+class Settings(NamedTuple):
+  """The numbers that optimizers read, as in the config section `optimizer`."""
+
+  betas: tuple[float, float]
+  eps: float
+  momentum: float
+
+
+class Scaling(NamedTuple):
+  """What tells one optimizer from another: how gradients become a direction of unit learning rate.
+
+  Attributes:
+    before_decay: maps gradients to updates; decoupled weight decay is added to these.
+    after_decay: transformations of the sum of updates and weight decay.
+  """
+
+  before_decay: optax.GradientTransformation
+  after_decay: tuple[optax.GradientTransformation, ...] = ()
+
+
+def _adamw(settings: Settings) -> Scaling:
+  return Scaling(optax.scale_by_adam(*settings.betas, settings.eps))
+
+
+def _lion(settings: Settings) -> Scaling:
+  return Scaling(optax.scale_by_lion(*settings.betas))
+
+
+def _lamb(settings: Settings) -> Scaling:
+  return Scaling(optax.scale_by_adam(*settings.betas, settings.eps), (optax.scale_by_trust_ratio(),))
+
+
+def _sgd(settings: Settings) -> Scaling:
+  return Scaling(optax.trace(settings.momentum) if settings.momentum else optax.identity())
+
+
+def _muon(settings: Settings) -> Scaling:
+  """Muon for the 2-D kernels, Adam for all other parameters.
+
+  Muon's updates are scaled to the root mean square of Adam's, so that both groups share one learning rate and one
+  weight decay (Liu et al., "Muon is Scalable for LLM Training", section 2.2).
+  """
+
+  def dimensions(updates: PyTree) -> PyTree:
+    return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(), updates)
+
+  def match_adam(updates: PyTree, _: PyTree) -> PyTree:
+    return jax.tree.map(lambda update: MUON_RMS * max(update.shape) ** 0.5 * update, updates)
+
+  def groups(params: PyTree) -> PyTree:
+    return trees.named_map(
+      lambda name, leaf: "muon" if name.endswith("kernel") and leaf.ndim == 2 else "adam", params
+    )
+
+  muon = optax.contrib.scale_by_muon(eps=settings.eps, weight_dimension_numbers=dimensions)
+  adam = optax.scale_by_adam(*settings.betas, settings.eps)
+  return Scaling(
+    optax.partition({"muon": optax.chain(muon, optax.stateless(match_adam)), "adam": adam}, groups)
+  )
+
+
+# The values of `optimizer.name`.
+OPTIMIZERS: dict[str, Callable[[Settings], Scaling]] = {
+  "adamw": _adamw,
+  "lion": _lion,
+  "muon": _muon,
+  "lamb": _lamb,
+  "sgd": _sgd,
+}
+
+
 def make_optimizer(
-  params: Any,
+  params: PyTree,
   *,
   schedule: Callable[[Any], Any],
   weight_decay: float | Callable[[Any], Any],
+  name: str = "adamw",
   betas: tuple[float, float] = (0.9, 0.999),
   eps: float = 1e-8,
+  momentum: float = 0.9,
   clip_norm: float = 0.0,
   layer_decay: float = 1.0,
   depth: int = 0,
   no_decay: tuple[str, ...] = (),
 ) -> optax.GradientTransformation:
-  """Clip the global norm, Adam, decoupled weight decay, layer scale, learning rate: in this order.
+  """Chains clipping by the global norm, the optimizer's scaling, weight decay, layer scale and learning rate.
+
+  The layer scale multiplies the whole update, weight decay included, as a learning rate per group does in PyTorch.
 
   Args:
-    params: the parameters, or their shapes; only the paths are read.
-    schedule: step -> learning rate; `weight_decay`: a number or step -> number.
-    clip_norm: 0 turns clipping off.
-    layer_decay: 1 turns it off; needs the encoder's `depth`.
+    params: Parameters or their shapes; only the paths are read.
+    schedule: Maps the step to the learning rate.
+    weight_decay: Decoupled weight decay, or a function from the step to it. The learning rate multiplies it.
+    name: Key of `OPTIMIZERS`.
+    betas: Decay rates of the moments (all but "sgd").
+    eps: Added to denominators (all but "lion" and "sgd").
+    momentum: Decay rate of the momentum ("sgd").
+    clip_norm: Largest global norm of the gradient; 0 turns clipping off.
+    layer_decay: Learning-rate factor from one layer to the layer below; 1 turns it off.
+    depth: Number of encoder blocks, which `layer_decay` needs.
+    no_decay: Regexes of further parameters without weight decay.
 
-  The layer scale multiplies the whole update, as torch's per-group learning rate does (weight decay too).
+  Returns:
+    The gradient transformation. Its updates are to be added to the parameters.
   """
+  scaling = OPTIMIZERS[name](Settings(betas, eps, momentum))
   scales = trees.named_map(lambda name, _: layer_scale(name, depth, layer_decay), params)
   return optax.chain(
     optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity(),
-    optax.scale_by_adam(*betas, eps),
+    scaling.before_decay,
     optax.add_decayed_weights(weight_decay, mask=weight_decay_tree(params, no_decay)),
+    *scaling.after_decay,
     optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, scales)),
     optax.scale_by_learning_rate(schedule),
   )
 
 
 def group_report(
-  params: Any, *, depth: int, layer_decay: float, weight_decay: float, no_decay: tuple[str, ...] = ()
+  params: PyTree, *, depth: int, layer_decay: float, weight_decay: float, no_decay: tuple[str, ...] = ()
 ) -> str:
-  """A table of the parameter groups: layer id, lr scale, weight decay, tensors, parameters, examples."""
+  """Table of the parameter groups: layer, learning-rate scale, weight decay, sizes, and the first parameter."""
   flat = trees.flatten(params)
   decays = trees.flatten(weight_decay_tree(params, no_decay))
-  groups: dict[tuple, list[str]] = {}
+  groups: dict[tuple[int, bool], list[str]] = {}
   for name in flat:
     groups.setdefault((layer_id(name, depth), decays[name]), []).append(name)
   lines = [f"{'layer':>5} {'lr scale':>11} {'decay':>7} {'tensors':>7} {'parameters':>12}  first"]
   for (layer, decay), names in sorted(groups.items()):
-    scale, count = layer_scale(names[0], depth, layer_decay), sum(flat[n].size for n in names)
-    wd = weight_decay if decay else 0.0
-    lines.append(f"{layer:>5} {scale:>11.6g} {wd:>7.3g} {len(names):>7} {count:>12,}  {names[0]}")
+    scale = layer_scale(names[0], depth, layer_decay)
+    count = sum(flat[name].size for name in names)
+    rate = weight_decay if decay else 0.0
+    lines.append(f"{layer:>5} {scale:>11.6g} {rate:>7.3g} {len(names):>7} {count:>12,}  {names[0]}")
   lines.append(f"{'all':>5} {'':>11} {'':>7} {len(flat):>7} {trees.num_params(params):>12,}")
   return "\n".join(lines)

@@ -17,11 +17,11 @@ ROWS = (
   ("evaluate", "step"),
   ("objectives",),
   ("weights",),
-  ("data", "optim", "transfer", "metrics", "augment"),
+  ("data", "transfer", "metrics", "augment"),
   ("run",),
   ("config",),
   ("models",),
-  ("runtime",),
+  ("runtime", "optim"),
   ("masking", "losses", "trees", "errors"),
 )
 LEVEL = {name: level for level, row in enumerate(ROWS) for name in row}

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from beit_jax.errors import UserError
+from beit_jax.optim import OPTIMIZERS
 
 Rule = tuple[Callable[[Any], bool], str]  # is a value good, and what it must be or do otherwise
 STEPS = 2**31 - 1  # the step is an int32
@@ -105,6 +106,8 @@ TABLE: tuple[tuple[str, Rule], ...] = (
     r"optimizer\.betas",
     tuple_of(2, fraction(one=False), "two numbers in [0, 1)", rising=True),
   ),
+  (r"optimizer\.name", (lambda name: name in OPTIMIZERS, f"must be one of {', '.join(OPTIMIZERS)}")),
+  (r"optimizer\.momentum", fraction(one=False)),
   (r"optimizer\.eps", number(1e-30, 1)),
   (r"optimizer\.layer_decay", fraction(zero=False)),
   (r"optimizer\.ema_decay", fraction(one=False)),
