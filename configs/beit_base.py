@@ -1,23 +1,23 @@
-"""BEiT-B on ImageNet-1K: a tokenizer, then 800 epochs of masked image modelling.
+"""BEiT-B on ImageNet-1K: a tokenizer, then 800 epochs of masked image modeling.
 
     python -m beit_jax.main --config=configs/beit_base.py --workdir=runs/beit_base
-    python -m beit_jax.main --config=configs/beit_base.py --config.tokenizer.init_from=runs/dvae/...   # have one
-    python -m beit_jax.main --config=configs/beit_base.py:paper                                        # Table 1
+    python -m beit_jax.main --config=configs/beit_base.py --config.tokenizer.init_from=runs/dvae/...  # own tokenizer
+    python -m beit_jax.main --config=configs/beit_base.py:paper                                       # Table 1
 
-Variants: `plus` (default; shared relative-position bias and LayerScale, what unilm released) and `paper` (absolute
-positions, neither of these, the model of the paper's Table 1).
+Variants: `plus` (default) has a shared relative-position bias and LayerScale, as the model that unilm released;
+`paper` has absolute positions and neither of these, as the model of the paper's Table 1.
 Source: BEiT paper, Table 12; unilm beit/README.md. 500,000 steps of 2,048 images.
-Expected: loss 6.30 and mim_acc 5.0 % at the end of 300 epochs with OpenAI's tokenizer (unilm#383), 83.2 % top-1
-after fine-tuning with configs/finetune_imagenet.py (paper, Table 1). An accuracy of a few percent is right: the
-vocabulary has 8,192 words, and neighbours in it are alike.
-Run here: a few steps at full size on one CPU (docs/results.md).
+Expected: loss 6.30 and mim_acc 5.0 % at the end of 300 epochs with OpenAI's tokenizer (unilm#383), 83.2 % top-1 after
+fine-tuning with configs/finetune_imagenet.py (paper, Table 1). An accuracy of a few percent is normal: the vocabulary
+has 8,192 words, and many of them look alike. Run here: a few steps at full size on one CPU (docs/results.md).
 """
 
 import dvae
 from ml_collections import ConfigDict
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # unilm --imagenet_default_mean_and_std
-LABELLED = dict(  # ImageNet-1K as everything with labels sees it
+# ImageNet-1K for all configs that use labels
+LABELED = dict(
   source="tfds",
   name="imagenet2012",
   num_classes=1000,

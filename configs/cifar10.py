@@ -1,11 +1,11 @@
-"""CIFAR-10, the whole chain on real images: 32x32 pixels, patch 4, a small network; fine-tuned with 2,500 labels.
+"""CIFAR-10, the whole chain on real images: 32x32 pixels, patch size 4, a small network, fine-tuned with 2,500 labels.
 
     python -m beit_jax.main --config=configs/cifar10.py --workdir=runs/cifar10
 
-A tokenizer, masked image modelling on all 50,000 images without labels, then for three seeds fine-tuning on a fixed
-5 % of the labels, and the same network from scratch with the same budget. `tfds build cifar10
---file_format=array_record` makes the data once.
-Small batches on purpose: with few images to see, the number of updates is what counts (docs/results.md).
+Trains a tokenizer and then masked image modeling on all 50,000 images without labels. For three seeds it fine-tunes
+on a fixed 5 % of the labels, and trains the same network from scratch with the same budget. `tfds build cifar10
+--file_format=array_record` prepares the data once. The batches are small on purpose: with few images the number of
+updates matters most (docs/results.md).
 Expected: nothing published at this size. Run here: docs/results.md.
 """
 

@@ -1,13 +1,13 @@
-"""The tokenizer: DALL-E's discrete VAE, full size, on ImageNet-1K at 112x112 (14x14 tokens, 8,192 words).
+"""The tokenizer: DALL-E's discrete VAE at full size, on ImageNet-1K at 112x112 (14x14 tokens, 8,192 words).
 
     python -m beit_jax.main --config=configs/dvae.py --workdir=runs/dvae
 
 Source: DALL-E paper (arXiv 2102.12092), section 2.1 and appendix A.2: logit-Laplace likelihood, KL weight 6.6 per
-256x256x3 elements (= 6.6/192 in our means per token and per pixel; 112x112x3 / 196 is 192 too), temperature 1 ->
-1/16 over 150,000 updates on a cosine. Their 3 million updates on 64 GPUs are out of proportion for 112x112
-ImageNet; BEiT's authors trained one of their own on ImageNet-1K and lost 0.16 points (BEiT paper, Table 8: 82.70
-against 82.86 after fine-tuning), with a reconstruction error of 0.0880.
-Expected: that error (mean absolute, normalised RGB). Run here: two steps at full size (docs/results.md).
+256x256x3 elements (= 6.6/192 for our means per token and per pixel; 112x112x3 / 196 is 192 too), temperature 1 ->
+1/16 over 150,000 updates on a cosine. DALL-E's 3 million updates on 64 GPUs are far more than 112x112 ImageNet needs.
+The authors of BEiT trained a tokenizer on ImageNet-1K with a reconstruction error of 0.0880; it cost 0.16 points
+after fine-tuning (BEiT paper, Table 8: 82.70 against 82.86).
+Expected: that error (mean absolute, normalized RGB). Run here: two steps at full size (docs/results.md).
 """
 
 from ml_collections import ConfigDict

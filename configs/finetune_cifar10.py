@@ -1,13 +1,14 @@
-"""CIFAR-10, the recipe of fine-tuning: everything of the paper's Table 13 at a small size, or nothing of it.
+"""CIFAR-10, fine-tuning with the full recipe of the paper's Table 13 at a small size, or without augmentation.
 
     python -m beit_jax.main --config=configs/cifar10.py --workdir=runs/cifar10       # first: the backbone
     python -m beit_jax.main --config=configs/finetune_cifar10.py:full
     python -m beit_jax.main --config=configs/finetune_cifar10.py:plain
 
-500 labels, 60 epochs; three seeds fine-tuned from runs/cifar10/pretrain, and three from scratch. `full` (default):
-RandAugment, random erasing, mixup and cutmix, label smoothing, stochastic depth, layer decay, averaged weights;
-`plain`: crops and flips only. Learning rate, epochs and batch are the same in all.
-Source: BEiT paper, Table 13, sizes of configs/cifar10.py. Expected: nothing published. Run here: docs/results.md.
+500 labels, 60 epochs; three seeds fine-tuned from runs/cifar10/pretrain and three from scratch. Variants: `full`
+(default) has RandAugment, random erasing, mixup and cutmix, label smoothing, stochastic depth, layer decay and
+averaged weights; `plain` has crops and flips only. Learning rate, epochs and batch size are the same in all.
+Source: BEiT paper, Table 13, with the sizes of configs/cifar10.py. Expected: nothing published. Run here:
+docs/results.md.
 """
 
 import cifar10

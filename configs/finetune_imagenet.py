@@ -3,18 +3,18 @@
     python -m beit_jax.main --config=configs/finetune_imagenet.py:base_pt1k --config.init_from=runs/beit_base/pretrain
     python -m beit_jax.main --config=configs/finetune_imagenet.py:base_ft22k,384 --config.init_from=beit_base_ft22k.pth
 
-A variant is SIZE_START or SIZE_START,RESOLUTION; 224 where it is left out. The starts, and
-the published accuracy to be expected:
-  pt1k         on ImageNet-1K without labels; 83.2 (base) and 85.2 (large), at 384 84.6 and 86.3 (paper, Table 1, its
-               own model: pre-trained with beit_base.py:paper, and --config.model.preset=paper here)
-  pt22k        on ImageNet-22K without labels (released weights); 83.7 and 86.0 (unilm README)
-  ft22k        and then fine-tuned on its labels; 85.2 and 87.4, at 384 86.8 and 88.4, large at 512 88.6 (unilm README)
+A variant is SIZE_START or SIZE_START,RESOLUTION; the default resolution is 224. The starts, with the published
+accuracy that is expected:
+  pt1k         pre-trained on ImageNet-1K without labels; 83.2 (base) and 85.2 (large), at 384 84.6 and 86.3 (paper,
+               Table 1, its own model: pre-trained with beit_base.py:paper, and --config.model.preset=paper here)
+  pt22k        pre-trained on ImageNet-22K without labels (released weights); 83.7 and 86.0 (unilm README)
+  ft22k        then fine-tuned on its labels; 85.2 and 87.4, at 384 86.8 and 88.4, large at 512 88.6 (unilm README)
   supervised   a ViT trained with labels on ImageNet-22K (84.0 base, 85.2 large, at 384: paper, Table 1)
   dino         DINO's ViT-B/16; 82.8 (paper, Table 1)
-pt1k and pt22k at 384 or 512 start from the result at 224 and go on for 10 epochs (paper, Table 13). What the paper
-leaves open there (learning rate and no mixup, as the ft22k rows) is ours.
-Source: BEiT paper, Table 13; unilm beit/get_started_for_image_classification.md. Not run here at this size; each is
-built and traced in the tests. docs/recipes.md has them side by side.
+pt1k and pt22k at 384 or 512 start from the result at 224 and train 10 more epochs (paper, Table 13). The paper leaves
+learning rate and mixup open there; we use those of the ft22k rows (no mixup).
+Source: BEiT paper, Table 13; unilm beit/get_started_for_image_classification.md. Not run here at this size; each
+variant is built and traced in the tests. docs/recipes.md shows them side by side.
 """
 
 import beit_base
@@ -30,7 +30,8 @@ ROWS = {
   ("base", "ft"): (512, 2e-5, 5.0, 30.0, 0.85, 0.1, 1e-8, 0.0, 0.0),
   ("large", "ft"): (512, 2e-5, 5.0, 30.0, 0.9, 0.4, 1e-8, 0.0, 0.0),
 }
-STARTS = {  # row at 224, row above, pixel mean and deviation, preset
+# row at 224, row above 224, (pixel mean, standard deviation), preset
+STARTS = {
   "pt1k": ("pt", "longer", (beit_base.MEAN, beit_base.STD), "plus"),
   "pt22k": ("pt", "longer", (HALF, HALF), "plus"),
   "ft22k": ("ft", "ft", (HALF, HALF), "plus"),
@@ -42,7 +43,7 @@ VARIANTS = tuple(
   for size in ("base", "large")
   for start in STARTS
   for side in (224, 384, 512)
-  if (size, start) != ("large", "dino")  # there is none
+  if (size, start) != ("large", "dino")  # DINO has no ViT-L
 )
 
 
@@ -72,7 +73,7 @@ def get_config(variant="base_pt1k"):
       ),
       loss=dict(label_smoothing=0.1, mixup_alpha=mixup, cutmix_alpha=cutmix),
       data=dict(
-        beit_base.LABELLED,
+        beit_base.LABELED,
         image_size=side,
         mean=mean,
         std=std,

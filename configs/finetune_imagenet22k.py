@@ -4,16 +4,17 @@
       --config.init_from=beit_base_patch16_224_pt22k.pth
 
 Variants: `base`, `large` (21,841 classes, folders named by class), and `base_p`, `large_p` for ImageNet-21K-P (11,221
-classes of the fall release, with a `val` folder). Another number of classes is refused. Afterwards
+classes of the fall release, with a `val` folder). Data with another number of classes is refused. Continue with
 configs/finetune_imagenet.py:base_ft22k.
-Source: unilm beit/README.md (batch, learning rate, 90 epochs, warm-up 5, layer decay, drop path, clipping). Its mixup
-and label smoothing are not written down; here 0 and 0.1. Expected after ImageNet-1K: 85.2 % (base), 87.4 % (large) at
-224 (unilm README). Not run here; built and traced in the tests.
+Source: unilm beit/README.md (batch, learning rate, 90 epochs, warm-up 5, layer decay, drop path, clipping). It does
+not state mixup and label smoothing; here they are 0 and 0.1. Expected after ImageNet-1K: 85.2 % (base), 87.4 %
+(large) at 224 (unilm README). Not run here; built and traced in the tests.
 """
 
 from ml_collections import ConfigDict
 
-VARIANTS = {  # size, classes, batch, learning rate, layer decay, clipping, eval split
+# size, classes, batch, learning rate, layer decay, clipping norm, evaluation split
+VARIANTS = {
   "base": ("base", 21841, 4096, 3e-3, 0.65, 3.0, ""),
   "large": ("large", 21841, 2048, 2e-3, 0.75, 1.0, ""),
   "base_p": ("base", 11221, 4096, 3e-3, 0.65, 3.0, "val"),

@@ -1,9 +1,10 @@
-"""A tokenizer and a backbone of your own, from a folder of images of any kind; labels are not needed.
+"""A tokenizer and a backbone from your own folder of images; labels are not needed.
 
-    python -m beit_jax.main --config=configs/own_images.py --config.data.root=/path/to/pictures --workdir=runs/mine
+    python -m beit_jax.main --config=configs/own_images.py --config.data.root=/path/to/images --workdir=runs/mine
 
-Colour, grey, 16-bit, palette, any size; sub-folders are searched. Pictures are cropped to 64x64, cut into patches
-of 8x8; the tokenizer sees 32x32 and has 512 words. docs/own_data.md says what to change for more.
+Images may be color, gray, 16-bit or palette images of any size; sub-folders are searched. They are cropped to 64x64
+and cut into patches of 8x8. The tokenizer sees 32x32 and has 512 words. docs/own_data.md says what to change for
+larger runs.
 Expected: nothing published. Run here: two steps of each stage, in the tests.
 """
 
@@ -11,7 +12,7 @@ from ml_collections import ConfigDict
 
 DATA = dict(
   source="folder",
-  split="train",  # of `root` itself, where it has no such sub-folder
+  split="train",  # a sub-folder of `root`; without one, `root` itself
   label_key="",
   image_size=64,
   token_image_size=32,

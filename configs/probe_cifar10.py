@@ -1,9 +1,9 @@
-"""CIFAR-10, what the frozen features know: a linear probe and k-NN on every block, pre-trained and random.
+"""CIFAR-10, frozen features: a linear probe and k-NN on every block, pre-trained and random.
 
     python -m beit_jax.main --config=configs/cifar10.py --workdir=runs/cifar10       # first: the backbone
     python -m beit_jax.main --config=configs/probe_cifar10.py
 
-10,000 labels; three seeds (k-NN on the pre-trained encoder has none: it is one number).
+10,000 labels; three seeds, except for k-NN on the pre-trained encoder, which does not depend on a seed.
 Source: unilm run_linear_eval.py (AdamW, weight decay 1e-4, concat(cls, mean of patches), all blocks at once), DINO's
 eval_knn.py (k 20, temperature 0.07). The learning rate, for 780 small steps instead of 62,500 large ones, was chosen
 among 4e-3, 2e-2 and 0.1 on 2,000 held-out training images. Expected: nothing published. Run here: docs/results.md.

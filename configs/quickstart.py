@@ -1,10 +1,11 @@
-"""Quickstart: tokenizer -> pre-training -> fine-tuning, and the same network from scratch, on embedded data.
+"""Quickstart on embedded data: tokenizer, pre-training, fine-tuning, and the same network from scratch.
 
     python -m beit_jax.main --config=configs/quickstart.py
 
-Scenes of 24x24 pixels with one large shape, cut into 6x6 patches; a tokenizer of 128 words on the same crop at
-12x12. Minutes on two CPU cores. Small batches on purpose: with few images to see, the number of updates counts.
-Expected: the pre-trained network beats its twin. Run here: README.md and docs/results.md.
+Scenes of 24x24 pixels with one large shape, cut into 6x6 patches; a tokenizer with 128 words sees the same crop at
+12x12. Takes minutes on two CPU cores. The batches are small on purpose: with few images the number of updates matters
+most.
+Expected: the pre-trained network beats the one from scratch. Run here: README.md and docs/results.md.
 """
 
 from ml_collections import ConfigDict

@@ -1,9 +1,9 @@
-"""Semantic segmentation of the embedded scenes: nine classes, UPerNet on a small encoder; no data needed.
+"""Semantic segmentation of embedded scenes: nine classes, UPerNet on a small encoder; no data needed.
 
     python -m beit_jax.main --config=configs/segment_shapes.py
 
-Scenes of 48x48 pixels, 4x4 patches. From scratch; `--config.init_from=...` takes a backbone of the same shape.
-Expected: nothing published. Run here: the tests train a smaller one.
+Scenes of 48x48 pixels, 4x4 patches, from scratch; `--config.init_from=...` starts from a backbone of the same shape.
+Expected: nothing published. Run here: the tests train a smaller version.
 """
 
 from ml_collections import ConfigDict

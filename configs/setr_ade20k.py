@@ -3,8 +3,8 @@
     python -m beit_jax.main --config=configs/setr_ade20k.py --config.data.root=ADEChallengeData2016 \
       --config.init_from=runs/beit_base/pretrain
 
-Source: BEiT paper, Table 14 (learning rate 1e-3, 160,000 iterations of 16, layer decay 0.65, crops of 512); decoder of
-mmseg's SETR-PUP. Absolute positions, no LayerScale (the paper's model). Expected mIoU: 45.6 after 800 epochs of
+Source: BEiT paper, Table 14 (learning rate 1e-3, 160,000 iterations of 16, layer decay 0.65, crops of 512); decoder
+of mmseg's SETR-PUP. Absolute positions, no LayerScale (the paper's model). Expected mIoU: 45.6 after 800 epochs of
 pre-training on ImageNet-1K, 47.7 with intermediate fine-tuning (paper, Table 3). Not run here; traced in the tests.
 """
 

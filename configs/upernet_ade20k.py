@@ -3,8 +3,9 @@
     python -m beit_jax.main --config=configs/upernet_ade20k.py:base_pt22k_512 --config.data.root=ADEChallengeData2016 \
       --config.init_from=beit_base_patch16_224_pt22k.pth
 
-Variants SIZE_START_CROP: START pt22k (pre-trained only) or pt22k_ft22k (fine-tuned on the labels), CROP 512 or 640.
-Data: SceneParse150 (ADEChallengeData2016), 150 classes, 0 in a label map is no class; the full ADE20K is another set.
+Variants are SIZE_START_CROP: START is pt22k (pre-trained only) or pt22k_ft22k (then fine-tuned on the labels), CROP
+is 512 or 640. Data: SceneParse150 (ADEChallengeData2016) with 150 classes, where 0 in a label map means no class; the
+full ADE20K is a different data set.
 Source: unilm beit/semantic_segmentation configs. Expected mIoU, single scale: 53.6 for base_pt22k_ft22k_640, 56.7 for
 large_pt22k_ft22k_640 (paper, Table 7). Not run here; built and traced in the tests.
 """

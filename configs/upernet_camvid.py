@@ -3,10 +3,11 @@
     python -m beit_jax.main --config=configs/cifar10.py --workdir=runs/cifar10       # first: tokenizer and backbone
     python -m beit_jax.main --config=configs/upernet_camvid.py --workdir=runs/camvid
 
-The backbone of CIFAR-10 goes on with masked image modelling on crops of the 367 road scenes, without their labels
-(`adapt`). Then, for three seeds, UPerNet from that backbone and from a random one with the same budget. Pictures are
-shrunk to 96x128 pixels, crops are 64x64, patches 4x4; the metrics are those of the 233 test pictures at full size, 11
-classes. Data: the SegNet split of CamVid in TFDS form, a data set `camvid` with `image` and `segmentation_mask`.
+The stage `adapt` continues masked image modeling with the backbone of CIFAR-10 on crops of the 367 road scenes,
+without their labels. Then, for three seeds, UPerNet is trained from that backbone and from a random one with the same
+budget. Images are resized to 96x128 pixels, crops are 64x64, patches 4x4. The metrics are those of the 233 test
+images at full size, 11 classes. Data: the SegNet split of CamVid as a TFDS data set `camvid` with `image` and
+`segmentation_mask`.
 Expected: nothing published at this size. Run here: docs/results.md.
 """
 
