@@ -16,7 +16,7 @@ from beit_jax.data import pipeline, sources
 from beit_jax.data.bad_images import BadImageTracker
 from beit_jax.errors import UserError
 from beit_jax.objectives import OBJECTIVES, Objective
-from beit_jax.run import checkpoint
+from beit_jax.run import checkpoint, files
 from beit_jax.runtime import bucket, sharding
 from beit_jax.runtime.logs import log
 
@@ -160,7 +160,7 @@ def evaluate_only(config: ConfigDict, workdir: Path, name: str, mesh: jax.shardi
   log.info("%s: %d examples  %s", name, len(source), "  ".join(f"{k} {v:.6g}" for k, v in metrics.items()))
   if jax.process_index() == 0:
     bucket.local(workdir).mkdir(parents=True, exist_ok=True)
-    checkpoint.write_whole(workdir / "eval.json", json.dumps(result, indent=1) + "\n")
+    files.write_atomic(workdir / "eval.json", json.dumps(result, indent=1) + "\n")
     for file in objective.report(rows, metrics, bucket.local(workdir)):
       log.info("%s: %s", name, workdir / file.name)
     bucket.push()

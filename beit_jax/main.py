@@ -21,7 +21,7 @@ import jax
 from beit_jax import objectives, train
 from beit_jax.config import parse as config_lib
 from beit_jax.errors import UserError
-from beit_jax.run import checkpoint, record
+from beit_jax.run import files, record
 from beit_jax.runtime import bucket, distributed, logs, preemption
 
 PARTS = ("tokenizer", "encoder")  # frozen parts of a run, whose init_from may be another stage's
@@ -125,8 +125,8 @@ def run_stages(config, folder: Path) -> None:
   text = summary_table(config.summary, results)
   if text:
     print(text)
-    checkpoint.write_whole(folder / "summary.txt", text + "\n")
-  checkpoint.write_whole(folder / "summary.json", json.dumps(results, indent=1) + "\n")
+    files.write_atomic(folder / "summary.txt", text + "\n")
+  files.write_atomic(folder / "summary.json", json.dumps(results, indent=1) + "\n")
 
 
 def lookup(results: dict[str, Any], reference: str) -> list[float]:

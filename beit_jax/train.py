@@ -196,7 +196,7 @@ def _run(
       stopping = watch.requested()
       evaluating = eval_source is not None and due(step, config.eval.every_steps)
       must_save_now = is_last or stopping or evaluating  # on disk before anything else is begun
-      if must_save_now or due(step, config.checkpoint.every_steps) or saver.wanted():
+      if must_save_now or due(step, config.checkpoint.every_steps) or saver.must_retry():
         meter.drain()
         saver.save(step, state, description)
         while must_save_now and not saver.wait():
@@ -283,7 +283,7 @@ def _restore(config, objective, saver, state, shapes, shardings, description) ->
     record.check_same_data(saver.root / str(latest), description)
     log.info("resuming from %s", saver.root / str(latest))
     return saver.restore(saver.root / str(latest), shapes, shardings)
-  folder, begun = checkpoint.whole(config.resume) if config.resume else (None, 0)
+  folder, begun = checkpoint.find_resumable(config.resume) if config.resume else (None, 0)
   record.check_not_lost(saver.root.parent, begun)
   if folder:
     record.check_same_model(folder, description)

@@ -217,7 +217,7 @@ def checkpoints(machine: Machine, run: Run) -> Found:
 def _beginning(machine: Machine, run: Run) -> str:
   """What a run without checkpoints begins with. Raises a UserError where it cannot."""
   resume = run.config.resume if "resume" not in run.waits else ""
-  record.check_not_lost(run.folder, checkpoint.whole(resume)[1] if resume else 0)
+  record.check_not_lost(run.folder, checkpoint.find_resumable(resume)[1] if resume else 0)
   for key in ("resume", "init_from"):
     path = run.config[key]
     if key in run.waits:

@@ -17,7 +17,7 @@ class Best:
     self._metric, self._saver = metric, None
     if metric:
       # Of two the older one is there until the new one is sealed.
-      self._saver = checkpoint.Checkpointer(workdir / "best", keep=2, needed=False, fresh=fresh)
+      self._saver = checkpoint.Checkpointer(workdir / "best", keep=2, required=False, fresh=fresh)
       latest, before = self._saver.latest(), {}
       if latest is not None:
         before = checkpoint.read_description(self._saver.root / str(latest)).get("best", {})
@@ -30,7 +30,7 @@ class Best:
     if self._value is None or (value < self._value if lower else value > self._value):
       self._value = value
       best = {"metric": self._metric, "value": value}
-      self._saver.forget_from(step)
+      self._saver.delete_from(step)
       self._saver.save_and_wait(step, state, {**description, "best": best})
       log.info("best so far: %s %.6g at step %d, kept in %s", self._metric, value, step, self._saver.root)
 

@@ -1,22 +1,24 @@
-"""Checkpoints: `workdir/checkpoints/<step>/` with the state (Orbax), description.json and digest.json.
+"""Checkpoints of a run: saved while training continues, verified before they are used.
 
-`digest.json` holds sha256 and size of every other file and is written last, after Orbax has committed the step.
-A checkpoint without it is unfinished, one that does not match it is damaged; neither is ever restored. In a bucket an
-MD5 takes the place of the sha256: the store states it, so that nothing has to be read back.
+`workdir/checkpoints/<step>/` holds
+
+- `params/`, `rest/` (step, other collections, optimizer state) and, if the run averages its weights, `ema/`: Orbax;
+- `description.json`: what a reader needs to rebuild the model, see `record.describe`;
+- `digest.json`: size and SHA-256 of every other file (in a bucket MD5, which the store states without a download).
+
+`digest.json` is written last. A checkpoint without it is unfinished, and one that does not match it is damaged;
+neither is ever restored. `workdir/saved.json` records that a complete checkpoint has existed.
 """
 
 import concurrent.futures
 import contextlib
 import errno
-import hashlib
 import json
 import math
 import os
 import shutil
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -26,84 +28,24 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from beit_jax.errors import TransientError, UserError
+from beit_jax.run import files
 from beit_jax.run.state import TrainState
 from beit_jax.runtime import bucket
 from beit_jax.runtime.logs import log
 
-DESCRIPTION, DIGEST = "description.json", "digest.json"
-SAVED = "saved.json"  # in the workdir: there has been a complete checkpoint, which must not be forgotten
-ATTEMPTS = 3  # of a save whose error may pass
-PAUSE = 1.0  # seconds before the next
-DEFECTS = {
-  getattr(errno, name) for name in ("EIO", "EBADMSG", "EUCLEAN") if hasattr(errno, name)
-}  # of a disk
-SLOW_SAVE = "BEIT_JAX_SLOW_SAVE"  # seconds before and after each file of the seal; for tests that kill
+DESCRIPTION, DIGEST, SAVED = "description.json", "digest.json", "saved.json"
+MAX_ATTEMPTS = 3  # of a save that fails for a transient reason
+RETRY_DELAY = 1.0  # seconds
+DISK_DEFECTS = {errno.EIO, errno.EBADMSG, getattr(errno, "EUCLEAN", errno.EIO)}  # EUCLEAN: Linux only
+SLOW_SAVE = (
+  "BEIT_JAX_SLOW_SAVE"  # environment variable: seconds around each file of the seal, for tests that kill
+)
 
-
-def _digests(folder: Path, wanted: Mapping[str, Mapping[str, Any]] = MappingProxyType({})) -> dict[str, Any]:
-  """name -> {"size": int, "sha256" or "md5": str}; `wanted`: a digest, which may come from the other kind of place."""
-  if bucket.remote(folder):
-    return {name: row for name, row in bucket.digests(folder, wanted).items() if name != DIGEST}
-  files = {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.is_file() and p.name != DIGEST}
-  result = {}
-  for name, path in sorted(files.items()):
-    kind = "md5" if "md5" in wanted.get(name, {}) else "sha256"
-    result[name] = {"size": path.stat().st_size, kind: _hash(path, kind)}
-  return result
-
-
-def sha256(path: Path) -> str:
-  return _hash(path, "sha256")
-
-
-def _hash(path: Path, kind: str) -> str:
-  try:
-    with path.open("rb") as file:
-      return hashlib.file_digest(file, kind).hexdigest()
-  except OSError as error:
-    error.filename = str(path)  # a read does not say of what
-    raise
-
-
-def write_whole(path: Path, text: str) -> None:
-  """The file is what it was or all of `text`, also after a kill or a power cut in between."""
-  if bucket.remote(path):  # an object is there as a whole or not at all
-    path.write_text(text)
-    return
-  temporary = path.with_name(path.name + ".tmp")
-  with temporary.open("w") as file:
-    file.write(text)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(temporary, path)
-  _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-  number = os.open(path, os.O_RDONLY)
-  try:
-    os.fsync(number)
-  except OSError:
-    if path.is_file():  # some file systems know this of files only
-      raise
-  finally:
-    os.close(number)
-
-
-def _write_json(path: Path, value: Any) -> None:
-  write_whole(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
-
-
-def _flush(folder: Path) -> None:
-  """To the disk itself, before the digest says that all is there; a bucket has what it has taken."""
-  if bucket.remote(folder):
-    return
-  for path in (*folder.rglob("*"), folder, folder.parent):
-    _sync(path)
+# Verification and lookup.
 
 
 def fault(folder: Path) -> str | None:
-  """Why a checkpoint folder must not be used, or None when every file is as its digest says."""
+  """Returns why a checkpoint must not be used, or None if every file matches its digest."""
   if not (folder / DIGEST).is_file():
     return f"unfinished: {DIGEST} is missing"
   try:
@@ -113,66 +55,75 @@ def fault(folder: Path) -> str | None:
   if not isinstance(wanted, dict) or not all(isinstance(row, dict) for row in wanted.values()):
     return f"damaged: {DIGEST} names no files"
   try:
-    found = _digests(folder, wanted)
+    found = files.digests(folder, exclude=DIGEST, like=wanted)
   except OSError as error:
-    if error.errno not in DEFECTS:
+    if error.errno not in DISK_DEFECTS:
       raise
     return f"damaged: {error.filename or 'a file'} cannot be read ({error.strerror})"
-  for name in sorted(set(wanted) | set(found)):
+  for name in sorted(wanted.keys() | found.keys()):
     if wanted.get(name) != found.get(name):
       state = "missing" if name not in found else "not in the digest" if name not in wanted else "changed"
       return f"damaged: {name} is {state}"
   return None
 
 
+def write_digest(folder: Path) -> None:
+  """Declares the files that are in a checkpoint now to be all of it."""
+  files.write_json(folder / DIGEST, files.digests(folder, exclude=DIGEST))
+
+
 def steps(root: Path) -> list[int]:
-  """Steps of the committed checkpoints in `checkpoints/`, oldest first, good or not."""
+  """Returns the steps of the checkpoints in a `checkpoints` folder, usable or not, oldest first."""
   if not root.is_dir():
     return []
-  return sorted(int(p.name) for p in root.iterdir() if p.is_dir() and p.name.isdigit())
+  return sorted(int(path.name) for path in root.iterdir() if path.is_dir() and path.name.isdigit())
 
 
 def is_run(path: Path) -> bool:
-  """Whether a folder is a run, its `checkpoints`, or one checkpoint, good or not."""
+  """Whether a folder is a run, its `checkpoints` folder, or one checkpoint; usable or not."""
   return (path / "checkpoints").is_dir() or (path / DESCRIPTION).is_file() or bool(steps(path))
 
 
 def find(path: str | Path, step: int | None = None) -> Path:
-  """A run folder, its `checkpoints` folder or one step's folder -> the folder of the newest good checkpoint.
+  """Returns the folder of the newest usable checkpoint.
+
+  Args:
+    path: A run, its `checkpoints` folder, or one checkpoint.
+    step: Accept this step only.
 
   Raises:
-    UserError: there is none, or the step asked for is missing or damaged.
+    UserError: No checkpoint is usable, or the requested one is not.
   """
-  path = bucket.absolute(bucket.path(path))  # Orbax takes no relative paths
-  if (path / DESCRIPTION).is_file():
-    root, wanted = path.parent, [path.name]
+  folder = bucket.absolute(bucket.path(path))  # Orbax requires absolute paths.
+  if (folder / DESCRIPTION).is_file():
+    root, names = folder.parent, [folder.name]
   else:
-    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    wanted = [str(s) for s in steps(root)[::-1]]
+    root = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
+    names = [str(number) for number in reversed(steps(root))]
   if step is not None:
-    wanted = [s for s in wanted if s == str(step)]
+    names = [name for name in names if name == str(step)]
   faults = []
-  for candidate in wanted:
-    problem = fault(root / candidate)
+  for name in names:
+    problem = fault(root / name)
     if problem is None:
-      return root / candidate
-    faults.append(f"{root / candidate}: {problem}")
-  reason = "; ".join(faults) or f"found the steps {steps(root) or 'none'}"
+      return root / name
+    faults.append(f"{root / name}: {problem}")
+  reason = "; ".join(faults) or f"steps found: {steps(root) or 'none'}"
   wish = "" if step is None else f" of step {step}"
   raise UserError(
-    f"{path}: no usable checkpoint{wish} here ({reason}); expected a run folder of beit_jax.main"
+    f"{folder}: no usable checkpoint{wish} here ({reason}); expected the folder of a run of beit_jax.main"
   )
 
 
-def whole(path: str | Path) -> tuple[Path, int]:
-  """As `find`, for `resume`: (folder, its step).
+def find_resumable(path: str | Path) -> tuple[Path, int]:
+  """Finds a checkpoint for the config key `resume`: its folder and its step.
 
   Raises:
-    UserError: none, or weights without the optimizer.
+    UserError: There is no usable checkpoint, or it holds weights without an optimizer state.
   """
   folder = find(path)
   if not (folder / "rest").is_dir():
-    raise UserError(f"config key 'resume': {folder} holds weights only, no optimizer; use init_from")
+    raise UserError(f"config key 'resume': {folder} holds only weights, no optimizer state; use init_from")
   return folder, int(read_description(folder)["step"])
 
 
@@ -180,231 +131,149 @@ def read_description(folder: Path) -> dict[str, Any]:
   return json.loads((folder / DESCRIPTION).read_text())
 
 
+# Models: parameters without a run around them.
+
+
 def load_params(folder: Path, item: str = "params") -> dict[str, Any]:
-  """The parameters (or `ema`, or `rest`: step, collections, optimizer): nested NumPy, whatever devices wrote them."""
+  """Reads one item of a checkpoint, whatever devices wrote it.
+
+  Args:
+    folder: A checkpoint.
+    item: `params`, `ema`, or `rest` (step, collections, optimizer state).
+
+  Returns:
+    Nested dicts of NumPy arrays.
+
+  Raises:
+    UserError: The arrays would be far larger than the files that hold them.
+  """
   handler = ocp.PyTreeCheckpointHandler()
   metadata = handler.metadata(folder / item).tree
-  _check_claim(
-    folder / item, sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(metadata))
-  )
+  claimed = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(metadata))
+  _check_claimed_size(folder / item, claimed)
   args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata)
   return handler.restore(folder / item, args=ocp.args.PyTreeRestore(restore_args=args))
 
 
-def _check_claim(folder: Path, claimed: int) -> None:
-  """Refuses a folder of a stranger whose arrays, by what it says, would fill the memory with nothing."""
-  if bucket.remote(folder):
-    there = sum(row["size"] for row in bucket.digests(folder, {}).values())
-  else:
-    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-  if claimed > 2**28 and claimed > 1000 * there:  # weights hardly compress at all
+def _check_claimed_size(folder: Path, claimed: int) -> None:
+  """Refuses a small download whose metadata claims arrays that would fill the memory; weights barely compress."""
+  actual = files.total_size(folder)
+  if claimed > 2**28 and claimed > 1000 * actual:
     raise UserError(
-      f"{folder} claims {claimed:,} bytes of arrays, in files of {there:,}; it is damaged or made to harm"
+      f"{folder} claims {claimed:,} bytes of arrays in files of {actual:,} bytes; it is damaged or malicious"
     )
 
 
 def write_model(folder: Path, params: Any, description: dict[str, Any]) -> None:
-  """A checkpoint without optimizer: `find`, `load_params` and `init_from` take it, `resume` does not."""
-  # Not asynchronous and not compressed: a large model would be copied once more on its way out.
-  with ocp.Checkpointer(
-    ocp.PyTreeCheckpointHandler(save_concurrent_gb=1, use_compression=False)
-  ) as checkpointer:
+  """Writes a checkpoint without optimizer state: `find`, `load_params` and `init_from` accept it, `resume` does not."""
+  # Neither asynchronous nor compressed: both would copy a large model once more.
+  handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=1, use_compression=False)
+  with ocp.Checkpointer(handler) as checkpointer:
     checkpointer.save(folder.absolute() / "params", jax.tree.map(np.asarray, params))
-  _write_json(folder / DESCRIPTION, description)
-  _write_json(folder / DIGEST, _digests(folder))
+  files.write_json(folder / DESCRIPTION, description)
+  write_digest(folder)
+
+
+# The checkpoints of a run.
 
 
 class Checkpointer:
   """Saves and restores the state of one run.
 
-  Saving is asynchronous: the arrays are copied, then written by Orbax and sealed (description, digest) by one
-  thread, while training goes on. Older checkpoints are deleted only when a newer one is sealed.
+  A save happens in three phases:
+
+  1. `save`, on the main thread of every process, copies the arrays from the devices to the host.
+  2. Orbax, in the background, writes them to a temporary folder and renames it to `checkpoints/<step>`.
+  3. A thread of process 0 seals the checkpoint: it writes description and digest, then deletes old checkpoints.
+
+  Training continues during 2 and 3. These threads only touch files and never launch a program on the devices, not
+  even a barrier: all processes must launch the same programs in the same order, or collectives deadlock.
   """
 
   def __init__(
-    self, workdir: Path, *, keep: int, asynchronous: bool = True, needed: bool = True, fresh: bool = False
+    self, workdir: Path, *, keep: int, asynchronous: bool = True, required: bool = True, fresh: bool = False
   ):
     """
     Args:
-      needed: without them the run cannot go on, so that it is refused where all are damaged; else it does without.
-      fresh: the run has just begun, and what is there is of another one: put aside.
-    """
-    self.root = bucket.absolute(workdir) / "checkpoints"
-    self._quarantine = bucket.absolute(workdir) / "damaged"
-    self._keep, self._failures, self._saving = keep, 0, 0
-    self._to_mark = needed
-    self._put_aside(needed, fresh)
-    if jax.process_count() > 1:
-      multihost_utils.sync_global_devices("checkpoints that cannot be used were put aside")
-    # Orbax would delete the old ones as soon as the new one is committed, which is before it is sealed.
-    options = ocp.CheckpointManagerOptions(
-      max_to_keep=None, enable_async_checkpointing=asynchronous, cleanup_tmp_directories=True
-    )
-    self._manager = ocp.CheckpointManager(self.root, options=options)
-    self._sealer = concurrent.futures.ThreadPoolExecutor(1, "seal")
-    self._sealing: concurrent.futures.Future | None = None
-
-  def _put_aside(self, needed: bool, fresh: bool) -> None:
-    """Moves unfinished and damaged checkpoints that are newer than the newest good one out of the way, loudly.
+      workdir: The checkpoints are in its subfolder `checkpoints`.
+      keep: Number of sealed checkpoints to keep; 0 keeps all.
+      asynchronous: Whether training continues while the arrays are written.
+      required: Whether the run cannot continue without its checkpoints, so that it must not start over if all of
+        them are damaged.
+      fresh: Whether the run has just begun. Checkpoints found here then belong to another run and are moved away.
 
     Raises:
-      UserError: there are damaged ones and no good one, which are needed. Nothing is moved then.
+      UserError: All checkpoints are damaged, and they are required.
     """
-    if jax.process_index() != 0:
-      return
+    self.root = bucket.absolute(workdir) / "checkpoints"
+    self._keep, self._asynchronous, self._required = keep, asynchronous, required
+    self._failures = 0  # in a row
+    self._step = 0  # of the newest save
+    self._seal_thread = concurrent.futures.ThreadPoolExecutor(1, "seal")
+    self._sealing: concurrent.futures.Future[None] | None = None
+    if jax.process_index() == 0:
+      self._quarantine(fresh)
+      self.root.mkdir(parents=True, exist_ok=True)
+      self._delete_temporary_folders()
+    if jax.process_count() > 1:
+      multihost_utils.sync_global_devices("the checkpoints that remain are usable")
+    self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+
+  def _quarantine(self, fresh: bool) -> None:
+    """Moves checkpoints that are newer than the newest usable one to `damaged/`."""
     faults = {}
-    for step in steps(self.root)[::-1]:
-      problem = "of an earlier run" if fresh else fault(self.root / str(step))
+    for step in reversed(steps(self.root)):
+      problem = "from an earlier run" if fresh else fault(self.root / str(step))
       if problem is None:
         break
       faults[step] = problem
-    else:
-      damaged = [
-        f"{self.root / str(step)} is {problem}" for step, problem in faults.items() if "damaged" in problem
-      ]
-      if damaged and needed:
+    else:  # none is usable
+      damaged = [f"{self.root / str(step)} is {text}" for step, text in faults.items() if "damaged" in text]
+      if damaged and self._required:
         raise UserError(
           "no checkpoint of this run can be used:\n  "
           + "\n  ".join(damaged)
-          + "\nPut good copies in their place, or begin anew in another --workdir"
+          + "\nReplace them with good copies, or start over in another --workdir"
         )
     for step, problem in faults.items():
-      target = self._quarantine / f"{step}-{time.time_ns()}"
-      log.warning("checkpoint %s is %s; it was moved to %s", self.root / str(step), problem, target)
+      source = self.root / str(step)
+      target = self.root.parent / "damaged" / f"{step}-{time.time_ns()}"
+      log.warning("checkpoint %s is %s; it was moved to %s", source, problem, target)
       if bucket.remote(target):
-        bucket.move(self.root / str(step), target, first=DIGEST)
-        continue
-      self._quarantine.mkdir(exist_ok=True)
-      os.rename(self.root / str(step), target)
+        bucket.move(source, target, first=DIGEST)
+      else:
+        target.parent.mkdir(exist_ok=True)
+        os.rename(source, target)
 
-  def save(self, step: int, state: TrainState, description: dict[str, Any]) -> None:
-    """Begins to save; waits for the save before this one."""
-    self.wait()
-    self._saving = step
-    rest = {"step": state.step, "collections": state.collections, "opt_state": state.opt_state}
-    items = {"params": state.params, "rest": rest} | ({} if state.ema is None else {"ema": state.ema})
-    items = {name: ocp.args.StandardSave(item) for name, item in items.items()}
-    try:
-      if not (
-        bucket.remote(self.root) or self.root.is_dir()
-      ):  # Orbax would make it again, apart from all else that the run has written
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.root))
-      if not self._manager.save(step, args=ocp.args.Composite(**items)):
-        raise RuntimeError(f"{self.root}: step {step} was not saved; there are the steps {steps(self.root)}")
-    except Exception as error:  # whatever the file system says
-      self._failed(error)
-      return
-    self._sealing = self._sealer.submit(self._seal, step, {**description, "step": step})
-
-  def save_and_wait(self, step: int, state: TrainState, description: dict[str, Any]) -> None:
-    """Saves and waits until the checkpoint is complete, repeating a save that fails for a transient reason.
-
-    Raises:
-      UserError: The save fails for good, or too often.
-    """
-    self.save(step, state, description)
-    while not self.wait():
-      self.save(step, state, description)
-
-  def forget_from(self, step: int) -> None:
-    """Deletes checkpoints of this step and later ones: a run that was begun anew may reach them again."""
-    self.wait()
-    for later in [s for s in self._manager.all_steps() if s >= step]:
-      self._manager.delete(later)
-
-  def _seal(self, step: int, description: dict[str, Any]) -> None:
-    self._manager.wait_until_finished()
-    if jax.process_index() == 0:
-      pause = float(os.environ.get(SLOW_SAVE, 0))
-      folder = self.root / str(step)
-      self._push_metrics()
-      time.sleep(pause)
-      _write_json(folder / DESCRIPTION, description)
-      time.sleep(pause)
-      _flush(folder)
-      _write_json(folder / DIGEST, _digests(folder))
-      time.sleep(pause)
-      if self._to_mark:
-        if not (self.root.parent / SAVED).is_file():
-          _write_json(self.root.parent / SAVED, {"first": step})
-        self._to_mark = False
-    if self._keep:
-      for old in sorted(self._manager.all_steps())[: -self._keep]:
-        try:
-          self._manager.delete(old)
-        except Exception as error:  # the new one is sealed: no reason to call its save failed
-          log.warning("%s could not be deleted (%s)", self.root / str(old), bucket.brief(error))
-
-  def _push_metrics(self) -> None:
-    """Metrics up to this step are there before the checkpoint counts."""
-    bucket.push()
-    metrics = self.root.parent / "metrics.jsonl"
-    if not bucket.remote(metrics) and metrics.is_file():
-      _sync(metrics)
-
-  def _failed(self, error: Exception) -> None:
-    """A save's error: remembered when it may pass, else raised, with the half-written files removed."""
-    self._failures += 1
-    if jax.process_index() == 0:
-      half = self.root / str(self._saving)
-      with contextlib.suppress(Exception):
-        if not (half / DIGEST).is_file():  # it may have its final name already
-          bucket.remove(half) if bucket.remote(half) else shutil.rmtree(half, ignore_errors=True)
-        self._manager.reload()
-      if not bucket.remote(self.root):
-        for half in self.root.glob("*.orbax-checkpoint-tmp*"):
-          shutil.rmtree(half, ignore_errors=True)
-    if bucket.is_transient(error) and self._failures < ATTEMPTS and jax.process_count() == 1:
-      text = "saving in %s failed (%s); it will be tried again at the next step"
-      log.warning(text, self.root, bucket.brief(error))
-      time.sleep(PAUSE)  # the next step may be the same one
-      return
-    there = bucket.remote(self.root) or self.root.parent.is_dir()
-    hint = "" if there else f"; {self.root.parent} is no longer there"
-    raise (TransientError if bucket.is_transient(error) else UserError)(
-      f"saving in {self.root} failed{hint}: {bucket.brief(error)}. Earlier checkpoints there are as they "
-      "were; make room or mend the disk, and give the same command again to go on from the newest"
-    ) from error
-
-  def wait(self) -> bool:
-    """Until the last save is on disk and sealed.
-
-    Returns:
-      False when it failed for a reason that may pass: save again.
-
-    Raises:
-      UserError: it failed for good.
-    """
-    if self._sealing is not None:
-      sealing, self._sealing = self._sealing, None
-      try:
-        sealing.result()
-        self._failures = 0
-      except Exception as error:  # whatever the file system says
-        self._failed(error)
-    return self._failures == 0
-
-  def wanted(self) -> bool:
-    """Whether the last save has failed by now and must be repeated. Does not wait; raises as `wait` does."""
-    if self._sealing is not None and not self._sealing.done():
-      return False
-    return not self.wait()
+  def _delete_temporary_folders(self) -> None:
+    """Deletes what Orbax had not finished; in a bucket, it has no temporary folders."""
+    if not bucket.remote(self.root):
+      for path in self.root.glob("*.orbax-checkpoint-tmp*"):
+        shutil.rmtree(path, ignore_errors=True)
 
   def latest(self) -> int | None:
-    """Step of the newest good checkpoint (bad ones were put aside at the start)."""
+    """Returns the step of the newest checkpoint; unusable ones were moved away at the start."""
     return max(steps(self.root), default=None)
 
   def restore(self, folder: Path, shapes: TrainState, shardings: TrainState) -> TrainState:
-    """The state in a step's folder, on the devices that `shardings` say, whatever mesh wrote it."""
+    """Reads a checkpoint into the devices that `shardings` name, whatever mesh wrote it.
+
+    Args:
+      folder: A usable checkpoint.
+      shapes: `jax.ShapeDtypeStruct` leaves.
+      shardings: `jax.sharding.Sharding` leaves.
+
+    Raises:
+      ValueError: The trees differ (from Orbax).
+    """
     abstract = jax.tree.map(
       lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
       shapes,
       shardings,
     )
-    rest = {"step": abstract.step, "collections": abstract.collections, "opt_state": abstract.opt_state}
     with ocp.StandardCheckpointer() as checkpointer:
       params = checkpointer.restore(folder / "params", abstract.params)
-      rest = checkpointer.restore(folder / "rest", rest)
+      rest = checkpointer.restore(folder / "rest", _rest(abstract))
       ema = None
       if shapes.ema is not None and (folder / "ema").is_dir():
         ema = checkpointer.restore(folder / "ema", abstract.ema)
@@ -413,14 +282,148 @@ class Checkpointer:
         ema = jax.tree.map(jnp.copy, params)
     return TrainState(rest["step"], params, rest["collections"], rest["opt_state"], ema)
 
+  def save(self, step: int, state: TrainState, description: dict[str, Any]) -> None:
+    """Starts to save `state`, after the save before has finished.
+
+    A failure may be raised here or by `wait`, `must_retry` or the next `save`.
+
+    Raises:
+      UserError: A save failed for good; TransientError, a subclass, if it failed too often.
+    """
+    self.wait()
+    self._step = step
+    items = {"params": state.params, "rest": _rest(state)}
+    if state.ema is not None:
+      items["ema"] = state.ema
+    args = ocp.args.Composite(**{name: ocp.args.StandardSave(item) for name, item in items.items()})
+    try:
+      if not (bucket.remote(self.root) or self.root.is_dir()):
+        # Orbax would create the folder again, without the other files of the run.
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.root))
+      self._orbax.save(self.root / str(step), args=args)
+      if not self._asynchronous:
+        self._orbax.wait_until_finished()
+    except Exception as error:  # File systems and Orbax raise errors of many types.
+      self._handle_failure(error)
+    else:
+      self._sealing = self._seal_thread.submit(self._seal, step, {**description, "step": step})
+
+  def save_and_wait(self, step: int, state: TrainState, description: dict[str, Any]) -> None:
+    """Saves and waits until the checkpoint is complete, repeating a save that fails for a transient reason.
+
+    Raises:
+      UserError: As `save`.
+    """
+    self.save(step, state, description)
+    while not self.wait():
+      self.save(step, state, description)
+
+  def wait(self) -> bool:
+    """Waits until the last save is sealed.
+
+    Returns:
+      False if it failed for a transient reason and must be repeated.
+
+    Raises:
+      UserError: As `save`.
+    """
+    if self._sealing is not None:
+      sealing, self._sealing = self._sealing, None
+      try:
+        sealing.result()
+        self._failures = 0
+      except Exception as error:  # File systems and Orbax raise errors of many types.
+        self._handle_failure(error)
+    return self._failures == 0
+
+  def must_retry(self) -> bool:
+    """Whether the last save has failed and must be repeated; does not wait for a save in progress.
+
+    Raises:
+      UserError: As `save`.
+    """
+    in_progress = self._sealing is not None and not self._sealing.done()
+    return not in_progress and not self.wait()
+
+  def _seal(self, step: int, description: dict[str, Any]) -> None:
+    """Completes a checkpoint that Orbax is writing; runs in a thread, so it must not launch programs."""
+    self._orbax.wait_until_finished()
+    if jax.process_index() != 0:
+      return
+    pause = float(os.environ.get(SLOW_SAVE, 0))
+    folder = self.root / str(step)
+    self._flush_metrics()
+    time.sleep(pause)
+    files.write_json(folder / DESCRIPTION, description)
+    time.sleep(pause)
+    files.sync_tree(folder)
+    write_digest(folder)
+    time.sleep(pause)
+    if self._required and not (self.root.parent / SAVED).is_file():
+      files.write_json(self.root.parent / SAVED, {"first": step})
+    if self._keep:
+      self._delete_old()
+
+  def _flush_metrics(self) -> None:
+    """Makes the metrics up to a checkpoint durable before the checkpoint is."""
+    bucket.push()
+    metrics = self.root.parent / "metrics.jsonl"
+    if not bucket.remote(metrics) and metrics.is_file():
+      files.sync(metrics)
+
+  def _delete_old(self) -> None:
+    for old in steps(self.root)[: -self._keep]:
+      try:
+        _delete(self.root / str(old))
+      except Exception as error:  # The new checkpoint is complete, so its save has not failed.
+        log.warning("%s could not be deleted (%s)", self.root / str(old), bucket.brief(error))
+
+  def delete_from(self, step: int) -> None:
+    """Deletes checkpoints of this step and later ones, which a run that started over may reach again."""
+    self.wait()
+    if jax.process_index() == 0:
+      for later in [number for number in steps(self.root) if number >= step]:
+        _delete(self.root / str(later))
+
+  def _handle_failure(self, error: Exception) -> None:
+    """Removes what a failed save has left; raises unless the save may be repeated."""
+    self._failures += 1
+    if jax.process_index() == 0:
+      with contextlib.suppress(Exception):
+        unfinished = self.root / str(self._step)
+        if not (unfinished / DIGEST).is_file():
+          _delete(unfinished)
+      with contextlib.suppress(Exception):
+        self._delete_temporary_folders()
+    transient = bucket.is_transient(error)
+    if transient and self._failures < MAX_ATTEMPTS and jax.process_count() == 1:
+      text = "saving in %s failed (%s); it will be tried again at the next step"
+      log.warning(text, self.root, bucket.brief(error))
+      time.sleep(RETRY_DELAY)  # The next attempt may be made at the same step.
+      return
+    there = bucket.remote(self.root) or self.root.parent.is_dir()
+    hint = "" if there else f"; {self.root.parent} is no longer there"
+    raise (TransientError if transient else UserError)(
+      f"saving in {self.root} failed{hint}: {bucket.brief(error)}. Earlier checkpoints there are intact; make room or "
+      "repair the disk, and give the same command again to go on from the newest"
+    ) from error
+
   def close(self) -> None:
     try:
       self.wait()
     finally:
-      self._sealer.shutdown()
-      try:
-        self._manager.close()
-      except Exception as error:  # Orbax raises once more what a failed save has raised
-        if not self._failures:
-          raise
-        log.warning("closing %s: %s", self.root, bucket.brief(error))
+      self._seal_thread.shutdown()
+      self._orbax.close()
+
+
+def _rest(state: TrainState) -> dict[str, Any]:
+  return {"step": state.step, "collections": state.collections, "opt_state": state.opt_state}
+
+
+def _delete(folder: Path) -> None:
+  """Deletes a checkpoint, its digest first: one that is deleted in part is unfinished, not damaged."""
+  if bucket.remote(folder):
+    bucket.remove(folder, first=DIGEST)
+  else:
+    (folder / DIGEST).unlink(missing_ok=True)
+    shutil.rmtree(folder)

@@ -19,7 +19,7 @@ import jax
 import beit_jax
 from beit_jax import trees
 from beit_jax.errors import UserError
-from beit_jax.run import checkpoint
+from beit_jax.run import checkpoint, files
 from beit_jax.runtime import bucket
 from beit_jax.runtime.logs import log
 
@@ -251,7 +251,7 @@ def write_config(config, workdir) -> None:
   if jax.process_index() == 0:
     (workdir / RESULT).unlink(missing_ok=True)
     text = json.dumps(config.to_dict(), indent=1, default=str)
-    checkpoint.write_whole(workdir / "config.json", text + "\n")
+    files.write_atomic(workdir / "config.json", text + "\n")
 
 
 def finished(config, workdir) -> dict[str, Any] | None:
@@ -267,4 +267,4 @@ def finished(config, workdir) -> dict[str, Any] | None:
 
 def write_result(workdir: Path, result: dict[str, Any]) -> None:
   if jax.process_index() == 0:
-    checkpoint.write_whole(workdir / RESULT, json.dumps(result, indent=1) + "\n")
+    files.write_atomic(workdir / RESULT, json.dumps(result, indent=1) + "\n")

@@ -333,9 +333,11 @@ def move(folder: Any, target: Any, first: str) -> None:
     objects[name].delete()
 
 
-def remove(folder: Any) -> None:
-  for blob in _objects(folder).values():
-    blob.delete()
+def remove(folder: Any, first: str) -> None:
+  """Deletes all objects below a folder, the one named `first` before the others."""
+  objects = _objects(folder)
+  for name in sorted(objects, key=lambda name: name != first):
+    objects[name].delete()
 
 
 # One object, with a condition on its generation: what a lock is made of.

@@ -143,7 +143,7 @@ def test_the_best_state_is_of_this_run(tmp_path, caplog):
     (tmp_path / name).rename(tmp_path / f"old_{name}")
   train.run(_config(total_steps=4, seed=1, **best), tmp_path)
   found = checkpoint.read_description(checkpoint.find(tmp_path / "best"))
-  assert found["config"]["seed"] == 1 and "is of an earlier run; it was moved to" in caplog.text
+  assert found["config"]["seed"] == 1 and "is from an earlier run; it was moved to" in caplog.text
 
 
 @pytest.mark.slow

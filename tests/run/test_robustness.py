@@ -19,7 +19,7 @@ from beit_jax.data import bad_images, examples, images, pipeline, sources
 from beit_jax.data.views import ViewReader
 from beit_jax.errors import BadImage, UserError
 from beit_jax.objectives import Classification
-from beit_jax.run import checkpoint, record
+from beit_jax.run import checkpoint, files, record
 from beit_jax.runtime import lock, logs, sharding
 from tests import tiny
 from tests.conftest import ROOT
@@ -443,10 +443,10 @@ def test_no_good_checkpoint_is_no_fresh_start(run, tmp_path):
 @pytest.mark.slow
 def test_old_checkpoints_go_when_the_new_one_is_sealed(run, tmp_path, monkeypatch):
   order = []
-  original = checkpoint._write_json
+  original = files.write_json
   monkeypatch.setattr(
-    checkpoint,
-    "_write_json",
+    files,
+    "write_json",
     lambda path, value: (
       original(path, value),
       order.append((path.name, checkpoint.steps(path.parent.parent))),
@@ -692,7 +692,7 @@ def _fail_saves(monkeypatch, error, times):
   def seal(self, step, description):
     calls.append(step)
     if len(calls) <= times:
-      self._manager.wait_until_finished()
+      self._orbax.wait_until_finished()
       shutil.rmtree(self.root / str(step))
       raise error
     original(self, step, description)
@@ -711,7 +711,7 @@ def test_a_passing_error_is_tried_again(monkeypatch, tmp_path, caplog):
 
 def test_an_error_while_the_last_checkpoint_is_sealed_is_tried_again(monkeypatch, tmp_path, caplog):
   """The one that has its final name by then, and no digest, is not in the way of its repetition."""
-  write, calls = checkpoint._write_json, []
+  write, calls = files.write_json, []
 
   def fails_once(path, value):
     calls.append(path)
@@ -719,7 +719,7 @@ def test_an_error_while_the_last_checkpoint_is_sealed_is_tried_again(monkeypatch
       raise OSError(5, "Input/output error")
     write(path, value)
 
-  monkeypatch.setattr(checkpoint, "_write_json", fails_once)
+  monkeypatch.setattr(files, "write_json", fails_once)
   assert train.run(_config(total_steps=2, **{"checkpoint.every_steps": 1000}), tmp_path)["step"] == 2
   assert [path.parent.name for path in calls] == ["2"] * 4 + [tmp_path.name] and "tried again" in caplog.text
   assert checkpoint.find(tmp_path).name == "2"

@@ -19,7 +19,7 @@ import beit_jax
 from beit_jax import train, trees
 from beit_jax.errors import UserError
 from beit_jax.predict import __main__ as predict
-from beit_jax.run import checkpoint
+from beit_jax.run import checkpoint, files
 from beit_jax.runtime import bucket as storage
 from beit_jax.runtime import lock
 from tests import kills, tiny
@@ -276,14 +276,14 @@ def test_a_batch_that_is_not_finite_is_in_the_bucket(bucket, monkeypatch):
 def test_a_save_that_fails_is_repeated(bucket, run, monkeypatch, caplog):
   from gcsfs.retry import HttpError
 
-  original, left = checkpoint._write_json, [HttpError({"code": 503, "message": "away"})]
+  original, left = files.write_json, [HttpError({"code": 503, "message": "away"})]
 
   def write(path, value):
     if left and path.name == checkpoint.DIGEST and "/2/" in str(path):
       raise left.pop()
     original(path, value)
 
-  monkeypatch.setattr(checkpoint, "_write_json", write)
+  monkeypatch.setattr(files, "write_json", write)
   train.run(_config(**{"eval.every_steps": 2}), storage.path("gs://bucket/repeat"))
   assert "it will be tried again" in caplog.text and not left
   assert _rows(bucket, "repeat") == _rows(bucket, "whole")

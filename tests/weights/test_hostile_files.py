@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from beit_jax.errors import UserError
-from beit_jax.run import checkpoint
+from beit_jax.run import checkpoint, files
 from beit_jax.weights import io as weights_io
 from beit_jax.weights.files import pickles, safetensors, torchfile
 from tests import reference
@@ -434,8 +434,8 @@ def _own_folder(model, path):
   described = json.loads((path / "x" / "description.json").read_text())
 
   def damage(rng):
-    checkpoint._write_json(path / "x" / "description.json", _other(rng, described))
-    checkpoint._write_json(path / "x" / "digest.json", checkpoint._digests(path / "x"))
+    files.write_json(path / "x" / "description.json", _other(rng, described))
+    checkpoint.write_digest(path / "x")
     return path / "x"
 
   return damage
@@ -524,12 +524,12 @@ def test_a_description_that_claims_too_much(tmp_path):
   for key, value in (("depth", 10**9), ("width", 10**9), ("patch_size", 0), ("image_size", [10**6, 10**6])):
     text = weights_io.load(GOLDEN / "mim_plus.pth").describe()
     text["module"]["encoder"][key] = value
-    checkpoint._write_json(folder / "description.json", text)
-    checkpoint._write_json(folder / "digest.json", checkpoint._digests(folder))
+    files.write_json(folder / "description.json", text)
+    checkpoint.write_digest(folder)
     with pytest.raises(UserError, match=f"field '{key}'"):
       weights_io.load(folder)
   with pytest.raises(UserError, match="claims 1,000,000,000,000 bytes of arrays"):
-    checkpoint._check_claim(folder / "params", 10**12)
+    checkpoint._check_claimed_size(folder / "params", 10**12)
 
 
 def _read_all(path):

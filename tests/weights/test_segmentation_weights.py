@@ -182,7 +182,7 @@ def test_the_state_of_a_run_has_its_statistics(tmp_path):
   rest = dict(step=np.int32(3), collections=model.collections, opt_state={"count": np.int32(3)})
   checkpoint.write_model(tmp_path / "other", rest, {})
   (tmp_path / "other" / "params").rename(tmp_path / "run" / "rest")
-  checkpoint._write_json(tmp_path / "run" / "digest.json", checkpoint._digests(tmp_path / "run"))
+  checkpoint.write_digest(tmp_path / "run")
   _same_model(weights_io.load(tmp_path / "run"), model)
 
 
