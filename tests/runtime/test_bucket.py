@@ -298,7 +298,7 @@ def test_a_save_that_fails_is_repeated(bucket, run, monkeypatch, caplog):
 @SLOW
 def test_two_processes_and_one_write_and_read_the_same(bucket, tmp_path):
   """Two processes x 4 devices begin, one with 8 goes on, two end it: losses as those of one on disk, to 1e-6."""
-  from tests import test_distributed as several
+  from tests.runtime import test_distributed as several
 
   (tmp_path / "config.py").write_text(several.CONFIG)
   env = {"JAX_DEFAULT_MATMUL_PRECISION": "float32"}
