@@ -101,7 +101,7 @@ def main():
   source = sources.TfdsSource(flags.name, flags.split, flags.data_dir, "image", "")
   encoded = [source[i]["image"] for i in range(min(flags.count, len(source)))]
   encoded = mosaics(encoded, flags.mosaic) if flags.mosaic else encoded
-  sizes = np.array([images.open_picture(data).size for data in encoded])
+  sizes = np.array([images.open_image(data).size for data in encoded])
   mean = sizes.mean(0).round().astype(int)
   print(
     f"{len(encoded)} pictures, {mean[0]}x{mean[1]} and {np.mean([*map(len, encoded)]) / 1e3:.0f} kB on average"

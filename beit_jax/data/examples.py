@@ -1,27 +1,29 @@
-"""One example of a source: reading it, decoding its image and its label map, and what to say when that fails."""
+"""Reads and decodes one example of a source; `Reader` turns it into arrays."""
 
 import time
 from collections.abc import Iterator
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image
 
 from beit_jax.data import images
 from beit_jax.data.sources import Example, Source
 from beit_jax.errors import BadImage, UserError
 
 HostBatch = dict[str, np.ndarray]
-TRIES = 100  # examples to try before giving up
-PAUSES = (0.1, 0.5)  # seconds before a file is read again: a network mount has errors that pass
-LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)  # those do not
+MAX_CANDIDATES = 100  # replacements to try for an example that cannot be read
+PAUSES = (0.1, 0.5)  # seconds before a file is read again; errors of network mounts are often transient
+PERMANENT_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
 
 class Reader(Protocol):
   """Turns an example into the arrays of one row of a host batch. Pickled when `data.workers` is positive."""
 
   def train(self, image: images.LazyImage, example: Example, key: tuple[int, ...]) -> HostBatch:
-    """Augments an example; all randomness is a function of `key` = (seed, epoch, index of the row's example).
+    """Augments an example; all randomness is a function of `key` = (seed, epoch, index).
+
+    `example["index"]` differs from the index in `key` if the example replaces one that cannot be read;
+    `example["replaces"]` is then the error.
 
     Raises:
       BadImage: the image, or another part of the example, is damaged.
@@ -33,76 +35,80 @@ class Reader(Protocol):
     ...
 
 
-def decode(example: Example, index: int, field: str = "image") -> images.LazyImage:
-  """The picture of an example; its pixels may be damaged all the same, which shows when they are asked for.
+def decode(example: Example, index: int) -> images.LazyImage:
+  """The image of an example. Decoding is lazy: damage may only show when the pixels are read.
 
   Raises:
-    BadImage: it cannot be decoded; names the file, or the example.
+    BadImage: the image cannot be decoded; names the file, or the example.
   """
-  return images.LazyImage(example[field], str(example.get("file", f"example {index}")))
+  return images.LazyImage(example["image"], str(example.get("file", f"example {index}")))
 
 
 def read(source: Source, index: int) -> Example:
-  """An example of a source, its file tried three times.
+  """Reads an example; retries after errors that may be transient.
 
   Raises:
-    BadImage: it cannot be read.
+    BadImage: the example cannot be read.
   """
-  for pause in (*PAUSES, None):
+  pauses = iter(PAUSES)
+  while True:
     try:
       return source[index]
     except OSError as error:
-      if pause is None or isinstance(error, LASTING):
+      pause = next(pauses, None)
+      if pause is None or isinstance(error, PERMANENT_ERRORS):
         raise BadImage(str(error)) from error
-    time.sleep(pause)
+      time.sleep(pause)
 
 
 def candidates(index: int, count: int) -> Iterator[int]:
-  """An example, and those that take its place in turn. Not simply the next ones: a whole folder may be damaged."""
+  """Yields `index`, then its replacements: random examples out of `count`, since a whole folder may be damaged."""
   yield index
   rng = np.random.default_rng((index, 4))
-  for _ in range(TRIES):
+  for _ in range(MAX_CANDIDATES):
     yield int(rng.integers(count))
 
 
+def label_map_name(example: Example, index: int) -> str:
+  """Names an example's label map in errors."""
+  return str(example.get("label_file", example.get("file", f"example {index}")))
+
+
 def decode_labels(encoded: Any, name: str) -> np.ndarray:
-  """Encoded bytes or an array -> label map uint8 or int32 [H, W], values as stored.
+  """Decodes a label map.
+
+  Args:
+    encoded: bytes, or an integer array [H, W] or [H, W, 1].
+    name: names the label map in errors.
+
+  Returns:
+    uint8 or int32 [H, W], the values as stored.
 
   Raises:
-    BadImage: it is no picture, or a damaged one.
-    UserError: it is one of colours instead of class numbers.
+    BadImage: the label map cannot be decoded.
+    UserError: it has colors instead of class numbers.
   """
   if not isinstance(encoded, bytes):
     array = np.asarray(encoded)
     return array[..., 0] if array.ndim == 3 else array
-  try:
-    image = images.open_picture(encoded)
+  with images.decoding(f"{name}: the label map"):
+    image = images.open_image(encoded)
     image.load()
-  except Image.UnidentifiedImageError:
-    raise BadImage(f"{name}: the label map cannot be decoded: no picture of a kind that is read") from None
-  except Exception as error:  # whatever a damaged file leads to
-    reason = str(error) or type(error).__name__
-    raise BadImage(f"{name}: the label map cannot be decoded: {reason}") from None
   if image.mode not in ("L", "P", "1", "I", "I;16"):
     raise UserError(
-      f"{name}: the label map has mode {image.mode}: a picture in colours; expected one channel of class numbers (an "
-      "8-bit grey or palette PNG)"
+      f"{name}: the label map is a color image (mode {image.mode}); expected one channel of class numbers (an 8-bit "
+      "gray or palette PNG)"
     )
   return np.asarray(image).astype(np.int32 if image.mode.startswith("I") else np.uint8, copy=False)
 
 
-def map_name(example: Example, index: int) -> str:
-  """What to call an example's label map in an error."""
-  return str(example.get("label_file", example.get("file", f"example {index}")))
-
-
 def read_error(source: Source, index: int) -> str:
-  """Which example it is, and why it cannot be read."""
+  """Says why an example cannot be read, naming the file or the example."""
   try:
     example = source[index]
     decode(example, index).pixels()
     if "label_map" in example:
-      decode_labels(example["label_map"], map_name(example, index))
+      decode_labels(example["label_map"], label_map_name(example, index))
   except (BadImage, OSError) as error:
     return str(error)
-  return f"example {index} could not be read a moment ago, or not when its tokens were cached, and can be now"
+  return f"example {index}: could not be read earlier, or when its tokens were cached; now it can"

@@ -1,8 +1,8 @@
 """Decoding, cropping and resizing on the host, uint8 out.
 
-The two-view crop follows unilm `beit/datasets.py` and `beit/transforms.py`: one random box, resized twice.
-Every function takes its randomness as an argument. Training views are made for speed (`jpeg.py`, `resize.py`);
-evaluation resizes with Pillow, as those do whose numbers it is compared with.
+The two-view crop follows unilm `beit/datasets.py` and `beit/transforms.py`: one random box, resized twice. Every
+function takes its randomness as an argument. Training views are made for speed (`jpeg.py`, `resize.py`); evaluation
+resizes with Pillow, like the code that published the numbers it is compared with.
 """
 
 import contextlib
@@ -13,40 +13,43 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 from beit_jax.data import jpeg
-from beit_jax.data.resize import RESAMPLE, mirrored, resize
+from beit_jax.data.resize import RESAMPLE, Box, View, mirrored, resize
 from beit_jax.errors import BadImage
 
-MAX_PIXELS = 2**26  # of an encoded picture, checked before it is decoded: 8,192 x 8,192
-MAX_WEBP_PIXELS = 3 * 2**24  # its decoder holds four copies
-MAX_ASPECT = 64  # of a picture that is resized as a whole; of a narrower one the central part is seen
-STRIP = 2**20  # pixels that are scaled at a time
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # EPS would run a program
+MAX_PIXELS = 2**26  # of an encoded image, checked before it is decoded: 8,192 x 8,192
+MAX_WEBP_PIXELS = 3 * 2**24  # the WebP decoder holds four copies
+MAX_ASPECT = 64  # of an image that is resized as a whole; of a narrower one only the central part is used
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # not EPS, which runs a program
 RESIZES = ("short_side", "squash")
 CROPS = ("random_resized", "pad", "center")
-ENOUGH = 1  # times the pixels of a view, to each side: what a picture decoded to fewer pixels must still have
-Box = tuple[int, int, int, int]  # left, top, right, bottom
+# EXIF orientation -> the operation that turns the image upright; 1 is upright already.
+TRANSPOSE = {
+  2: Image.Transpose.FLIP_LEFT_RIGHT,
+  3: Image.Transpose.ROTATE_180,
+  4: Image.Transpose.FLIP_TOP_BOTTOM,
+  5: Image.Transpose.TRANSPOSE,
+  6: Image.Transpose.ROTATE_270,
+  7: Image.Transpose.TRANSVERSE,
+  8: Image.Transpose.ROTATE_90,
+}
+ViewSizes = dict[str, View]  # name -> ((height, width), interpolation)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-  """Any Pillow mode -> RGB. 16-bit and float greys are scaled to 8 bits, which `convert` would clip."""
+  """Converts any Pillow mode to RGB. 16-bit and float grays are scaled to 8 bits, which `convert` would clip."""
   if image.mode.startswith("I") or image.mode == "F":
-    deep = any(part.max(initial=0) > 255 for part in _strips(image))
-    grey = [(part / 257.0 if deep else part).clip(0, 255).round().astype(np.uint8) for part in _strips(image)]
-    image = Image.fromarray(np.concatenate(grey), "L")  # 65535 -> 255
+    gray = np.array(image, np.float32)  # large: all operations are in place
+    np.nan_to_num(gray, copy=False, posinf=np.inf, neginf=-np.inf)
+    if gray.max(initial=0) > 255:
+      gray /= 257  # 65535 -> 255
+    gray = np.clip(gray, 0, 255, out=gray).round(out=gray).astype(np.uint8)
+    image = Image.fromarray(gray)
   elif image.mode == "P" and "transparency" in image.info:
     image = image.convert("RGBA")
   return image.convert("RGB")
-
-
-def _strips(image: Image.Image) -> Iterator[np.ndarray]:
-  """A one-channel picture as float64, some rows at a time: as a whole it could be half a GiB. NaN is 0."""
-  rows = max(STRIP // image.width, 1)
-  for top in range(0, image.height, rows):
-    part = image.crop((0, top, image.width, min(top + rows, image.height)))
-    yield np.nan_to_num(np.asarray(part).astype(np.float64), posinf=np.inf, neginf=-np.inf)
 
 
 @functools.cache
@@ -55,11 +58,12 @@ def _formats() -> tuple[str, ...]:
   return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def open_picture(encoded: bytes) -> Image.Image:
+def open_image(encoded: bytes) -> Image.Image:
   """Reads the header only.
 
   Raises:
-    ValueError: the picture is absurdly large. Pillow's errors, for whatever else is wrong.
+    ValueError: the file is empty, or the image has too many pixels.
+    Exception: any error of Pillow's readers.
   """
   if not encoded:
     raise ValueError("the file is empty")
@@ -70,23 +74,35 @@ def open_picture(encoded: bytes) -> Image.Image:
   return image
 
 
-def _upright(image: Image.Image) -> Image.Image:
-  image.load()  # damaged pixels are an error, damaged EXIF is not
+def _orientation(image: Image.Image) -> int:
+  """The EXIF orientation, 1 to 8; 1 if there is none, or the EXIF block is damaged."""
   try:
-    ImageOps.exif_transpose(image, in_place=True)
-  except Exception:  # Pillow's EXIF reader raises whatever the bytes lead it into
-    pass
-  return image
+    value = image.getexif().get(ExifTags.Base.Orientation)
+    return int(value) if value in TRANSPOSE else 1
+  except Exception:  # damaged bytes make Pillow's EXIF reader raise almost anything
+    return 1
+
+
+def _upright(image: Image.Image, orientation: int) -> Image.Image:
+  return image.transpose(TRANSPOSE[orientation]) if orientation in TRANSPOSE else image
 
 
 def decode(image: Any) -> Image.Image:
-  """Encoded bytes, a uint8 array [H, W, 3 or 1], a `LazyImage`, or what this returned before -> Pillow image in RGB.
+  """Decodes an image to RGB.
 
-  Encoded pictures are turned upright as their EXIF orientation says; a damaged EXIF block says nothing. Transparency
-  is dropped.
+  Args:
+    image: encoded bytes, a uint8 array [H, W, 3 or 1], a `LazyImage`, or an RGB image of Pillow. Encoded images are
+      turned upright as their EXIF orientation says; a damaged EXIF block is ignored. Transparency is dropped.
+
+  Raises:
+    ValueError: the file is empty, or the image has too many pixels.
+    BadImage: a `LazyImage` is damaged.
+    Exception: any error of Pillow's readers.
   """
   if isinstance(image, bytes):
-    return to_rgb(_upright(open_picture(image)))
+    opened = open_image(image)
+    opened.load()  # before the EXIF block is read, which may follow the pixels
+    return to_rgb(_upright(opened, _orientation(opened)))
   if isinstance(image, Image.Image):
     return image
   if isinstance(image, LazyImage):
@@ -96,72 +112,83 @@ def decode(image: Any) -> Image.Image:
 
 
 @contextlib.contextmanager
-def _blamed_on(name: str) -> Iterator[None]:
+def decoding(name: str, advice: str = "") -> Iterator[None]:
+  """Turns whatever Pillow raises inside the block into a `BadImage` that names the file."""
   try:
     yield
   except Image.UnidentifiedImageError:
-    raise BadImage(
-      f"{name} cannot be decoded: no picture of a kind that is read; remove or repair it"
-    ) from None
-  except Exception as error:  # Pillow's readers let through whatever a damaged file leads to
-    reason = str(error) or type(error).__name__
-    raise BadImage(f"{name} cannot be decoded: {reason}; remove or repair it") from None
+    raise BadImage(f"{name} cannot be decoded: not an image of a supported format{advice}") from None
+  except Exception as error:  # damaged bytes make Pillow's readers raise almost anything
+    raise BadImage(f"{name} cannot be decoded: {str(error) or type(error).__name__}{advice}") from None
 
 
 class LazyImage:
-  """A picture of which the header has been read. A plain JPEG is decoded when its pixels are asked for.
+  """An image whose header has been read. The pixels of a plain JPEG are decoded when they are asked for.
+
+  The pixels are those of `decode`, to the bit.
 
   Args:
-    image: as for `decode`, whose pixels these are to the bit.
-    name: for errors.
+    image: as for `decode`.
+    name: names the image in errors.
 
   Attributes:
     size: (width, height), upright.
 
   Raises:
-    BadImage: it cannot be decoded; names it. So do the methods.
+    BadImage: the image cannot be decoded. Decoding is lazy: the methods may raise it too.
   """
 
-  def __init__(self, image: Any, name: str = "the picture"):
-    self._name, self._encoded, self._turn = name, b"", None
-    size = jpeg.plain_size(image) if isinstance(image, bytes) else None
-    if size and size[0] * size[1] <= MAX_PIXELS:
-      self._encoded, self._stored, self.size = image, size, size
-      return
-    with _blamed_on(name):
-      header = open_picture(image) if isinstance(image, bytes) else None
-      if header is not None and jpeg.is_plain(header):
-        self._encoded, self._turn, self._stored = image, jpeg.turn(header), header.size
-        self.size = self._stored[::-1] if self._turn and self._turn[0] else self._stored
+  def __init__(self, image: Any, name: str = "the image"):
+    self._name, self._encoded, self._orientation = name, b"", 1
+    with self._decoding():
+      if isinstance(image, bytes) and jpeg.is_plain(header := open_image(image)):
+        self._encoded, self._stored_size, self._orientation = image, header.size, _orientation(header)
+        self.size = header.size[::-1] if self._orientation >= 5 else header.size
         return
-      plain = isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] == (3,)
-      self._array = image if plain else np.asarray(decode(image))
+      is_rgb = isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] == (3,)
+      self._array = image if is_rgb else np.asarray(decode(image))
     self.size = (self._array.shape[1], self._array.shape[0])
 
+  def _decoding(self) -> contextlib.AbstractContextManager[None]:
+    return decoding(self._name, "; remove or repair it")
+
   def pixels(self) -> np.ndarray:
-    """uint8 [H, W, 3]."""
+    """The decoded image, uint8 [H, W, 3]."""
     return self.shrunk(1)[0]
 
   def shrunk(self, factor: int) -> tuple[np.ndarray, int]:
-    """Decoded to the factor-th part of each side if that saves work: (uint8 [ceil(H / f), ceil(W / f), 3], f).
+    """Decodes at a lower resolution where that saves work.
 
-    factor: 1, 2, 4 or 8; f is that, or less.
+    Args:
+      factor: 1, 2, 4 or 8.
+
+    Returns:
+      (uint8 [ceil(H / f), ceil(W / f), 3], f), where f is `factor` or less.
     """
     if not self._encoded:
       return self._array, 1
-    while self._turn and any(side % factor for side in self.size):  # the cut edge would be at the wrong side
-      factor //= 2
-    pixels = jpeg.decode(self._encoded, self._stored, factor)
-    if pixels is not None:
-      return jpeg.turned(pixels, self._turn), factor
-    with _blamed_on(self._name):
-      return np.asarray(decode(self._encoded)), 1
+    while self._orientation != 1 and any(side % factor for side in self.size):
+      factor //= 2  # the incomplete last row or column would end up at the wrong side
+    pixels = jpeg.decode(self._encoded, self._stored_size, factor)
+    if pixels is None:
+      with self._decoding():
+        return np.asarray(decode(self._encoded)), 1
+    if self._orientation != 1:
+      pixels = np.asarray(_upright(Image.fromarray(pixels), self._orientation))
+    return pixels, factor
 
 
 def random_resized_box(
   rng: np.random.Generator, width: int, height: int, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> Box:
-  """torchvision's RandomResizedCrop: ten tries at area and log-uniform aspect, then the largest central box."""
+  """The box of torchvision's RandomResizedCrop.
+
+  Ten tries at a uniform area and a log-uniform aspect ratio, then the largest central box within the ratios.
+
+  Args:
+    scale: range of the area, as a fraction of the image.
+    ratio: range of width / height.
+  """
   for _ in range(10):
     area = width * height * rng.uniform(*scale)
     aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
@@ -171,15 +198,12 @@ def random_resized_box(
       return left, top, left + w, top + h
   w = min(width, max(round(height * ratio[1]), 1))
   h = min(height, max(round(width / ratio[0]), 1))
-  return _central(width, height, w, h)
+  return _central_box(width, height, w, h)
 
 
-def _central(width: int, height: int, w: int, h: int) -> Box:
+def _central_box(width: int, height: int, w: int, h: int) -> Box:
   left, top = round((width - w) / 2), round((height - h) / 2)
   return left, top, left + w, top + h
-
-
-ViewSizes = dict[str, tuple[tuple[int, int], str]]  # name -> ((H, W), interpolation)
 
 
 def train_views(
@@ -188,64 +212,72 @@ def train_views(
   views: ViewSizes,
   *,
   crop: str,
-  scale,
-  ratio,
+  scale: tuple[float, float],
+  ratio: tuple[float, float],
   flip: bool,
   scaled: bool = False,
-) -> dict:
-  """One random box and flip, resized to every view: {name: uint8 [H, W, 3]}. `image`: as for `LazyImage`, or one.
+) -> dict[str, np.ndarray]:
+  """Crops one random box, flips it at random, and resizes it to every view.
 
   Args:
-    crop: "random_resized"; "pad" (reflect-free: zero padding by an eighth, then a random crop, for small images);
-      "center" (none: the largest central box of the first view's shape).
-    scaled: decode JPEGs to fewer pixels where the box has more than enough; the box is the same.
+    image: a `LazyImage`, or anything that `decode` takes.
+    rng: draws the box, then the flip.
+    views: the sizes to make.
+    crop: "random_resized"; "pad" (zero padding by an eighth, then a random crop, for small images); "center" (the
+      largest central box with the aspect ratio of the first view).
+    scale: see `random_resized_box`, as `ratio`.
+    flip: whether to flip with probability 1/2.
+    scaled: decode JPEGs at a lower resolution where the box has more pixels than the views; the box is the same.
+
+  Returns:
+    {view: uint8 [H, W, 3]}.
 
   Raises:
-    BadImage: the picture cannot be decoded.
+    BadImage: the image cannot be decoded.
   """
-  picture = image if isinstance(image, LazyImage) else LazyImage(image)
-  first, factor = next(iter(views.values()))[0], 1
+  image = image if isinstance(image, LazyImage) else LazyImage(image)
+  first = next(iter(views.values()))[0]
+  height, width = first
+  box: Box
   if crop == "random_resized":
-    box = random_resized_box(rng, *picture.size, scale, ratio)
+    box = random_resized_box(rng, *image.size, scale, ratio)
   elif crop == "pad":
-    height, width = first
     left, top = (int(rng.integers(0, 2 * (side // 8) + 1)) for side in (width, height))
     box = (left, top, left + width, top + height)
   else:
-    box = _largest_box(picture.size, first)
+    unit = min(image.size[0] / width, image.size[1] / height)
+    box = _central_box(*image.size, max(round(width * unit), 1), max(round(height * unit), 1))
   flipped = flip and rng.random() < 0.5
-  if scaled and crop != "pad":
-    factor = _spare(box, views)
-  pixels, factor = picture.shrunk(factor)
   if crop == "pad":
-    (pixels,) = resize(pixels, _without_ends(picture.size), [(first, "bicubic")])
-    pixels = np.pad(pixels, [(side // 8, side // 8) for side in first] + [(0, 0)])
-  elif factor > 1:
-    box = tuple(side / factor for side in box)
-  made = resize(pixels, box, views.values())
-  return dict(zip(views, map(mirrored, made) if flipped else made, strict=True))
+    (pixels,) = resize(image.pixels(), _limited_box(image.size), [(first, "bicubic")])
+    pixels = np.pad(pixels, [(height // 8, height // 8), (width // 8, width // 8), (0, 0)])
+  else:
+    pixels, factor = image.shrunk(_max_shrink(box, views) if scaled else 1)
+    box = tuple(side / factor for side in box) if factor > 1 else box
+  resized = resize(pixels, box, views.values())
+  return dict(zip(views, map(mirrored, resized) if flipped else resized, strict=True))
 
 
-def _spare(box: Box, views: ViewSizes) -> int:
-  """By how much a box may shrink for `ENOUGH` to be left for every view."""
+def _max_shrink(box: Box, views: ViewSizes) -> int:
+  """The largest factor by which the box may shrink without having fewer pixels than a view."""
   wide, high = box[2] - box[0], box[3] - box[1]
   room = min(min(wide / width, high / height) for (height, width), _ in views.values())
-  return next((factor for factor in jpeg.SHRINKS if factor * ENOUGH <= room), 1)
-
-
-def _largest_box(image_size: tuple[int, int], view: tuple[int, int], crop_pct: float = 1.0) -> Box:
-  """The central box of the view's aspect that covers `crop_pct` of the image's shorter fit."""
-  width, height = image_size
-  unit = min(width / view[1], height / view[0]) * crop_pct
-  return _central(width, height, max(round(view[1] * unit), 1), max(round(view[0] * unit), 1))
+  return next((factor for factor in jpeg.SHRINKS if factor <= room), 1)
 
 
 def eval_size(
   image_size: tuple[int, int], view: tuple[int, int], crop_pct: float, resize: str
 ) -> tuple[int, int]:
-  """(height, width) that an image of (height, width) is resized to before the centre crop of the view's size.
+  """The size that an image is resized to before the center crop.
 
-  resize: "short_side" keeps the aspect and just covers view / crop_pct; "squash" is view / crop_pct itself.
+  Args:
+    image_size: (height, width).
+    view: (height, width) of the center crop.
+    crop_pct: side of the crop as a fraction of the resized image.
+    resize: "short_side" keeps the aspect ratio and just covers view / crop_pct; "squash" is view / crop_pct itself.
+
+  Returns:
+    (height, width), at least the view's.
   """
   scales = [target / crop_pct / side for target, side in zip(view, image_size, strict=True)]
   scales = [max(scales)] * 2 if resize == "short_side" else scales
@@ -255,19 +287,22 @@ def eval_size(
   return height, width
 
 
-def _without_ends(size: tuple[int, int]) -> Box:
-  """The central box of at most `MAX_ASPECT`: to resize a line of pixels takes more memory than there is."""
-  return _central(*size, *(min(side, MAX_ASPECT * min(size)) for side in size))
+def _limited_box(size: tuple[int, int]) -> Box:
+  """The central box of at most `MAX_ASPECT`: to resize a line of pixels would exhaust the memory."""
+  width, height = (min(side, MAX_ASPECT * min(size)) for side in size)
+  return _central_box(*size, width, height)
 
 
-def eval_views(image: Any, views: ViewSizes, *, crop_pct: float, resize: str = "short_side") -> dict:
-  """Resized to `eval_size`, then a centre crop of the view's size: {name: uint8 [H, W, 3]}."""
+def eval_views(
+  image: Any, views: ViewSizes, *, crop_pct: float, resize: str = "short_side"
+) -> dict[str, np.ndarray]:
+  """Resizes to `eval_size` and crops the center: {view: uint8 [H, W, 3]}. Args as for `train_views`, `eval_size`."""
   image = decode(image)
   if max(image.size) > MAX_ASPECT * min(image.size):
-    image = image.crop(_without_ends(image.size))
+    image = image.crop(_limited_box(image.size))
   result = {}
   for name, ((height, width), interpolation) in views.items():
     size = eval_size((image.height, image.width), (height, width), crop_pct, resize)[::-1]
     resized = image if image.size == size else image.resize(size, RESAMPLE[interpolation])
-    result[name] = np.asarray(resized.crop(_central(*size, width, height)))
+    result[name] = np.asarray(resized.crop(_central_box(*size, width, height)))
   return result

@@ -21,7 +21,7 @@ import grain
 import numpy as np
 
 from beit_jax.data.bad_images import BadImageTracker
-from beit_jax.data.examples import TRIES, HostBatch, Reader, candidates, decode, read
+from beit_jax.data.examples import MAX_CANDIDATES, HostBatch, Reader, candidates, decode, read
 from beit_jax.data.sources import Source
 from beit_jax.errors import BadImage, TransientError, UserError
 
@@ -43,7 +43,7 @@ class _Rows:
   """Random access to this process's rows of the global batches, in order; the unit that grain reads."""
 
   def __init__(self, source, reader, *, rows, batch_size, steps, seed, train, replace):
-    self._source, self._reader, self._tries = source, reader, 1 + TRIES if replace else 1
+    self._source, self._reader, self._tries = source, reader, 1 + MAX_CANDIDATES if replace else 1
     self._rows, self._batch, self._steps = rows, batch_size, steps
     self._seed, self._train = seed, train
 
@@ -79,7 +79,9 @@ class _Rows:
         return arrays, other != index
       except BadImage as error:
         problem = problem or error
-    more = "" if self._tries == 1 else f"; nor could any of {TRIES} others that were tried in its place"
+    more = (
+      "" if self._tries == 1 else f"; nor could any of {MAX_CANDIDATES} others that were tried in its place"
+    )
     raise BadImage(f"{problem}{more}")
 
 

@@ -1,7 +1,7 @@
-"""Crop and resize for training: `cykooz-resizer`, SIMD code with Pillow's filters, 51 to 57 dB from Pillow's pixels.
+"""Crop and resize for training with `cykooz-resizer`: SIMD code for Pillow's filters, within 51 to 57 dB of Pillow.
 
-Integer arithmetic: the pixels are the same with and without SIMD (`test_resizing_does_not_depend_on_the_processor`).
-There are no wheels of it for Linux on ARM; there Pillow resizes, and a run says so.
+The arithmetic is in integers, so the pixels are the same with and without SIMD. There is no wheel for Linux on ARM;
+there Pillow resizes, and the log says so.
 """
 
 import functools
@@ -28,79 +28,76 @@ RESAMPLE = {
   "bicubic": Image.Resampling.BICUBIC,
   "lanczos": Image.Resampling.LANCZOS,
 }
-PIXELS = (
-  "cykooz-resizer" if fast else "Pillow"
-)  # what resizes: a token cache is refused where this is another
 FILTERS = {"bilinear": "bilinear", "bicubic": "catmull_rom", "lanczos": "lanczos3"}
-RGB = fast and fast.PixelType.U8x3
+BACKEND = "cykooz-resizer" if fast else "Pillow"  # a token cache made with the other one is refused
 Box = tuple[float, float, float, float]  # left, top, right, bottom
-Target = tuple[tuple[int, int], str]  # (H, W), interpolation
+View = tuple[tuple[int, int], str]  # (height, width), interpolation
 
 
 @functools.cache
 def check() -> None:
-  """Says once which code resizes, where it is not the usual one.
+  """Logs once if Pillow resizes instead of `cykooz-resizer`.
 
   Raises:
-    UserError: the usual one is missing where it can be installed: pixels would differ from those of other machines.
+    UserError: `cykooz-resizer` is missing where it can be installed; pixels would differ from other machines.
   """
   if fast is not None:
     return
   if sys.platform == "linux" and platform.machine() == "aarch64":
-    log.info("training pictures are resized by Pillow: slower, and not to the bit as on other machines")
+    log.info("training images are resized by Pillow: slower, and not bit-identical to other machines")
     return
   raise UserError(
-    "cykooz-resizer, which resizes training pictures, is not installed: pip install 'cykooz-resizer>=4.0.1,<5'"
+    "cykooz-resizer, which resizes training images, is not installed: pip install 'cykooz-resizer>=4.0.1,<5'"
   )
 
 
-@functools.cache
-def _options(interpolation: str):
-  algorithm = fast.ResizeAlg.nearest()
-  if interpolation != "nearest":
-    algorithm = fast.ResizeAlg.convolution(fast.FilterType[FILTERS[interpolation]])
-  return fast.ResizeOptions(resize_alg=algorithm)
+def resize(pixels: np.ndarray, box: Box, views: Iterable[View]) -> list[np.ndarray]:
+  """Resizes a box of an image to each of several sizes. Pixels outside the box have no influence.
 
+  Args:
+    pixels: uint8 [h, w, 3].
+    box: may have fractional edges; a pixel that an edge cuts counts by the part inside.
 
-def resize(pixels: np.ndarray, box: Box, targets: Iterable[Target]) -> list[np.ndarray]:
-  """The box of uint8 [h, w, 3], resized to every target: uint8 [H, W, 3]. What lies outside the box has no influence.
-
-  A box that cuts through pixels has them at their share.
+  Returns:
+    uint8 [H, W, 3] for each view.
   """
   left, top, right, bottom = box
   x, y = int(left), int(top)
-  crop = pixels[y : math.ceil(bottom), x : math.ceil(right)]
+  crop = np.ascontiguousarray(pixels[y : math.ceil(bottom), x : math.ceil(right)])
   height, width = crop.shape[:2]
   inner = (left - x, top - y, right - x, bottom - y)
-  part = None if inner == (0, 0, width, height) else inner
-  convert = _pillow if fast is None else _fast
-  source, made = None, []
-  for size, interpolation in targets:
-    if part is None and (height, width) == tuple(size):
-      made.append(np.ascontiguousarray(crop))
-      continue
-    if source is None:
-      source = Image.fromarray(crop) if fast is None else fast.ImageData(width, height, RGB, crop.tobytes())
-    made.append(convert(source, part, size, interpolation))
-  return made
+  exact = inner == (0, 0, width, height)
+  if fast is None:
+    source, resize_one = Image.fromarray(crop), _resize_with_pillow
+  else:
+    source = fast.ImageData(width, height, fast.PixelType.U8x3, crop.tobytes())  # slow: shared by the views
+    resize_one = _resize_with_cykooz
+  return [
+    crop if exact and (height, width) == tuple(size) else resize_one(source, inner, size, interpolation)
+    for size, interpolation in views
+  ]
 
 
-def _pillow(source: Image.Image, part: Box | None, size: tuple[int, int], interpolation: str) -> np.ndarray:
-  return np.asarray(source.resize(size[::-1], RESAMPLE[interpolation], part))
+def _resize_with_pillow(
+  source: Image.Image, box: Box, size: tuple[int, int], interpolation: str
+) -> np.ndarray:
+  return np.asarray(source.resize(size[::-1], RESAMPLE[interpolation], box))
 
 
-def _fast(source: Any, part: Box | None, size: tuple[int, int], interpolation: str) -> np.ndarray:
-  options = _options(interpolation)
-  if part is not None:
-    options = options.copy()
-    options.crop_box = fast.CropBox(part[0], part[1], part[2] - part[0], part[3] - part[1])
-  target = fast.ImageData(size[1], size[0], RGB)
-  fast.Resizer().resize(source, target, options)  # one for each call: threads must not share one
+def _resize_with_cykooz(source: Any, box: Box, size: tuple[int, int], interpolation: str) -> np.ndarray:
+  algorithm = fast.ResizeAlg.nearest()
+  if interpolation != "nearest":
+    algorithm = fast.ResizeAlg.convolution(fast.FilterType[FILTERS[interpolation]])
+  left, top, right, bottom = box
+  crop_box = fast.CropBox(left, top, right - left, bottom - top)
+  target = fast.ImageData(size[1], size[0], fast.PixelType.U8x3)
+  # A new Resizer for each call, because threads must not share one.
+  fast.Resizer().resize(source, target, fast.ResizeOptions(resize_alg=algorithm, crop_box=crop_box))
   return np.frombuffer(target.get_buffer(), np.uint8).reshape(*size, 3)
 
 
 def mirrored(pixels: np.ndarray) -> np.ndarray:
-  """Left for right, uint8 [H, W, 3]; by channel, since NumPy is four times slower with an inner loop of three."""
+  """Flips uint8 [H, W, 3] horizontally; by channel, which is four times faster than one copy in NumPy."""
   result = np.empty(pixels.shape, np.uint8)
   for channel in range(3):
     result[..., channel] = pixels[:, ::-1, channel]

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from beit_jax.data import images
-from beit_jax.data.examples import HostBatch, decode, decode_labels, map_name, read
+from beit_jax.data.examples import HostBatch, decode, decode_labels, label_map_name, read
 from beit_jax.errors import UserError
 
 IGNORE = 255  # of a label map as the loss and the metrics see it
@@ -123,7 +123,7 @@ class LabelMapReader:
       BadImage: it cannot be decoded; names the file.
       UserError: it does not fit the image; names the file.
     """
-    name = map_name(example, index)
+    name = label_map_name(example, index)
     labels = decode_labels(example["label_map"], name)
     width, height = image.size
     if labels.shape != (height, width):

@@ -49,7 +49,7 @@ def cache_key(config: Any, tokenizer: Any, num_tokens: int, source: Any) -> dict
     "data": {k: v for k, v in source.description.items() if k not in ("root", "label_file")},
     "examples": len(source),
     "sha256 of some examples": _sample(source),
-    "pixels": resize.PIXELS,
+    "pixels": resize.BACKEND,
     "seed": config.seed,
     **{f"data.{name}": config.data[name] for name in (*VIEWS, *AUGMENTATION)},
   }

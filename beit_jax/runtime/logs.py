@@ -1,5 +1,6 @@
 """metrics.jsonl, TensorBoard, the progress line; only process 0 writes."""
 
+import contextlib
 import json
 import logging
 import math
@@ -8,6 +9,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -179,3 +181,16 @@ def _step_of(line: str) -> int:
     return int(json.loads(line)["step"])
   except (ValueError, KeyError, TypeError):  # a line cut off by a kill
     return sys.maxsize
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+  """Reads the objects of a JSON Lines file; [] if there is no file. Lines that a kill cut off are skipped."""
+  try:
+    lines = path.read_text(errors="replace").splitlines()
+  except FileNotFoundError:
+    return []
+  rows = []
+  for line in lines:
+    with contextlib.suppress(ValueError):
+      rows.append(json.loads(line))
+  return [row for row in rows if isinstance(row, dict)]

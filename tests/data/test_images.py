@@ -134,7 +134,7 @@ def test_damage_is_found_where_pillow_finds_it(taken):
     except Exception as error:
       wanted, reason = None, str(error) or type(error).__name__
       if isinstance(error, Image.UnidentifiedImageError):
-        reason = "no picture of a kind that is read"
+        reason = "not an image of a supported format"
     if reason is None:
       np.testing.assert_array_equal(images.LazyImage(data).pixels(), wanted)
     else:
