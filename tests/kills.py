@@ -71,13 +71,20 @@ def start(
     return subprocess.Popen(command, env=env, cwd=ROOT, stdout=output, stderr=output)
 
 
+def free_port() -> int:
+  with socket.create_server(("localhost", 0)) as free:
+    return free.getsockname()[1]
+
+
 def start_all(workdir: Path, mark: str, processes: int, **options) -> list[subprocess.Popen]:
   """All processes of a run; several have a device each, and a mesh of these."""
   if processes == 1:
     return [start(workdir, mark, **options)]
-  with socket.create_server(("localhost", 0)) as free:
-    port = free.getsockname()[1]
-  together = (f"--coordinator=localhost:{port}", f"--num_processes={processes}", "--heartbeat_timeout=10")
+  together = (
+    f"--coordinator=localhost:{free_port()}",
+    f"--num_processes={processes}",
+    "--heartbeat_timeout=10",
+  )
   options |= {"mesh": processes}
   return [start(workdir, mark, place=(*together, f"--process_id={i}"), **options) for i in range(processes)]
 

@@ -1,43 +1,21 @@
-"""Saving while training goes on: only the main thread launches programs, and only old checkpoints are deleted."""
+"""Saving while training continues: only the main thread launches programs, on one process and on two."""
 
+import json
+import os
+import subprocess
+import sys
 import threading
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
-from jax._src.interpreters import pxla  # no public function sees every launch of a program
-from jax.experimental import multihost_utils
-from orbax.checkpoint._src.multihost import multihost as orbax_multihost
 
 from beit_jax.run import checkpoint
 from beit_jax.run.state import TrainState
-
-# What launches a program on the devices, and the barriers and broadcasts of Orbax and JAX that do so.
-LAUNCHES = (
-  (pxla.ExecuteReplicated, "__call__"),
-  (multihost_utils, "sync_global_devices"),
-  (multihost_utils, "broadcast_one_to_all"),
-  (multihost_utils, "process_allgather"),
-  (orbax_multihost, "sync_global_processes"),
-  (orbax_multihost, "broadcast_one_to_all"),
-)
-
-
-def record_launches(patch: pytest.MonkeyPatch) -> list[tuple[str, str, str]]:
-  """A list that grows with (function, its first text argument, thread) at each call that launches a program."""
-  calls: list[tuple[str, str, str]] = []
-
-  def recorder(name, original):
-    def call(*args, **options):
-      text = next((arg for arg in args if isinstance(arg, str)), getattr(args[0], "name", ""))
-      calls.append((name, text, threading.current_thread().name))
-      return original(*args, **options)
-
-    return call
-
-  for owner, name in LAUNCHES:
-    patch.setattr(owner, name, recorder(name, getattr(owner, name)))
-  return calls
+from tests import kills
+from tests.conftest import ROOT
+from tests.run import launches
 
 
 def _state(value: float) -> TrainState:
@@ -46,14 +24,71 @@ def _state(value: float) -> TrainState:
 
 @pytest.mark.parametrize("asynchronous", [True, False])
 def test_only_the_main_thread_launches_programs(asynchronous, tmp_path, monkeypatch):
-  """Processes that launch programs in different orders hang; a thread of each would launch them at any moment."""
-  jax.clear_caches()  # so that the first launch of each program is seen
-  calls = record_launches(monkeypatch)
+  """Processes deadlock if they launch programs in different orders, as threads would make them."""
+  jax.clear_caches()  # programs that were launched before are on the fast path, which is not recorded
+  calls = launches.record(monkeypatch)
   saver = checkpoint.Checkpointer(tmp_path, keep=1, asynchronous=asynchronous)
   for step in range(1, 6):
     saver.save(step, _state(step), {})
   assert saver.wait() and checkpoint.steps(saver.root) == [5]
+  saver.delete_from(5)
   saver.close()
-  names = {name for name, _, _ in calls}
-  assert {"__call__", "sync_global_processes"} <= names  # the recorder sees both kinds
-  assert [call for call in calls if call[2] != threading.main_thread().name] == []
+  assert checkpoint.steps(saver.root) == []
+  functions = {name.split()[0] for name, _ in calls}
+  assert {"__call__", "sync_global_processes"} <= functions  # the recorder sees programs and barriers
+  assert [call for call in calls if call[1] != threading.main_thread().name] == []
+
+
+CONFIG = """
+from tests import tiny
+
+def get_config():
+  changes = {"mesh.data": 2, "total_steps": 12, "eval.every_steps": 4, "optimizer.ema_decay": 0.9}
+  changes |= {"checkpoint.every_steps": 1, "checkpoint.keep": 1, "checkpoint.best": "loss"}
+  return tiny.raw("classify", **changes)
+"""
+
+
+def _train(folder, count):
+  """Trains in `count` processes on two devices; returns what each has launched."""
+  records = [folder / f"launches_{index}.json" for index in range(count)]
+  command = [sys.executable, "-m", "tests.run.launches"]
+  flags = [f"--config={folder / 'config.py'}", f"--workdir={folder / 'run'}", f"--num_processes={count}"]
+  flags += [f"--coordinator=localhost:{kills.free_port()}"]
+  env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(2 // count), "XLA_FLAGS": ""}
+  env |= {"PYTHONPATH": str(ROOT), "JAX_DEFAULT_MATMUL_PRECISION": "float32"}
+  options = dict(cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+  started = [
+    subprocess.Popen([*command, str(records[i]), *flags, f"--process_id={i}"], **options)
+    for i in range(count)
+  ]
+  try:
+    errors = [process.communicate(timeout=300)[1] for process in started]
+  finally:
+    for process in started:
+      process.kill()
+  assert [process.returncode for process in started] == [0] * count, errors
+  return [json.loads(path.read_text()) for path in records]
+
+
+@pytest.mark.slow
+def test_two_processes_launch_the_same_programs_in_the_same_order(tmp_path):
+  """With a deletion after each of twelve saves; losses, parameters and the best state are those of one process."""
+  for count in (1, 2):
+    (tmp_path / str(count)).mkdir()
+    (tmp_path / str(count) / "config.py").write_text(CONFIG)
+  calls = [call for count in (1, 2) for call in _train(tmp_path / str(count), count)]
+  for some in calls:
+    assert sum("train_step" in name for name, _ in some) == 12  # the recorder sees every step
+    assert {thread for _, thread in some} == {threading.main_thread().name}
+  first, second = calls[1:]
+  assert first == second
+  one, two = (kills.outcome(tmp_path / str(count) / "run") for count in (1, 2))
+  assert [row["loss"] for row in two[1] if "loss" in row] == pytest.approx(
+    [row["loss"] for row in one[1] if "loss" in row], rel=1e-6
+  )
+  assert one[0].keys() == two[0].keys()
+  for name, leaf in one[0].items():
+    np.testing.assert_allclose(two[0][name], leaf, rtol=1e-4, atol=1e-6, err_msg=name)
+  for count in (1, 2):
+    assert checkpoint.steps(tmp_path / str(count) / "run" / "checkpoints") == [12]
