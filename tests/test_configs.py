@@ -1,4 +1,4 @@
-"""Every config and every variant in `configs/`: complete, documented, and traced through one step at full size."""
+"""Every config and variant in `configs/` is complete and documented, and its full-size steps can be traced."""
 
 import ast
 import importlib.util
@@ -34,6 +34,7 @@ def _variants(path):
 
 
 SPECS = [spec for path in sorted((ROOT / "configs").glob("*.py")) for spec in _variants(path)]
+# Traced in the quick tests too; the others are slow.
 QUICK = {
   "quickstart",
   "cifar10",
@@ -65,7 +66,7 @@ def test_complete(spec):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)
 def test_documented(path):
-  """Each says how it is called, where it comes from, and what to expect; the recipes page knows it."""
+  """The docstring has the command and what to expect, and the recipes page lists the file."""
   text = ast.get_docstring(ast.parse(path.read_text()))
   assert f"python -m beit_jax.main --config=configs/{path.stem}.py" in text
   assert "xpected" in text
@@ -73,7 +74,7 @@ def test_documented(path):
 
 
 def _commands():
-  for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+  for path in (*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))):
     for block in re.findall(r"```\n(.*?)```", path.read_text(), re.S):
       for line in block.replace("\\\n", " ").splitlines():
         for command in re.findall(r"python3? -m beit_jax\.main ([^#|]*)", line):
@@ -82,14 +83,14 @@ def _commands():
 
 @pytest.mark.parametrize("command", list(_commands()))
 def test_documented_commands_have_configs(command, monkeypatch):
-  """Every command of the docs names a config, a variant and keys that exist, with values of the right type."""
+  """Every command in the documentation names an existing config, variant and keys, with values of the right type."""
   monkeypatch.chdir(ROOT)
   spec, _, overrides = config_lib.parse_args([a for a in shlex.split(command) if a != "..."])
   config_lib.load(spec, overrides, objectives.model_fields())
 
 
 class _Source(sources.Source):
-  """As many classes as the config asks for, and no images."""
+  """A data source with as many classes as the config expects, and without images."""
 
   has_labels = True
 
@@ -106,31 +107,30 @@ def _traced(module, kind, config, size):
   image = jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
   params = jax.eval_shape(module.init, jax.random.key(0), image)["params"]
   data = config.data
-  look = dict(mean=data.mean, std=data.std, image_size=size, crop_pct=data.crop_pct)
-  look |= dict(interpolation=data.interpolation, resize=data.resize)
-  return Pretrained(kind, params, module, look, {"path": "none"})
+  preprocessing = dict(mean=data.mean, std=data.std, image_size=size, crop_pct=data.crop_pct)
+  preprocessing |= dict(interpolation=data.interpolation, resize=data.resize)
+  return Pretrained(kind, params, module, preprocessing, {"path": "none"})
 
 
 @pytest.mark.parametrize(
   "spec", [pytest.param(s, marks=() if s in QUICK else pytest.mark.slow) for s in SPECS]
 )
 def test_a_train_step_and_an_eval_step_are_traced(spec, monkeypatch):
-  """With the tokenizer that the config itself trains, and with its encoder's shape where it wants a frozen one."""
+  """Frozen parts are replaced by shapes: of the tokenizer that the config trains, and of the encoder of a probe."""
   stages, seen = _stages(_load(spec)), set()
   mesh = sharding.make_mesh(data=1)
   for stage in stages.values():
     if (kind := (stage.objective, stage.init_from, str(stage.get("encoder")))) in seen:
-      continue  # the same run with another seed
+      continue  # the same run with a different seed
     seen.add(kind)
     if stage.objective == "beit":
-      stage.tokenizer.init_from = "the one before"
+      stage.tokenizer.init_from = "earlier stage"
 
     def load(path, stage=stage, **_):
       if stage.objective == "beit":
         size = config_lib.pair(stage.data.token_image_size, "data.token_image_size")
-        own = (
-          stages if "tokenizer" in stages else _stages(_load("cifar10"))
-        )  # upernet_camvid goes on from there
+        # upernet_camvid uses the tokenizer of cifar10.
+        own = stages if "tokenizer" in stages else _stages(_load("cifar10"))
         fields = {f: own["tokenizer"].model[f] for f in module_fields(type(make_module("tokenizer", {})))}
         return _traced(make_module("tokenizer", fields), "tokenizer", stage, size)
       size = config_lib.pair(stage.data.image_size, "data.image_size")
@@ -158,7 +158,10 @@ def _trace(config, mesh):
   with jax.set_mesh(mesh):
     frozen = objective.frozen_params(mesh) if config.objective != "knn" else _bank(objective)
     frozen = jax.eval_shape(lambda: frozen) if not _abstract(frozen) else frozen
-    init = lambda: objective.init(jax.random.key(0))
+
+    def init():
+      return objective.init(jax.random.key(0))
+
     variables = dict(jax.eval_shape(init))
     params = variables["params"]
     if objective.trains:
