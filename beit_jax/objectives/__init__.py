@@ -1,11 +1,14 @@
-"""Everything that can be optimised. A new objective is a file here and a line in `OBJECTIVES`."""
+"""Everything that can be trained or evaluated. A new objective is a file here and a line in `OBJECTIVES`."""
 
-from beit_jax.objectives.base import Objective
+from beit_jax.config.parse import Schema
+from beit_jax.objectives.base import EvalOutput, LossOutput, Metric, Objective
 from beit_jax.objectives.beit import MaskedImageModeling
 from beit_jax.objectives.classify import Classification
 from beit_jax.objectives.dvae import TokenizerTraining
 from beit_jax.objectives.probe import Knn, LinearProbe
 from beit_jax.objectives.segment import Segmentation
+
+__all__ = ["OBJECTIVES", "EvalOutput", "LossOutput", "Metric", "Objective", "schemas"]
 
 OBJECTIVES: dict[str, type[Objective]] = {
   "dvae": TokenizerTraining,
@@ -17,6 +20,6 @@ OBJECTIVES: dict[str, type[Objective]] = {
 }
 
 
-def model_fields() -> dict[str, dict]:
-  """Objective -> the keys of its config's `model` section with their defaults."""
-  return {name: objective.model_fields() for name, objective in OBJECTIVES.items()}
+def schemas() -> dict[str, Schema]:
+  """Objective -> the config sections that only it reads, and their ranges."""
+  return {name: Schema(kind.config_section(), kind.value_ranges) for name, kind in OBJECTIVES.items()}

@@ -1,99 +1,204 @@
-"""What an objective is: the only layer that knows model, mask and loss together.
+"""The protocol of an objective: what the training loop and the commands ask of it.
 
-Sums: every metric is a pair (sum, count), so that it can be added over microbatches, eval steps and processes and
-divided last. The first of a training step is "loss"; its sum is what is differentiated.
+Objectives are the only layer that knows model, mask and loss together. Every metric is a sum with its count
+(`Metric`), which can be added over microbatches, evaluation steps and processes and is divided last.
 """
 
+import abc
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.errors import FlaxError
 from ml_collections import ConfigDict
 
 from beit_jax import trees
-from beit_jax.config import parse as config_lib
-from beit_jax.config import ranges
+from beit_jax.config import parse, ranges
+from beit_jax.data import views
 from beit_jax.data.images import ViewSizes
-from beit_jax.data.views import ViewReader
 from beit_jax.errors import UserError
 from beit_jax.weights import io as weights_io
 from beit_jax.weights.pretrained import Pretrained
 
-MAX_PARAMETERS = 2**35  # 128 GiB of float32: more is a slip of the pen
-Sums = dict[str, tuple[jax.Array, jax.Array]]
-Variables = dict[str, Any]
+MAX_PARAMETERS = 2**35  # 128 GiB of float32; a larger value is almost certainly a typo
+
+PyTree = Any
+Variables = dict[str, Any]  # Linen variables: "params" and other collections
+Batch = dict[str, jax.Array]
+Loader = Callable[[str], Pretrained]
 
 
-class Objective:
-  """Base class; a subclass sets `kind`, builds `self.module` and fills in `views`, `loss`, `eval_step`.
+class Metric(NamedTuple):
+  """A sum over examples and their number, both float32 scalars (or arrays of one shape)."""
 
-  Args of the constructor:
-    config: the run's complete config.
-    source: the training data (for the number of classes).
-    load: instead of `weights_io.load`, path of a frozen part -> `Pretrained`, whose parameters may be shapes.
+  total: jax.Array
+  count: jax.Array
+
+
+Metrics = dict[str, Metric]
+
+
+class LossOutput(NamedTuple):
+  """Result of `Objective.loss`.
+
+  Attributes:
+    metrics: sums over the batch. The total of "loss" is differentiated.
+    collections: the Linen collections besides "params" after this step, such as running statistics. Over microbatches
+      they are averaged.
+    statistics: sums for `Objective.after_update`. Over microbatches they are added.
   """
 
-  kind: str
-  eval_metrics: tuple[str, ...] = ("loss",)  # the names that an evaluation gives
-  augmentations: tuple[str, ...] = ()  # of those on the device: "color_jitter", "random_erasing"
-  trains = True  # otherwise there is nothing to optimise: the run is an evaluation
+  metrics: Metrics
+  collections: Variables = {}
+  statistics: PyTree = {}
 
-  def __init__(self, config: ConfigDict, source: Any, load: Callable[[str], Pretrained] | None = None):
+
+class EvalOutput(NamedTuple):
+  """Result of `Objective.eval_step`.
+
+  Attributes:
+    metrics: sums over the valid examples of the batch.
+    rows: arrays [B, ...] that cannot be added up, such as predictions. Those of the whole evaluation set reach
+      `summarize_rows` and `report` in the order of the data, without padding.
+  """
+
+  metrics: Metrics
+  rows: dict[str, jax.Array] = {}
+
+
+class Objective(abc.ABC):
+  """Base class of everything that can be trained or evaluated.
+
+  A subclass must give the class attribute `kind`, and `config_section`, `views`, `init`, `loss`, `eval_step` and
+  `describe`. The remaining attributes and methods have defaults.
+
+  Args:
+    config: the run's complete config.
+    source: the training data.
+    load: replaces `beit_jax.load` for frozen parts: path -> model, whose parameters may be shapes.
+
+  Attributes:
+    kind: what a checkpoint of this objective holds; a row of `weights.pretrained.KINDS` unless only this objective
+      reads it.
+    eval_metrics: names of the metrics of an evaluation.
+    augmentations: which of the augmentations on the device are used: "color_jitter", "random_erasing".
+    trains: False if there is nothing to optimize; the run is then an evaluation.
+    labels: what the objective needs of each example besides the image: "none", "class" or "map".
+    frozen_sections: config sections whose `init_from` names a frozen model.
+    import_replaces_run: with `init_from`, a stage is not trained; the named model takes the place of its result.
+    value_ranges: rules for values of the objective's own config sections.
+  """
+
+  kind: ClassVar[str]
+  eval_metrics: tuple[str, ...] = ("loss",)
+  augmentations: ClassVar[tuple[str, ...]] = ()
+  trains: ClassVar[bool] = True
+  labels: ClassVar[str] = "none"
+  frozen_sections: ClassVar[tuple[str, ...]] = ()
+  import_replaces_run: ClassVar[bool] = False
+  value_ranges: ClassVar[ranges.Table] = ()
+
+  module: nn.Module  # what is trained
+
+  def __init__(self, config: ConfigDict, source: Any, load: Loader | None = None) -> None:
     self.config, self.source = config, source
     self.load_frozen = load or weights_io.load
-    data = config.data
-    self.image_size = config_lib.pair(data.image_size, "data.image_size")
-    self.token_image_size = config_lib.pair(data.token_image_size, "data.token_image_size")
+    self.image_size = parse.pair(config.data.image_size, "data.image_size")
+    self.token_image_size = parse.pair(config.data.token_image_size, "data.token_image_size")
+
+  # What every objective gives.
 
   @classmethod
-  def model_fields(cls) -> dict[str, Any]:
-    """The keys of the config's `model` section with their defaults."""
-    raise NotImplementedError
+  @abc.abstractmethod
+  def config_section(cls) -> dict[str, Any]:
+    """The config sections of this objective with their defaults, `model` among them."""
+
+  @abc.abstractmethod
+  def views(self) -> ViewSizes:
+    """The images that the objective uses of each example: name -> ((H, W), interpolation)."""
+
+  @abc.abstractmethod
+  def init(self, key: jax.Array) -> Variables:
+    """Fresh Linen variables. Pure."""
+
+  @abc.abstractmethod
+  def loss(
+    self, variables: Variables, frozen: PyTree, batch: Batch, key: jax.Array, step: jax.Array
+  ) -> LossOutput:
+    """The loss of a training batch. Pure.
+
+    Args:
+      variables: Linen variables.
+      frozen: result of `frozen_params`, on the device.
+      batch: see `batch_shapes`.
+      key: for dropout and the like; it depends on the seed, the step and the microbatch.
+      step: int32 scalar, for temperatures and weights that change.
+    """
+
+  @abc.abstractmethod
+  def eval_step(self, variables: Variables, frozen: PyTree, batch: Batch) -> EvalOutput:
+    """The metrics of an evaluation batch, over the examples where batch["valid"] (bool [B]). Pure."""
+
+  @abc.abstractmethod
+  def describe(self) -> dict[str, Any]:
+    """What a checkpoint says of its model: kind, module fields, preprocessing."""
+
+  # What an objective may give.
+
+  @classmethod
+  def expected_result(cls, config: ConfigDict) -> Pretrained:
+    """The model that a run of this config will save, with shapes in place of parameters, for planning later stages.
+
+    Raises:
+      UserError: no later stage can use a run of this objective.
+    """
+    raise UserError(f"objective {config.objective!r}: no other stage can use the result of such a run")
 
   @property
   def depth(self) -> int:
-    """Blocks of the encoder, for layer-wise lr decay; 0 where there is none."""
+    """Number of encoder blocks, for layer-wise learning rates; 0 where there is no encoder."""
     return 0
 
-  def views(self) -> ViewSizes:
-    """The pictures this objective wants of each example: name -> ((H, W), interpolation)."""
-    raise NotImplementedError
-
   def reader(self) -> Any:
-    """How examples become arrays: see `ViewReader`."""
-    return ViewReader(self.views(), self.config.data.to_dict())
+    """How examples become arrays: see `data.views.ViewReader`."""
+    return views.ViewReader(self.views(), self.config.data.to_dict())
 
-  def init(self, key: jax.Array) -> Variables:
-    """Fresh Linen variables. Pure."""
-    raise NotImplementedError
+  def batch_shapes(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of a global training batch."""
+    images = {name: (size, 3) for name, (size, _) in self.views().items()}
+    shapes = {name: ((*size, channels), jnp.uint8) for name, (size, channels) in images.items()}
+    return with_common_arrays(shapes, batch_size)
 
-  def frozen_params(self, mesh: jax.sharding.Mesh) -> Any:
-    """Host side: arrays that take part but are not trained; {} for none."""
+  def frozen_params(self, mesh: jax.sharding.Mesh) -> PyTree:
+    """Host side: arrays that take part in the loss but are not trained; {} for none."""
     del mesh
     return {}
 
-  def loss(self, variables: Variables, frozen: Any, batch: Any, key: jax.Array, step: jax.Array) -> tuple:
-    """Train mode, pure: (sum of the loss, (Sums, new collections)). `step` drives temperatures and weights."""
-    raise NotImplementedError
+  def after_update(
+    self, params: PyTree, collections: Variables, statistics: PyTree, step: jax.Array
+  ) -> Variables:
+    """The collections after an optimizer update, such as moving averages of the new parameters. Pure.
 
-  def eval_step(self, variables: Variables, frozen: Any, batch: Any) -> Sums:
-    """Eval mode, pure; honours batch["valid"] (bool [B]).
-
-    Under the name "rows" there may be a dict of arrays [B, ...], with `valid`: what cannot be added up. The valid
-    rows of the whole set come back in `summarize_rows` and `report`, in the order of the data.
+    Args:
+      params: parameters after the update.
+      collections: those of `LossOutput`, averaged over microbatches.
+      statistics: those of `LossOutput`, summed over microbatches.
+      step: int32 scalar, before it is increased.
     """
-    raise NotImplementedError
+    del params, statistics, step
+    return collections
 
   # An objective whose images differ in size evaluates them itself: (variables, source, mesh) -> (metrics, rows).
-  evaluate_images: Callable[[Variables, Any, Any], tuple[dict, dict]] | None = None
+  evaluate_images: Callable[[Variables, Any, jax.sharding.Mesh], tuple[dict, dict]] | None = None
 
   def summarize(self, sums: dict[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
-    """Host side: the sums of a whole eval set -> metrics."""
+    """Host side: the sums of a whole evaluation set -> metrics."""
     return {name: float(total / max(count, 1)) for name, (total, count) in sums.items()}
 
   def summarize_rows(self, rows: dict[str, np.ndarray]) -> dict[str, float]:
@@ -102,50 +207,45 @@ class Objective:
     return {}
 
   def report(self, rows: dict[str, np.ndarray], metrics: dict[str, float], folder: Path) -> list[Path]:
-    """Host side, `eval_only`: writes files about the evaluation to a folder and returns their paths."""
+    """Host side, with `eval_only`: writes files about the evaluation into a folder and returns their paths."""
     del rows, metrics, folder
     return []
 
   def check_eval(self, step: int, metrics: dict[str, float]) -> None:
     """Host side, after each evaluation: may warn, or raise a UserError to stop the run."""
 
-  def figures(self, variables: Variables, frozen: Any, batch: Any) -> dict[str, np.ndarray]:
-    """Host side: name -> uint8 picture [H, W, 3] of what the model does on one batch."""
+  def figures(self, variables: Variables, frozen: PyTree, batch: Batch) -> dict[str, np.ndarray]:
+    """Host side: name -> uint8 image [H, W, 3] that shows what the model does on one batch."""
+    del variables, frozen, batch
     return {}
 
-  def adapt(self, pretrained: Pretrained, shapes: Any) -> dict[str, Any]:
-    """Flat names and values out of a checkpoint that replace fresh parameters. Default: exactly the same tree."""
+  def adapt(self, pretrained: Pretrained, shapes: PyTree) -> dict[str, Any]:
+    """The parameters of a checkpoint that replace fresh ones, by flat name. Default: the same tree of parameters.
+
+    Raises:
+      UserError: the checkpoint does not fit.
+    """
     if pretrained.kind != self.kind:
       raise UserError(f"init_from: the checkpoint is a {pretrained.kind}, this run trains a {self.kind}")
     found, wanted = trees.flatten(pretrained.params), trees.flatten(shapes)
-    names = sorted(found.keys() | wanted.keys())
-    shape = lambda tree, n: tuple(tree[n].shape) if n in tree else "nothing"  # noqa: E731
+
+    def shape(tree: dict[str, Any], name: str) -> tuple[int, ...] | str:
+      return tuple(tree[name].shape) if name in tree else "nothing"
+
     lines = [
-      f"{n}: found {shape(found, n)}, expected {shape(wanted, n)}"
-      for n in names
-      if shape(found, n) != shape(wanted, n)
+      f"{name}: found {shape(found, name)}, expected {shape(wanted, name)}"
+      for name in sorted(found.keys() | wanted.keys())
+      if shape(found, name) != shape(wanted, name)
     ]
     if lines:
       raise UserError("init_from: the checkpoint does not fit the model:\n  " + "\n  ".join(lines))
     return found
 
-  def describe(self) -> dict[str, Any]:
-    """What a checkpoint says of the model: kind, module fields, preprocessing."""
-    raise NotImplementedError
+  def load_params(self, path: str, shapes: PyTree) -> tuple[dict[str, Any], str]:
+    """Loads every parameter for an evaluation.
 
-  def image_preprocessing(self) -> dict[str, Any]:
-    data = self.config.data
-    return dict(
-      mean=tuple(data.mean),
-      std=tuple(data.std),
-      image_size=self.image_size,
-      crop_pct=data.crop_pct,
-      interpolation=data.interpolation,
-      resize=data.resize,
-    )
-
-  def load_params(self, path: str, shapes: Any) -> tuple[dict[str, Any], str]:
-    """For evaluation: every parameter, flat, out of a checkpoint, and the checkpoint's path.
+    Returns:
+      (parameters by flat name, path of the checkpoint).
 
     Raises:
       UserError: not all of them are there.
@@ -161,29 +261,80 @@ class Objective:
     return found, str(pretrained.description.get("path"))
 
   def load_collections(self, path: str) -> Variables:
-    """For evaluation: the Linen collections besides the parameters, out of the checkpoint that `load_params` named."""
+    """Loads the Linen collections besides the parameters, from the checkpoint that `load_params` named."""
     del path
     return {}
 
+  def image_preprocessing(self) -> dict[str, Any]:
+    """`preprocessing` of a description, as the config's `data` section says."""
+    return image_preprocessing(self.config.data, self.image_size)
+
+  def _init_module(self, key: jax.Array, size: tuple[int, int]) -> Variables:
+    """Variables of `module` for images of `size`."""
+    with user_errors_of_model():
+      return self.module.init(key, jnp.zeros((1, *size, 3)))
+
+
+def image_preprocessing(data: ConfigDict, image_size: tuple[int, int]) -> dict[str, Any]:
+  """How images become input of a model: see `Pretrained.preprocessing`."""
+  return dict(
+    mean=tuple(data.mean),
+    std=tuple(data.std),
+    image_size=image_size,
+    crop_pct=data.crop_pct,
+    interpolation=data.interpolation,
+    resize=data.resize,
+  )
+
+
+def with_common_arrays(
+  shapes: dict[str, tuple[tuple[int, ...], Any]], batch_size: int
+) -> dict[str, jax.ShapeDtypeStruct]:
+  """Adds the arrays that every batch has to an objective's own: name -> (shape of one example, dtype)."""
+  common = {"example_key": ((2,), jnp.uint32), "valid": ((), jnp.bool_)}
+  return {
+    name: jax.ShapeDtypeStruct((batch_size, *shape), dtype)
+    for name, (shape, dtype) in {**shapes, **common}.items()
+  }
+
 
 @contextlib.contextmanager
-def building() -> Iterator[None]:
-  """Around the initialisation of a module whose fields are the config's: what it raises becomes a UserError."""
+def user_errors_of_model() -> Iterator[None]:
+  """Turns errors of building a module from the config's `model` section into UserErrors."""
   try:
     yield
   except (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, FlaxError) as error:
     reason = f"{type(error).__name__}: {ranges.show(str(error))[1:-1]}"
-    raise UserError(f"config section 'model': no model can be built as it says ({reason})") from error
+    raise UserError(f"config section 'model': no model can be built from it ({reason})") from error
 
 
-def check_size(shapes: Any) -> None:
-  """Refuses a tree of parameters that nobody has the memory for."""
+def check_size(shapes: PyTree) -> None:
+  """Refuses a model that cannot fit in any memory.
+
+  Raises:
+    UserError: it has more than `MAX_PARAMETERS` parameters.
+  """
   count = trees.num_params(shapes)
   if count > MAX_PARAMETERS:
     raise UserError(f"config section 'model': {count:,} parameters are more than {MAX_PARAMETERS:,}")
 
 
 def module_fields(module: type, *, without: tuple[str, ...] = ()) -> dict[str, Any]:
-  """Linen dataclass fields with their defaults: the schema of a config section."""
+  """The fields of a Linen module with their defaults: the schema of a config section."""
   skip = {"parent", "name", *without}
   return {f.name: f.default for f in dataclasses.fields(module) if f.name not in skip}
+
+
+def abstract_model(
+  kind: str, module: nn.Module, image_size: tuple[int, int], preprocessing: dict[str, Any]
+) -> Pretrained:
+  """A model with shapes in place of parameters: see `Objective.expected_result`."""
+  image = jax.ShapeDtypeStruct((1, *image_size, 3), jnp.float32)
+  with user_errors_of_model():
+    params = jax.eval_shape(module.init, jax.random.key(0), image)["params"]
+  return Pretrained(kind, params, module, {**preprocessing, "image_size": image_size})
+
+
+def field_values(module: nn.Module) -> dict[str, Any]:
+  """The fields of a Linen module with their values, for `describe`."""
+  return {name: getattr(module, name) for name in module_fields(type(module))}

@@ -5,98 +5,114 @@ import jax.numpy as jnp
 import numpy as np
 
 from beit_jax import augment, losses, metrics
-from beit_jax.config.parse import OptionalOf
+from beit_jax.config import ranges
+from beit_jax.config.defaults import OptionalOf
+from beit_jax.config.parse import pair
 from beit_jax.data import drawing
 from beit_jax.errors import UserError
 from beit_jax.models.beit import BeitForImageClassification
 from beit_jax.objectives import base
-from beit_jax.objectives import encoder as encoder_keys
+from beit_jax.objectives.encoder import EncoderObjective, encoder_fields, head_schema
 from beit_jax.runtime.logs import log
 
-MAX_CONFUSION = 2000  # classes; a matrix of more is for nobody
-TOP = 5  # classes an image that a list of predictions names
+MAX_CONFUSION_CLASSES = 2000  # larger confusion matrices are not useful
+TOP_CLASSES = 5  # classes of an image in predictions.jsonl
 
 
-def _sigmoid(x):
-  return 0.5 + 0.5 * np.tanh(x.astype(np.float64) / 2)
+class Classification(EncoderObjective):
+  """Softmax cross-entropy with label smoothing on mean-pooled patches or on the cls token.
 
-
-class Classification(base.Objective):
-  """Softmax cross-entropy with label smoothing over mean-pooled patches (or the cls token).
-
-  With several labels an image: binary cross-entropy, mean average precision.
+  With several labels per image: binary cross-entropy, evaluated by mean average precision.
   """
 
   kind = "classifier"
   augmentations = ("color_jitter", "random_erasing")
+  labels = "class"
+  value_ranges = (
+    (r"loss\.(mixup_alpha|cutmix_alpha)", ranges.number(0)),
+    (r"loss\.(label_smoothing|mix_prob|mix_switch_prob)", ranges.fraction()),
+  )
 
-  def __init__(self, config, source, load=None):
+  def __init__(self, config: ConfigDict, source: Source, load: base.Loader | None = None) -> None:
     super().__init__(config, source, load)
-    model = config.model
-    found = source.num_classes
-    if not source.has_labels or (not found and (not model.num_classes or source.multi_label)):
-      raise UserError(
-        "config key 'data': this data has no labels, so nothing can be classified; use folders named by class or "
-        f"set data.label_key ({source.description})"
-      )
-    if model.num_classes and found and (found > model.num_classes or source.multi_label):
-      raise UserError(
-        f"config key 'model.num_classes': {model.num_classes}, but the data has {found} classes"
-      )
-    if model.pool not in ("mean", "cls"):
-      raise UserError(f"config key 'model.pool': {model.pool!r} is unknown; there are 'mean' and 'cls'")
-    options = config.loss
     self.multi_label = source.multi_label
     self.eval_metrics = ("loss", "mAP") if self.multi_label else ("loss", "acc1", "acc5")
-    self.mixing = options.mixup_alpha > 0 or options.cutmix_alpha > 0
-    encoder = encoder_keys.encoder_fields(model, self.image_size, pretrain=False)
-    encoder["weight_init"] = "finetune"
-    self.module = BeitForImageClassification(
-      encoder, model.num_classes or found, model.pool, model.head_init_scale
+    self.mixes = config.loss.mixup_alpha > 0 or config.loss.cutmix_alpha > 0
+    model, num_classes = config.model, self._num_classes()
+    encoder = {**encoder_fields(model, self.image_size, pretrain=False), "weight_init": "finetune"}
+    self.module = BeitForImageClassification(encoder, num_classes, model.pool, model.head_init_scale)
+
+  @classmethod
+  def config_section(cls) -> dict[str, Any]:
+    return dict(
+      model={**head_schema(BeitForImageClassification), "num_classes": OptionalOf(int)},  # None = that of the data
+      loss=dict(
+        label_smoothing=0.1,
+        mixup_alpha=0.0,
+        cutmix_alpha=0.0,
+        mix_prob=1.0,  # probability that a batch is mixed
+        mix_switch_prob=0.5,  # probability of cutmix rather than mixup, if both are on
+      ),
     )
 
   @classmethod
-  def model_fields(cls):
-    own = base.module_fields(BeitForImageClassification, without=("encoder",))
-    return {**encoder_keys.encoder_schema(), **own, "num_classes": OptionalOf(int)}
+  def expected_result(cls, config: ConfigDict) -> Pretrained:
+    size, model = pair(config.data.image_size, "data.image_size"), config.model
+    encoder = encoder_fields(model, size, pretrain=False)
+    module = BeitForImageClassification(encoder, model.num_classes or 1000, model.pool, model.head_init_scale)
+    return base.abstract_model(cls.kind, module, size, base.image_preprocessing(config.data, size))
 
-  @property
-  def depth(self):
-    return self.module.encoder["depth"]
+  def _num_classes(self) -> int:
+    source, wanted = self.source, self.config.model.num_classes
+    if not source.has_labels or not (source.num_classes or (wanted and not self.multi_label)):
+      raise UserError(
+        "config key 'data': this data has no labels to classify; use folders named by class or set data.label_key "
+        f"({source.description})"
+      )
+    if wanted and source.num_classes and (source.num_classes > wanted or self.multi_label):
+      raise UserError(
+        f"config key 'model.num_classes': {wanted}, but the data has {source.num_classes} classes"
+      )
+    return wanted or source.num_classes
 
-  def views(self):
-    return {"image": (self.image_size, self.config.data.interpolation)}
+  def batch_shapes(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    labels = ((self.module.num_classes,), jnp.float32) if self.multi_label else ((), jnp.int32)
+    return {**super().batch_shapes(batch_size), **base.with_common_arrays({"label": labels}, batch_size)}
 
-  def init(self, key):
-    with base.building():
-      return self.module.init(key, jnp.zeros((1, *self.image_size, 3)))
-
-  def _image(self, batch, *, train):
-    """Normalised pixels; in training jittered (unless RandAugment did that on the host) and partly erased."""
+  def _image(self, batch: base.Batch, *, train: bool) -> jax.Array:
+    """Normalized pixels. In training with color jitter (unless RandAugment did that on the host) and random erasing."""
     data = self.config.data
     image = augment.to_float(batch["image"])
-    keys = lambda purpose: augment.example_keys(self.config.seed, batch["example_key"], purpose)  # noqa: E731
     if train and data.color_jitter and not data.rand_augment:
-      (image,) = augment.color_jitter(keys("jitter"), [image], data.color_jitter)
+      keys = augment.example_keys(self.config.seed, batch["example_key"], "jitter")
+      (image,) = augment.color_jitter(keys, [image], data.color_jitter)
     image = augment.normalize(image, data.mean, data.std)
     if train and data.random_erasing:
-      image = augment.random_erasing(keys("erase"), image, data.random_erasing)
+      keys = augment.example_keys(self.config.seed, batch["example_key"], "erase")
+      image = augment.random_erasing(keys, image, data.random_erasing)
     return image
 
-  def _targets(self, label, smoothing):
-    """float32 [B, C]; those of several labels are smoothed in their loss."""
+  def _targets(self, label: jax.Array, smoothing: float) -> jax.Array:
+    """float32 [B, C]. With several labels per image, `_nll` does the smoothing."""
     return label if self.multi_label else losses.smooth_labels(label, self.module.num_classes, smoothing)
 
-  def _nll(self, logits, targets, smoothing):
+  def _nll(self, logits: jax.Array, targets: jax.Array, smoothing: float) -> jax.Array:
     if self.multi_label:
       return losses.binary_cross_entropy(logits, targets, smoothing)
     return losses.soft_target_cross_entropy(logits, targets)
 
-  def loss(self, variables, frozen, batch, key, step):
+  def loss(
+    self,
+    variables: base.Variables,
+    frozen: base.PyTree,
+    batch: base.Batch,
+    key: jax.Array,
+    step: jax.Array,
+  ) -> base.LossOutput:
     del frozen, step
     options, image = self.config.loss, self._image(batch, train=True)
     targets = self._targets(batch["label"], options.label_smoothing)
-    if self.mixing:
+    if self.mixes:
       image, targets = augment.random_mix(
         jax.random.fold_in(key, 1),
         image,
@@ -109,67 +125,48 @@ class Classification(base.Objective):
     logits = self.module.apply(variables, image, train=True, rngs={"drop_path": key})
     loss = self._nll(logits, targets, options.label_smoothing).sum()
     count = jnp.asarray(len(logits), jnp.float32)
-    sums = {"loss": (loss, count)}
-    if not self.multi_label and not self.mixing:  # of a mixed image neither class is the right one
-      sums["acc1"] = ((logits.argmax(-1) == batch["label"]).sum().astype(jnp.float32), count)
-    return loss, (sums, {})
+    sums = {"loss": base.Metric(loss, count)}
+    if not self.multi_label and not self.mixes:  # a mixed image has no single true class
+      correct = (logits.argmax(-1) == batch["label"]).sum().astype(jnp.float32)
+      sums["acc1"] = base.Metric(correct, count)
+    return base.LossOutput(sums)
 
-  def eval_step(self, variables, frozen, batch):
+  def eval_step(self, variables: base.Variables, frozen: base.PyTree, batch: base.Batch) -> base.EvalOutput:
     del frozen
     logits = self.module.apply(variables, self._image(batch, train=False))
     valid, label = batch["valid"].astype(jnp.float32), batch["label"]
     nll, count = self._nll(logits, self._targets(label, 0.0), 0.0), valid.sum()
-    sums = {"loss": ((nll * valid).sum(), count)}
+    sums = {"loss": base.Metric((nll * valid).sum(), count)}
     if self.multi_label:
-      return {**sums, "rows": dict(score=logits, label=label, valid=batch["valid"])}
-    # Rank of the true class, so that ties count against us.
-    own = jnp.take_along_axis(logits, label[:, None], 1)
-    rank = ((logits >= own) & (jnp.arange(logits.shape[-1]) != label[:, None])).sum(1)
+      return base.EvalOutput(sums, dict(score=logits, label=label, valid=batch["valid"]))
+    # The rank of the true class; ties count as errors.
+    true = jnp.take_along_axis(logits, label[:, None], 1)
+    rank = ((logits >= true) & (jnp.arange(logits.shape[-1]) != label[:, None])).sum(1)
     for name, k in (("acc1", 1), ("acc5", 5)):
-      sums[name] = (((rank < k) * valid).sum(), count)
-    if self.config.eval_only:
-      probability, top = jax.lax.top_k(jax.nn.softmax(logits), min(TOP, logits.shape[-1]))
-      sums["rows"] = dict(probability=probability, top=top, label=label, valid=batch["valid"])
-    return sums
+      sums[name] = base.Metric(((rank < k) * valid).sum(), count)
+    if not self.config.eval_only:
+      return base.EvalOutput(sums)
+    probability, top = jax.lax.top_k(jax.nn.softmax(logits), min(TOP_CLASSES, logits.shape[-1]))
+    return base.EvalOutput(sums, dict(probability=probability, top=top, label=label, valid=batch["valid"]))
 
-  def summarize_rows(self, rows):
+  def summarize_rows(self, rows: dict[str, np.ndarray]) -> dict[str, float]:
     return {"mAP": metrics.mean_average_precision(rows["score"], rows["label"])} if self.multi_label else {}
 
-  def report(self, rows, results, folder):
-    """per_class.csv, confusion.csv (one label an image) and, with eval.predictions, predictions.jsonl."""
+  def report(self, rows: dict[str, np.ndarray], metrics_: dict[str, float], folder: Path) -> list[Path]:
+    """Writes per_class.csv, confusion.csv (one label per image) and, with eval.predictions, predictions.jsonl."""
+    del metrics_
     count = self.module.num_classes
-    names = list(self.source.class_names) + [str(i) for i in range(len(self.source.class_names), count)]
-    if self.multi_label:
-      score, label = rows["score"], rows["label"]
-      table = [("class", "positives", "average_precision")]
-      precisions = [metrics.average_precision(score[:, c], label[:, c]) for c in range(count)]
-      table += [(names[c], int(label[:, c].sum()), precisions[c]) for c in range(count)]
-      files = [metrics.write_csv(folder / "per_class.csv", table)]
-      predictions = [
-        {"index": i, "labels": [names[c] for c in np.flatnonzero(t)], "scores": _sigmoid(s).tolist()}
-        for i, (s, t) in enumerate(zip(score, label, strict=True))
-      ]
-    else:
-      guess = rows["top"][:, 0]
-      seen = np.bincount(rows["label"], minlength=count)
-      right = np.bincount(rows["label"][rows["label"] == guess], minlength=count)
-      table = [("class", "examples", "correct", "acc1")]
-      table += [(names[c], seen[c], right[c], right[c] / seen[c] if seen[c] else "") for c in range(count)]
-      files = [metrics.write_csv(folder / "per_class.csv", table)]
-      if count <= MAX_CONFUSION:
-        matrix = metrics.confusion_matrix(rows["label"], guess, count)
-        lines = [[name, *row] for name, row in zip(names, matrix, strict=True)]
-        files.append(metrics.write_csv(folder / "confusion.csv", [["true \\ predicted", *names], *lines]))
-      predictions = [
-        {"index": i, "label": names[label], "top": [names[c] for c in top], "probability": p.tolist()}
-        for i, (label, top, p) in enumerate(zip(rows["label"], rows["top"], rows["probability"], strict=True))
-      ]
+    names = [*self.source.class_names, *map(str, range(len(self.source.class_names), count))]
+    files = _report_scores(rows, names, folder) if self.multi_label else _report_classes(rows, names, folder)
     if self.config.eval.predictions:
+      predictions = _predicted_scores(rows, names) if self.multi_label else _predicted_classes(rows, names)
       files.append(metrics.write_jsonl(folder / "predictions.jsonl", predictions))
     return files
 
-  def figures(self, variables, frozen, batch):
-    """Images with the predicted class, a tick or the true class beside it."""
+  def figures(
+    self, variables: base.Variables, frozen: base.PyTree, batch: base.Batch
+  ) -> dict[str, np.ndarray]:
+    """Images with their predicted class and, where that is wrong, the true one."""
     if self.multi_label:
       return {}
     logits = np.asarray(self.module.apply(variables, self._image(batch, train=False)))
@@ -180,25 +177,68 @@ class Classification(base.Objective):
     ]
     return {"predictions": drawing.captioned(np.asarray(augment.to_float(batch["image"])), captions)}
 
-  def adapt(self, pretrained, shapes):
+  def adapt(self, pretrained: Pretrained, shapes: base.PyTree) -> dict[str, Any]:
     labels, ours = list(pretrained.description.get("labels") or ()), list(self.source.class_names)
     if labels != ours and sorted(labels) == sorted(ours):
       raise UserError(
         f"init_from: the checkpoint has the same classes as the data in another order ({labels[0]!r} is class 0 there, "
         f"{ours[0]!r} here)"
       )
-    if len(labels) == len(ours) and labels != ours:  # as the reference, which looks at shapes only
+    if len(labels) == len(ours) and labels != ours:  # the reference, too, compares shapes only
       log.info(
         "head: kept, though its classes are called %s, ... and those of the data %s, ...", labels[0], ours[0]
       )
-    return encoder_keys.adapt_encoder(self, pretrained, shapes, log.info)
+    return super().adapt(pretrained, shapes)
 
-  def describe(self):
-    fields = ("encoder", "num_classes", "pool", "head_init_scale")
+  def describe(self) -> dict[str, Any]:
     return dict(
       kind=self.kind,
-      module={name: getattr(self.module, name) for name in fields},
+      module=base.field_values(self.module),
       preprocessing=self.image_preprocessing(),
       labels=list(self.source.class_names),
       multi_label=self.multi_label,
     )
+
+
+def _report_scores(rows: Rows, names: list[str], folder: Path) -> list[Path]:
+  """per_class.csv for several labels per image."""
+  score, label = rows["score"], rows["label"]
+  table = [("class", "positives", "average_precision")]
+  for c, name in enumerate(names):
+    table.append((name, int(label[:, c].sum()), metrics.average_precision(score[:, c], label[:, c])))
+  return [metrics.write_csv(folder / "per_class.csv", table)]
+
+
+def _report_classes(rows: Rows, names: list[str], folder: Path) -> list[Path]:
+  """per_class.csv and, up to `MAX_CONFUSION_CLASSES` classes, confusion.csv."""
+  guess, label, count = rows["top"][:, 0], rows["label"], len(names)
+  seen = np.bincount(label, minlength=count)
+  right = np.bincount(label[label == guess], minlength=count)
+  table = [("class", "examples", "correct", "acc1")]
+  table += [(names[c], seen[c], right[c], right[c] / seen[c] if seen[c] else "") for c in range(count)]
+  files = [metrics.write_csv(folder / "per_class.csv", table)]
+  if count <= MAX_CONFUSION_CLASSES:
+    matrix = metrics.confusion_matrix(label, guess, count)
+    lines = [[name, *row] for name, row in zip(names, matrix, strict=True)]
+    files.append(metrics.write_csv(folder / "confusion.csv", [["true \\ predicted", *names], *lines]))
+  return files
+
+
+def _predicted_scores(rows: Rows, names: list[str]) -> list[dict[str, Any]]:
+  """Lines of predictions.jsonl for several labels per image."""
+  return [
+    {"index": i, "labels": [names[c] for c in np.flatnonzero(label)], "scores": _sigmoid(score).tolist()}
+    for i, (label, score) in enumerate(zip(rows["label"], rows["score"], strict=True))
+  ]
+
+
+def _predicted_classes(rows: Rows, names: list[str]) -> list[dict[str, Any]]:
+  """Lines of predictions.jsonl for one label per image."""
+  return [
+    {"index": i, "label": names[label], "top": [names[c] for c in top], "probability": p.tolist()}
+    for i, (label, top, p) in enumerate(zip(rows["label"], rows["top"], rows["probability"], strict=True))
+  ]
+
+
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+  return 0.5 + 0.5 * np.tanh(x.astype(np.float64) / 2)

@@ -1,30 +1,39 @@
-"""Training a tokenizer of one's own: the discrete VAE (DALL-E paper, section 2.1 and appendix A.2)."""
+"""Tokenizer training: the discrete VAE of the DALL-E paper (section 2.1 and appendix A.2)."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from beit_jax import augment, losses
+from beit_jax.config import ranges
+from beit_jax.config.parse import pair
 from beit_jax.data import drawing
 from beit_jax.errors import CollapseError, UserError
 from beit_jax.models.dvae import Dvae, map_pixels, unmap_pixels
 from beit_jax.objectives import base
 from beit_jax.runtime.logs import log
 
-RECONSTRUCTIONS = ("logit_laplace", "l1", "l2")
-
 
 class TokenizerTraining(base.Objective):
-  """Image -> tokens -> image under a Gumbel-softmax relaxation whose temperature falls.
+  """Image -> tokens -> image under a Gumbel-softmax relaxation with a falling temperature.
 
-  loss = reconstruction (mean over pixels and channels) + kl_weight * KL(q || uniform) (mean over tokens, nats).
-  In evaluation tokens are hard (argmax) and errors are those of pixels in [0, 1].
+  loss = reconstruction (mean over pixels and channels) + kl_weight * KL(q || uniform) (mean over tokens, in nats).
+  Evaluation uses hard tokens (argmax) and measures errors of pixels in [0, 1].
   """
 
   kind = "tokenizer"
   eval_metrics = ("loss", "mae", "mse", "codebook_usage", "perplexity")
 
-  def __init__(self, config, source, load=None):
+  import_replaces_run = True
+  value_ranges = (
+    (r"loss\.reconstruction", ranges.one_of("logit_laplace", "l1", "l2")),
+    (r"loss\.kl_weight", ranges.number(0)),
+    (r"loss\.(kl_warmup|temperature)_steps|collapse\.after_steps", ranges.integer(0, ranges.MAX_STEPS)),
+    (r"loss\.temperature(_end)?", ranges.number(1e-4, 1e4)),
+    (r"collapse\.min_usage", ranges.fraction()),
+  )
+
+  def __init__(self, config: ConfigDict, source: Source, load: base.Loader | None = None) -> None:
     super().__init__(config, source, load)
     self.module = Dvae(**dict(config.model))
     stride = self.module.stride
@@ -33,24 +42,40 @@ class TokenizerTraining(base.Objective):
         f"config key 'data.token_image_size': {self.token_image_size} is not divisible by the tokenizer's stride "
         f"{stride} = 2 ** (model.group_count - 1)"
       )
-    if config.loss.reconstruction not in RECONSTRUCTIONS:
-      raise UserError(
-        f"config key 'loss.reconstruction': {config.loss.reconstruction!r} is unknown; there are {RECONSTRUCTIONS}"
-      )
 
   @classmethod
-  def model_fields(cls):
-    return base.module_fields(Dvae)
+  def config_section(cls) -> dict[str, Any]:
+    return dict(
+      model=base.module_fields(Dvae),
+      loss=dict(
+        reconstruction="logit_laplace",  # "logit_laplace" | "l1" | "l2"
+        kl_weight=6.6 / 192,  # of the mean KL per token against the mean loss per pixel, at 112/14 geometry
+        kl_warmup_steps=5000,
+        temperature=1.0,
+        temperature_end=1 / 16,
+        temperature_steps=150_000,  # cosine
+        straight_through=False,
+      ),
+      collapse=dict(
+        min_usage=0.02,  # the codebook has collapsed if a smaller share of it occurs in the evaluation set
+        after_steps=500,
+        stop=True,
+      ),
+    )
 
-  def views(self):
+  @classmethod
+  def expected_result(cls, config: ConfigDict) -> Pretrained:
+    size = pair(config.data.token_image_size, "data.token_image_size")
+    return base.abstract_model(cls.kind, Dvae(**dict(config.model)), size, _preprocessing(config.data))
+
+  def views(self) -> ViewSizes:
     return {"token_image": (self.token_image_size, self.config.data.token_interpolation)}
 
-  def init(self, key):
-    with base.building():
-      return self.module.init(key, jnp.zeros((1, *self.token_image_size, 3)))
+  def init(self, key: jax.Array) -> base.Variables:
+    return self._init_module(key, self.token_image_size)
 
-  def schedules(self, step):
-    """(temperature, KL weight) at `step`: cosine annealing; linear rise from 0."""
+  def schedules(self, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(temperature, KL weight) at `step`: cosine annealing, and a linear rise from 0."""
     loss = self.config.loss
     done = jnp.minimum(step / max(loss.temperature_steps, 1), 1.0)
     temperature = loss.temperature_end + (loss.temperature - loss.temperature_end) * 0.5 * (
@@ -58,14 +83,21 @@ class TokenizerTraining(base.Objective):
     )
     return temperature, loss.kl_weight * jnp.minimum(step / max(loss.kl_warmup_steps, 1), 1.0)
 
-  def _reconstruction(self, mean, log_scale, target):
+  def _reconstruction(self, mean: jax.Array, log_scale: jax.Array, target: jax.Array) -> jax.Array:
     """Loss per element, [B, H, W, 3]; `target` is map_pixels'd."""
     if self.config.loss.reconstruction == "logit_laplace":
       return losses.logit_laplace(mean, log_scale, target)
     difference = jax.nn.sigmoid(mean) - target
     return jnp.abs(difference) if self.config.loss.reconstruction == "l1" else difference**2
 
-  def loss(self, variables, frozen, batch, key, step):
+  def loss(
+    self,
+    variables: base.Variables,
+    frozen: base.PyTree,
+    batch: base.Batch,
+    key: jax.Array,
+    step: jax.Array,
+  ) -> base.LossOutput:
     del frozen
     image = augment.to_float(batch["token_image"])
     if self.config.data.color_jitter:
@@ -83,16 +115,16 @@ class TokenizerTraining(base.Objective):
     count = jnp.asarray(len(image), jnp.float32)
     mae = jnp.abs(unmap_pixels(jax.nn.sigmoid(out["mean"])) - image).mean((1, 2, 3))
     sums = {
-      "loss": (loss.sum(), count),
-      "reconstruction_loss": (reconstruction.sum(), count),
-      "kl": (kl.sum(), count),
-      "mae": (mae.sum(), count),
-      "temperature": (temperature * count, count),
-      "kl_weight": (kl_weight * count, count),
+      "loss": base.Metric(loss.sum(), count),
+      "reconstruction_loss": base.Metric(reconstruction.sum(), count),
+      "kl": base.Metric(kl.sum(), count),
+      "mae": base.Metric(mae.sum(), count),
+      "temperature": base.Metric(temperature * count, count),
+      "kl_weight": base.Metric(kl_weight * count, count),
     }
-    return sums["loss"][0], (sums, {})
+    return base.LossOutput(sums)
 
-  def eval_step(self, variables, frozen, batch):
+  def eval_step(self, variables: base.Variables, frozen: base.PyTree, batch: base.Batch) -> base.EvalOutput:
     del frozen
     image, valid = augment.to_float(batch["token_image"]), batch["valid"].astype(jnp.float32)
     logits = self.module.apply(variables, map_pixels(image), method="logits")
@@ -101,14 +133,15 @@ class TokenizerTraining(base.Objective):
     loss = self._reconstruction(mean, log_scale, map_pixels(image)).mean((1, 2, 3))
     error = unmap_pixels(jax.nn.sigmoid(mean)) - image
     count = valid.sum()
-    return {
-      "loss": ((loss * valid).sum(), count),
-      "mae": ((jnp.abs(error).mean((1, 2, 3)) * valid).sum(), count),
-      "mse": (((error**2).mean((1, 2, 3)) * valid).sum(), count),
-      "token_counts": ((hard.sum((1, 2)) * valid[:, None]).sum(0), count),
+    sums = {
+      "loss": base.Metric((loss * valid).sum(), count),
+      "mae": base.Metric((jnp.abs(error).mean((1, 2, 3)) * valid).sum(), count),
+      "mse": base.Metric(((error**2).mean((1, 2, 3)) * valid).sum(), count),
+      "token_counts": base.Metric((hard.sum((1, 2)) * valid[:, None]).sum(0), count),
     }
+    return base.EvalOutput(sums)
 
-  def summarize(self, sums):
+  def summarize(self, sums: dict[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
     counts, _ = sums.pop("token_counts")
     share = counts / max(counts.sum(), 1)
     used = share[share > 0]
@@ -118,7 +151,7 @@ class TokenizerTraining(base.Objective):
       "perplexity": float(np.exp(-(used * np.log(used)).sum())),
     }
 
-  def check_eval(self, step, metrics):
+  def check_eval(self, step: int, metrics: dict[str, float]) -> None:
     collapse = self.config.collapse
     if step < collapse.after_steps or metrics["codebook_usage"] >= collapse.min_usage:
       return
@@ -126,13 +159,15 @@ class TokenizerTraining(base.Objective):
       f"the codebook has collapsed: after {step} steps only {metrics['codebook_usage']:.2%} of its "
       f"{self.module.vocab_size} words are in use (perplexity {metrics['perplexity']:.1f}, "
       f"collapse.min_usage={collapse.min_usage}). Lower optimizer.learning_rate or loss.kl_weight, or raise "
-      "loss.temperature_end; collapse.stop=False lets the run go on"
+      "loss.temperature_end; with collapse.stop=False the run continues"
     )
     if collapse.stop:
       raise CollapseError(message)
     log.error(message)
 
-  def figures(self, variables, frozen, batch):
+  def figures(
+    self, variables: base.Variables, frozen: base.PyTree, batch: base.Batch
+  ) -> dict[str, np.ndarray]:
     """Rows: image, its reconstruction from hard tokens."""
     image = augment.to_float(batch["token_image"])
     ids = self.module.apply(variables, image, method="tokenize")
@@ -142,16 +177,16 @@ class TokenizerTraining(base.Objective):
       "reconstructions": drawing.table({"image": np.asarray(image), "from its tokens": np.asarray(decoded)})
     }
 
-  def describe(self):
-    return dict(
-      kind=self.kind,
-      module={name: getattr(self.module, name) for name in base.module_fields(Dvae)},
-      preprocessing=dict(
-        mean=(-0.125,) * 3,  # (x + 0.125) / 1.25 is map_pixels
-        std=(1.25,) * 3,
-        image_size=self.token_image_size,
-        crop_pct=self.config.data.crop_pct,
-        interpolation=self.config.data.token_interpolation,
-        resize="short_side",
-      ),
-    )
+  def describe(self) -> dict[str, Any]:
+    preprocessing = {**_preprocessing(self.config.data), "image_size": self.token_image_size}
+    return dict(kind=self.kind, module=base.field_values(self.module), preprocessing=preprocessing)
+
+
+def _preprocessing(data: ConfigDict) -> dict[str, Any]:
+  return dict(
+    mean=(-0.125,) * 3,  # (x + 0.125) / 1.25 is map_pixels
+    std=(1.25,) * 3,
+    crop_pct=data.crop_pct,
+    interpolation=data.token_interpolation,
+    resize="short_side",
+  )

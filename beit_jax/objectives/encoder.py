@@ -1,56 +1,93 @@
-"""Config keys and checks that every objective with a BEiT encoder shares."""
+"""What all objectives with a BEiT encoder share: config keys, their checks, and the start from a checkpoint."""
 
 import difflib
 import math
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
+import jax
 from ml_collections import ConfigDict
 
 from beit_jax import transfer
-from beit_jax.config import parse as config_lib
+from beit_jax.config.defaults import OptionalOf
+from beit_jax.data.images import ViewSizes
 from beit_jax.errors import UserError
 from beit_jax.models import attention, beit
-from beit_jax.objectives.base import module_fields
+from beit_jax.objectives.base import Objective, PyTree, Variables, module_fields
 from beit_jax.runtime.logs import log
 from beit_jax.weights.pretrained import Pretrained
 
-MAX_PATCHES = 64 * 64  # with relative positions: their index has the square of that many entries
+MAX_PATCHES = 64 * 64  # with relative positions, whose index has the square of that many entries
+# Fields that the variant or the preset decides unless the config sets them.
+DECIDED = dict(width=int, depth=int, num_heads=int, rel_pos=str, abs_pos=bool, layer_scale_init=float)
+# Fields that are not config keys: the objective sets them.
+INTERNAL = ("image_size", "use_mask_token", "final_norm", "weight_init", "init")
+
+
+class EncoderObjective(Objective):
+  """Base class of objectives whose `module` has an encoder and sees images of `data.image_size`."""
+
+  module: Any  # a Linen module with the field `encoder`
+
+  def views(self) -> ViewSizes:
+    return {"image": (self.image_size, self.config.data.interpolation)}
+
+  @property
+  def depth(self) -> int:
+    return self.module.encoder["depth"]
+
+  def init(self, key: jax.Array) -> Variables:
+    return self._init_module(key, self.image_size)
+
+  def adapt(self, pretrained: Pretrained, shapes: PyTree) -> dict[str, Any]:
+    return adapt_encoder(self.config.data, self.module.encoder, pretrained, shapes, log.info)
 
 
 def encoder_schema() -> dict[str, Any]:
-  """`model` keys of everything with a BEiT encoder: a variant, a preset, and each field to override them with."""
-  fields = module_fields(
-    beit.Beit, without=("image_size", "use_mask_token", "final_norm", "weight_init", "init")
-  )
-  decided = dict(width=int, depth=int, num_heads=int, rel_pos=str, abs_pos=bool, layer_scale_init=float)
-  return {
-    "variant": "base",
-    "preset": "plus",
-    **fields,
-    **{name: config_lib.OptionalOf(kind) for name, kind in decided.items()},
-  }
+  """The `model` keys of every objective with a BEiT encoder, with their defaults."""
+  fields = module_fields(beit.Beit, without=INTERNAL)
+  decided = {name: OptionalOf(kind) for name, kind in DECIDED.items()}
+  return {"variant": "base", "preset": "plus", **fields, **decided}
+
+
+def head_schema(module: type[nn.Module]) -> dict[str, Any]:
+  """The `model` keys of a module with an encoder and a head."""
+  return {**encoder_schema(), **module_fields(module, without=("encoder",))}
 
 
 def encoder_fields(model: ConfigDict, image_size: tuple[int, int], *, pretrain: bool) -> dict[str, Any]:
-  """The config's `model` section -> the fields of `Beit`, checked."""
+  """Turns the config's `model` section into the fields of `models.beit.Beit`.
+
+  Args:
+    model: the section.
+    image_size: (height, width) in pixels.
+    pretrain: whether the preset's relative positions are those of pre-training (one table that all blocks share).
+
+  Raises:
+    UserError: fields do not fit each other or the image, or the attention that was asked for cannot run here.
+  """
   if model.variant not in beit.VARIANTS:
     near = difflib.get_close_matches(model.variant, list(beit.VARIANTS), 1)
     raise UserError(
       f"config key 'model.variant': {model.variant!r} is unknown; there are {', '.join(beit.VARIANTS)}"
       + (f"; did you mean {near[0]!r}?" if near else "")
     )
-  try:
-    fields = {
-      **beit.VARIANTS[model.variant],
-      **beit.preset_fields(model.preset, model.variant, pretrain=pretrain),
-    }
-  except ValueError as error:
-    raise UserError(f"config key 'model.preset': {error}") from None
-  own = {name: model[name] for name in encoder_schema() if name not in ("variant", "preset")}
-  fields.update({name: value for name, value in own.items() if value is not None})
-  fields["image_size"] = image_size
-  patch = fields["patch_size"]
+  preset = beit.preset_fields(model.preset, model.variant, pretrain=pretrain)
+  keys = encoder_schema().keys() - {"variant", "preset"}
+  given = {name: model[name] for name in keys if model[name] is not None}
+  fields = {**beit.VARIANTS[model.variant], **preset, **given, "image_size": image_size}
+  _check_sizes(fields)
+  requested, head_dim = fields["attention"], fields["width"] // fields["num_heads"]
+  chosen, reason = attention.choose(requested, fields["dtype"], head_dim)
+  if requested == "cudnn" != chosen:
+    raise UserError(f"config key 'model.attention': 'cudnn' cannot run here ({reason}); use 'auto' or 'xla'")
+  log.info("attention: %s (%s)", chosen, reason)
+  return fields
+
+
+def _check_sizes(fields: dict[str, Any]) -> None:
+  image_size, patch = fields["image_size"], fields["patch_size"]
   if any(side % patch for side in image_size):
     raise UserError(
       f"config key 'data.image_size': {image_size} is not divisible by model.patch_size={patch}; choose e.g. "
@@ -60,75 +97,83 @@ def encoder_fields(model: ConfigDict, image_size: tuple[int, int], *, pretrain: 
   if fields["rel_pos"] != "none" and patches > MAX_PATCHES:
     raise UserError(
       f"config key 'data.image_size': {image_size} has {patches:,} patches of model.patch_size={patch}; with relative "
-      f"positions {MAX_PATCHES:,} are the most there can be (model.rel_pos='none' has no such limit)"
+      f"positions at most {MAX_PATCHES:,} are possible (model.rel_pos='none' has no such limit)"
     )
   if int(fields["width"] * fields["mlp_ratio"]) < 1:
     raise UserError(
-      f"config key 'model.mlp_ratio': {fields['mlp_ratio']} of model.width={fields['width']} is not even one unit"
+      f"config key 'model.mlp_ratio': {fields['mlp_ratio']} of model.width={fields['width']} is less than one unit"
     )
   if fields["width"] % fields["num_heads"]:
     raise UserError(
       f"config key 'model.num_heads': {fields['num_heads']} does not divide model.width={fields['width']}"
     )
-  if fields["rel_pos"] not in ("shared", "per_block", "none"):
-    raise UserError(
-      f"config key 'model.rel_pos': {fields['rel_pos']!r} is unknown; there are 'shared', 'per_block' and 'none'"
-    )
-  asked, head_dim = fields["attention"], fields["width"] // fields["num_heads"]
-  chosen, reason = attention.choose(asked, fields["dtype"], head_dim)
-  if asked == "cudnn" != chosen:
-    raise UserError(f"config key 'model.attention': 'cudnn' cannot run here ({reason}); use 'auto' or 'xla'")
-  log.info("attention: %s (%s)", chosen, reason)
-  return fields
 
 
-def adapt_encoder(objective: Any, pretrained: Pretrained, shapes: Any, say: Callable[[str], None]) -> dict:
-  """`Objective.adapt` for models with an encoder: see `transfer.encoder_params`.
+def adapt_encoder(
+  data: ConfigDict,
+  encoder: dict[str, Any],
+  pretrained: Pretrained,
+  shapes: PyTree,
+  report: Callable[[str], None],
+) -> dict[str, Any]:
+  """Takes the parameters of a checkpoint that fit a model with an encoder; see `transfer.encoder_params`.
+
+  Args:
+    data: the config's `data` section.
+    encoder: the fields of the run's encoder.
+    pretrained: the checkpoint.
+    shapes: the run's parameters, or their shapes.
+    report: is called with a line about everything that differs without being an error.
+
+  Returns:
+    Parameters by flat name.
 
   Raises:
-    UserError: everything in which checkpoint and run disagree, with the config keys.
+    UserError: checkpoint and run disagree; names every config key.
   """
-  if pretrained.kind == "tokenizer":
+  if not pretrained.has_encoder:
     raise UserError(f"init_from: a {pretrained.kind} has no BEiT encoder to start from")
-  have, want = pretrained.encoder_fields, objective.module.encoder
+  found = pretrained.encoder_fields
   problems = [
-    f"model.{key}: the checkpoint has {have[key]!r}, this run {want[key]!r}"
+    f"model.{key}: the checkpoint has {found[key]!r}, this run {encoder[key]!r}"
     for key in ("patch_size", "width", "depth", "num_heads", "mlp_ratio", "abs_pos")
-    if have[key] != want[key]
+    if found[key] != encoder[key]
   ]
   for key, off in (("rel_pos", "none"), ("layer_scale_init", 0)):
-    if (have[key] == off) != (want[key] == off):
-      problems.append(f"model.{key}: the checkpoint has {have[key]!r}, this run {want[key]!r}")
-  problems += disagreeing_pixels(objective.config.data, pretrained, say)
+    if (found[key] == off) != (encoder[key] == off):
+      problems.append(f"model.{key}: the checkpoint has {found[key]!r}, this run {encoder[key]!r}")
+  problems += normalization_problems(data, pretrained, report)
   if problems:
     raise UserError(
       "init_from: the checkpoint and this run disagree (set the keys in the config, or with --config.KEY=VALUE):\n  "
       + "\n  ".join(problems)
     )
-  assumed = pretrained.description.get("assumed", ())
-  data = {k: objective.config.data[k] for k in ("crop_pct", "interpolation", "resize")}
-  for key, ours in data.items():
+  for key in ("crop_pct", "interpolation", "resize"):
     theirs = pretrained.preprocessing[key]
-    if ours != theirs and "preprocessing" not in assumed:
-      say(f"warning: at evaluation the checkpoint has {key}={theirs!r}, this run {ours!r}")
-  if have["norm_eps"] != want["norm_eps"]:
-    say(f"norm_eps: {have['norm_eps']} in the checkpoint, {want['norm_eps']} here (model.norm_eps)")
+    if data[key] != theirs and "preprocessing" not in pretrained.description.get("assumed", ()):
+      report(f"warning: at evaluation the checkpoint has {key}={theirs!r}, this run {data[key]!r}")
+  if found["norm_eps"] != encoder["norm_eps"]:
+    report(f"norm_eps: {found['norm_eps']} in the checkpoint, {encoder['norm_eps']} here (model.norm_eps)")
   src_grid, dst_grid = (
-    tuple(side // want["patch_size"] for side in size) for size in (have["image_size"], want["image_size"])
+    tuple(side // encoder["patch_size"] for side in fields["image_size"]) for fields in (found, encoder)
   )
-  params = {"encoder": pretrained.params} if pretrained.kind == "backbone" else pretrained.params
-  return transfer.encoder_params(params, shapes, src_grid, dst_grid, say)
+  params = {"encoder": pretrained.encoder_params, **pretrained.head_params}
+  return transfer.encoder_params(params, shapes, src_grid, dst_grid, report)
 
 
-def disagreeing_pixels(data: ConfigDict, pretrained: Pretrained, say: Callable[[str], None]) -> list[str]:
-  """Lines on mean and std of a run and a checkpoint that differ; where the file does not say, a warning instead."""
+def normalization_problems(
+  data: ConfigDict, pretrained: Pretrained, report: Callable[[str], None]
+) -> list[str]:
+  """Lines on `data.mean` and `data.std` if a run and a checkpoint differ; a warning where the file says nothing."""
   problems = []
   for key in ("mean", "std"):
     ours, theirs = (tuple(map(float, p[key])) for p in (data, pretrained.preprocessing))
-    if ours != theirs and "preprocessing" in pretrained.description.get("assumed", ()):
-      say(
+    if ours == theirs:
+      continue
+    if "preprocessing" in pretrained.description.get("assumed", ()):
+      report(
         f"warning: data.{key} is {ours} here; the file does not say, models of its kind usually have {theirs}"
       )
-    elif ours != theirs:
+    else:
       problems.append(f"data.{key}: the checkpoint was trained with {theirs}, this run has {ours}")
   return problems

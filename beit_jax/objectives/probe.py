@@ -1,4 +1,4 @@
-"""What is in the features of a frozen encoder: a linear classifier on every block in one pass, and k-NN.
+"""Evaluation of frozen features: a linear classifier on every block in one pass, and k-NN.
 
 Follows unilm `beit/run_linear_eval.py` (features, init, summed losses) and DINO's `eval_knn.py` (the vote).
 """
@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from beit_jax import augment, losses, metrics, transfer, trees
+from beit_jax.config import ranges
 from beit_jax.data import pipeline
 from beit_jax.data.bad_images import BadImageTracker
 from beit_jax.errors import UserError
 from beit_jax.models.beit import Beit
 from beit_jax.models.heads import LinearProbes, block_features
 from beit_jax.objectives import base
-from beit_jax.objectives import encoder as encoder_keys
+from beit_jax.objectives.encoder import encoder_fields, encoder_schema, normalization_problems
 from beit_jax.run import checkpoint
 from beit_jax.runtime import sharding
 from beit_jax.runtime.logs import log
@@ -24,91 +25,98 @@ from beit_jax.weights.pretrained import fingerprint
 
 
 class Probe(base.Objective):
-  """The frozen encoder: that of the checkpoint `encoder.init_from`, or a random one as `model` says.
+  """Base class: the encoder of the checkpoint `encoder.init_from`, or a random one as `model` says.
 
-  The fields of a loaded encoder come from its checkpoint; `model` then only sets how it computes (dtype).
+  The fields of a loaded encoder come from its checkpoint. `model` then sets only `dtype`.
   """
 
   kind = "probe"
+  labels = "class"
+  frozen_sections = ("encoder",)
 
-  def __init__(self, config, source, load=None):
+  def __init__(self, config: ConfigDict, source: Source, load: base.Loader | None = None) -> None:
     super().__init__(config, source, load)
     if source.multi_label or not source.num_classes:
-      raise UserError(f"config key 'data': probes need data with one label an image ({source.description})")
+      raise UserError(f"config key 'data': probes need data with one label per image ({source.description})")
     self.num_classes = source.num_classes
-    if config.encoder.init_from:
-      fields, self._loaded = self._load(config.encoder.init_from)
+    self._loaded_encoder = self._load_encoder(config.encoder.init_from) if config.encoder.init_from else None
+    if self._loaded_encoder is None:
+      fields = encoder_fields(config.model, self.image_size, pretrain=True)
     else:
-      fields = encoder_keys.encoder_fields(config.model, self.image_size, pretrain=True)
-      self._loaded = None
+      fields = self._loaded_encoder.encoder_fields
     fields |= dict(final_norm=False, use_mask_token=False, drop_path_rate=0.0, dtype=config.model.dtype)
     self.encoder = Beit(**fields)
     self.blocks = list(range(self.encoder.depth))
     self.eval_metrics = ("loss", "acc1", *(f"acc1_{i:02d}" for i in self.blocks))
-    shapes = jax.eval_shape(self._init_encoder)
-    base.check_size(shapes)
-    if self._loaded is None:
-      log.info("encoder: random, %d parameters", trees.num_params(shapes))
-    else:
-      grid = self.encoder.grid_size
-      params = {"encoder": self._loaded}
-      found = transfer.encoder_params(params, {"encoder": shapes}, grid, grid, log.info)
-      self._loaded = trees.unflatten(found)["encoder"]
+    self._shapes = jax.eval_shape(self._init_encoder)
+    base.check_size(self._shapes)
+
+  @classmethod
+  def config_section(cls) -> dict[str, Any]:
+    model = {**encoder_schema(), "drop_path_rate": 0.0}
+    return dict(model=model, encoder=dict(init_from=""))  # "" = a random encoder, as `model` says
 
   @functools.cached_property
-  def encoder_params(self):
-    return jax.jit(self._init_encoder)() if self._loaded is None else self._loaded
+  def encoder_params(self) -> base.PyTree:
+    """The parameters of the frozen encoder, without those that only pre-training or a head uses."""
+    if self._loaded_encoder is None:
+      log.info("encoder: random, %d parameters", trees.num_params(self._shapes))
+      return jax.jit(self._init_encoder)()
+    grid, params = self.encoder.grid_size, {"encoder": self._loaded_encoder.encoder_params}
+    found = transfer.encoder_params(params, {"encoder": self._shapes}, grid, grid, log.info)
+    return trees.unflatten(found)["encoder"]
 
-  def _init_encoder(self):
+  def _init_encoder(self) -> base.PyTree:
     key = jax.random.fold_in(jax.random.key(self.config.seed), 7)
-    with base.building():
+    with base.user_errors_of_model():
       return self.encoder.init(key, jnp.zeros((1, *self.image_size, 3)))["params"]
 
-  def _load(self, path):
+  def _load_encoder(self, path: str) -> Pretrained:
     pretrained = self.load_frozen(path)
-    if pretrained.kind not in ("backbone", "mim", "classifier"):
+    if not pretrained.has_encoder:
       raise UserError(f"config key 'encoder.init_from': a {pretrained.kind} has no BEiT encoder ({path})")
-    fields = dict(pretrained.encoder_fields)
-    problems = encoder_keys.disagreeing_pixels(self.config.data, pretrained, log.info)
-    if tuple(fields["image_size"]) != self.image_size:
-      problems.append(f"data.image_size: the encoder is for {fields['image_size']}, here {self.image_size}")
+    problems = normalization_problems(self.config.data, pretrained, log.info)
+    image_size = tuple(pretrained.encoder_fields["image_size"])
+    if image_size != self.image_size:
+      problems.append(f"data.image_size: the encoder is for {image_size}, here {self.image_size}")
     if problems:
       raise UserError("encoder.init_from: checkpoint and run disagree:\n  " + "\n  ".join(problems))
     log.info("encoder: %s", pretrained.description.get("path"))
-    params = pretrained.params
-    return fields, params if pretrained.kind == "backbone" else params["encoder"]
+    return pretrained
 
-  @classmethod
-  def model_fields(cls):
-    return {**encoder_keys.encoder_schema(), "drop_path_rate": 0.0}
-
-  def views(self):
+  def views(self) -> ViewSizes:
     return {"image": (self.image_size, self.config.data.interpolation)}
 
-  def features(self, frozen, batch):
-    """float32 [L, B, 2D], L the blocks asked for."""
+  def batch_shapes(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    label = base.with_common_arrays({"label": ((), jnp.int32)}, batch_size)
+    return {**super().batch_shapes(batch_size), **label}
+
+  def features(self, frozen: base.PyTree, batch: base.Batch) -> jax.Array:
+    """float32 [L, B, 2D], L = number of `blocks`."""
     data = self.config.data
     image = augment.normalize(augment.to_float(batch["image"]), data.mean, data.std)
     out = self.encoder.apply({"params": frozen["encoder"]}, image)[1]
     return jax.lax.stop_gradient(block_features({f"{i:02d}": out[f"block_{i:02d}"] for i in self.blocks}))
 
-  def frozen_params(self, mesh):
+  def frozen_params(self, mesh: jax.sharding.Mesh) -> base.PyTree:
     del mesh
     return {"encoder": self.encoder_params}
 
-  def _sums(self, logits, batch):
-    """acc1 of every block and, where they are a loss's, the summed cross-entropy. logits [L, B, C]."""
+  def _sums(self, logits: jax.Array, batch: base.Batch) -> base.Metrics:
+    """The cross-entropy summed over blocks, and acc1 of every block. logits [L, B, C]."""
     valid = batch["valid"].astype(jnp.float32)
     count = valid.sum()
     right = (logits.argmax(-1) == batch["label"]).astype(jnp.float32) * valid  # [L, B]
     nll = jax.vmap(losses.soft_target_cross_entropy, (0, None))(
       logits, jax.nn.one_hot(batch["label"], self.num_classes)
     )
-    sums = {f"acc1_{block:02d}": (right[i].sum(), count) for i, block in enumerate(self.blocks)}
-    return {"loss": ((nll * valid).sum(), count), **sums}
+    sums = {"loss": base.Metric((nll * valid).sum(), count)}
+    for i, block in enumerate(self.blocks):
+      sums[f"acc1_{block:02d}"] = base.Metric(right[i].sum(), count)
+    return sums
 
-  def summarize(self, sums):
-    """Adds the best block's accuracy (blocks count from 0, as everywhere in this code) and logs the curve."""
+  def summarize(self, sums: dict[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
+    """Adds the accuracy of the best block (counted from 0, as everywhere in this code) and logs the curve."""
     values = super().summarize(sums)
     curve = {block: values[f"acc1_{block:02d}"] for block in self.blocks}
     best = max(curve, key=curve.get)
@@ -118,13 +126,12 @@ class Probe(base.Objective):
       )
     return {**values, "acc1": curve[best], "best_block": float(best)}
 
-  def report(self, rows, results, folder):
+  def report(self, rows: dict[str, np.ndarray], results: dict[str, float], folder: Path) -> list[Path]:
     curve = [(block, results[f"acc1_{block:02d}"]) for block in self.blocks]
     return [metrics.write_csv(folder / "per_block.csv", [("block", "acc1"), *curve])]
 
-  def describe(self):
-    fields = base.module_fields(Beit)
-    encoder = {name: getattr(self.encoder, name) for name in fields}
+  def describe(self) -> dict[str, Any]:
+    encoder = base.field_values(self.encoder)
     return dict(
       kind=self.kind,
       module=dict(encoder=encoder, num_classes=self.num_classes),
@@ -139,23 +146,32 @@ class LinearProbe(Probe):
 
   kind = "linear_probe"
 
-  def __init__(self, config, source, load=None):
+  def __init__(self, config: ConfigDict, source: Source, load: base.Loader | None = None) -> None:
     super().__init__(config, source, load)
     self.module = LinearProbes(self.num_classes)
 
-  def init(self, key):
+  def init(self, key: jax.Array) -> base.Variables:
     features = jnp.zeros((self.encoder.depth, 1, 2 * self.encoder.width))
     return self.module.init(key, features)
 
-  def loss(self, variables, frozen, batch, key, step):
+  def loss(
+    self,
+    variables: base.Variables,
+    frozen: base.PyTree,
+    batch: base.Batch,
+    key: jax.Array,
+    step: jax.Array,
+  ) -> base.LossOutput:
     del key, step
-    sums = self._sums(self.module.apply(variables, self.features(frozen, batch)), batch)
-    return sums["loss"][0], (sums, {})
+    return base.LossOutput(self._classify(variables, frozen, batch))
 
-  def eval_step(self, variables, frozen, batch):
+  def eval_step(self, variables: base.Variables, frozen: base.PyTree, batch: base.Batch) -> base.EvalOutput:
+    return base.EvalOutput(self._classify(variables, frozen, batch))
+
+  def _classify(self, variables: base.Variables, frozen: base.PyTree, batch: base.Batch) -> base.Metrics:
     return self._sums(self.module.apply(variables, self.features(frozen, batch)), batch)
 
-  def load_params(self, path, shapes):
+  def load_params(self, path: str, shapes: base.PyTree) -> tuple[dict[str, Any], str]:
     folder, ema = checkpoint.find(path), self.config.eval.ema
     description = checkpoint.read_description(folder)
     for key, mine in (("encoder", self.describe()["encoder"]), ("labels", list(self.source.class_names))):
@@ -165,30 +181,32 @@ class LinearProbe(Probe):
         )
     if ema and not (folder / "ema").is_dir():
       raise UserError(f"eval.ema: {folder} has no averaged weights (optimizer.ema_decay was 0)")
-    found, wanted = (
-      trees.flatten(checkpoint.load_params(folder, "ema" if ema else "params")),
-      trees.flatten(shapes),
-    )
+    found = trees.flatten(checkpoint.load_params(folder, "ema" if ema else "params"))
+    wanted = trees.flatten(shapes)
     if {n: v.shape for n, v in found.items()} != {n: v.shape for n, v in wanted.items()}:
       raise UserError(f"eval_only: {folder} holds no linear probe of this encoder and these classes")
     return found, str(folder)
 
-  def adapt(self, pretrained, shapes):
+  def adapt(self, pretrained: Pretrained, shapes: base.PyTree) -> dict[str, Any]:
     raise UserError("init_from: a linear probe starts fresh; the frozen encoder is encoder.init_from")
 
 
 class Knn(Probe):
-  """Weighted vote of the k nearest training images (cosine) on the features of every block. Trains nothing."""
+  """A weighted vote of the k nearest training images (by cosine) on the features of every block. Trains nothing."""
 
   kind = "knn"
   trains = False
+  value_ranges = (
+    (r"knn\.k", ranges.integer(1, 2**24)),
+    (r"knn\.temperature", ranges.number(0.02, 1000)),  # exp(1 / temperature) must be a float32
+    (r"knn\.blocks", ranges.block_numbers()),
+  )
 
-  def __init__(self, config, source, load=None):
+  def __init__(self, config: ConfigDict, source: Source, load: base.Loader | None = None) -> None:
     super().__init__(config, source, load)
-    if not 0 < config.knn.k <= len(source) or config.knn.temperature <= 0:
+    if config.knn.k > len(source):
       raise UserError(
-        f"config key 'knn': k={config.knn.k} must lie in [1, {len(source)}] (the training images) and temperature="
-        f"{config.knn.temperature} be positive"
+        f"config key 'knn.k': {config.knn.k} is more than the {len(source)} training images"
       )
     if not set(config.knn.blocks) <= set(self.blocks):
       raise UserError(
@@ -196,11 +214,26 @@ class Knn(Probe):
       )
     self.blocks = sorted(set(config.knn.blocks)) or self.blocks
 
-  def init(self, key):
+  @classmethod
+  def config_section(cls) -> dict[str, Any]:
+    # k and temperature are DINO's; blocks: () = all.
+    return {**super().config_section(), "knn": dict(k=20, temperature=0.07, blocks=())}
+
+  def init(self, key: jax.Array) -> base.Variables:
     del key
     return {"params": {}}
 
-  def frozen_params(self, mesh):
+  def loss(
+    self,
+    variables: base.Variables,
+    frozen: base.PyTree,
+    batch: base.Batch,
+    key: jax.Array,
+    step: jax.Array,
+  ) -> base.LossOutput:
+    raise NotImplementedError("k-NN trains nothing")
+
+  def frozen_params(self, mesh: jax.sharding.Mesh) -> base.PyTree:
     """The encoder, and the features of all training images, scaled to length 1: float32 [L, N, 2D] on every device."""
     frozen = jax.device_put(super().frozen_params(mesh), sharding.replicated(mesh))
     size = -(-self.config.eval.batch_size // mesh.size) * mesh.size
@@ -224,7 +257,7 @@ class Knn(Probe):
     log.info("k-NN: %d training images, %.1f MB of features", valid.sum(), features.nbytes / 1e6)
     return {**frozen, "bank": features[:, valid], "label": labels[valid]}
 
-  def eval_step(self, variables, frozen, batch):
+  def eval_step(self, variables: base.Variables, frozen: base.PyTree, batch: base.Batch) -> base.EvalOutput:
     del variables
     vote = functools.partial(
       knn_vote,
@@ -236,18 +269,29 @@ class Knn(Probe):
     query = _unit(self.features(frozen, batch))
     votes = jax.lax.map(lambda pair: vote(*pair), (query, frozen["bank"]))  # one block at a time: [L, B, C]
     sums = self._sums(votes, batch)
-    del sums["loss"]  # votes are no logits
-    return sums
+    del sums["loss"]  # votes are not logits
+    return base.EvalOutput(sums)
 
 
-def _unit(x):
+def _unit(x: jax.Array) -> jax.Array:
   return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
-def knn_vote(query, bank, *, label, num_classes, k, temperature):
-  """Each of the k nearest adds exp(cosine / temperature) to its class: [B, C].
+def knn_vote(
+  query: jax.Array, bank: jax.Array, *, label: jax.Array, num_classes: int, k: int, temperature: float
+) -> jax.Array:
+  """The vote of the k nearest neighbors: each adds exp(cosine / temperature) to its class.
 
-  query [B, F] and bank [N, F] hold vectors of length 1, label int32 [N].
+  Args:
+    query: float32 [B, F], vectors of length 1.
+    bank: float32 [N, F], vectors of length 1.
+    label: int32 [N], the classes of `bank`.
+    num_classes: C.
+    k: number of neighbors.
+    temperature: of the weights.
+
+  Returns:
+    float32 [B, C].
   """
   nearest, index = jax.lax.top_k(query @ bank.T, k)  # [B, k]
   return jnp.einsum("bk,bkc->bc", jnp.exp(nearest / temperature), jax.nn.one_hot(label[index], num_classes))

@@ -13,26 +13,42 @@ import jax.numpy as jnp
 import numpy as np
 
 from beit_jax import augment, losses, metrics
-from beit_jax.config.parse import OptionalOf, pair
+from beit_jax.config import ranges
+from beit_jax.config.defaults import EitherOf, OptionalOf
+from beit_jax.config.parse import pair
 from beit_jax.data import drawing, segmentation
 from beit_jax.data.bad_images import BadImageTracker
 from beit_jax.errors import BadImage, UserError
 from beit_jax.models.resampling import resize_bilinear
 from beit_jax.models.upernet import OUT_INDICES, BeitForSemanticSegmentation
 from beit_jax.objectives import base, sliding
-from beit_jax.objectives import encoder as encoder_keys
+from beit_jax.objectives.encoder import EncoderObjective, encoder_fields, head_schema
 from beit_jax.runtime import sharding
 from beit_jax.runtime.logs import log
 from beit_jax.weights import io as weights_io
 
 
-class Segmentation(base.Objective):
-  """Cross-entropy of every pixel, of the decode head and, weighted, of the auxiliary heads."""
+class Segmentation(EncoderObjective):
+  """Cross-entropy of every pixel: that of the decode head plus the weighted one of the auxiliary heads."""
 
   kind = "segmenter"
   eval_metrics = ("mIoU", "mAcc", "aAcc")
+  labels = "map"
+  value_ranges = (
+    (r"segment\.resize", ranges.tuple_of(2, ranges.number(1, 8192), "(long, short), two numbers from 1 to 8,192")),
+    (
+      r"segment\.resize_ratio",
+      ranges.tuple_of(2, ranges.number(0.01, 10), "two numbers in [0.01, 10]", ascending=True),
+    ),
+    (r"segment\.cat_max_ratio", ranges.positive()),
+    (r"segment\.aux_weight", ranges.number(0)),
+    (r"segment\.mode", ranges.one_of(*sliding.MODES)),
+    (r"segment\.stride", ranges.integer(1, 8192)),
+    (r"segment\.scales", ranges.tuple_of(None, ranges.number(0.01, 10), "one or more numbers in [0.01, 10]")),
+    (r"segment\.programs", ranges.integer(1, 1000)),
+  )
 
-  def __init__(self, config, source, load=None):
+  def __init__(self, config: ConfigDict, source: Source, load: base.Loader | None = None) -> None:
     super().__init__(config, source, load)
     model, options = config.model, config.segment
     self.num_classes = model.num_classes or config.data.num_classes
@@ -40,23 +56,18 @@ class Segmentation(base.Objective):
       raise UserError(
         "config key 'data.num_classes': label maps do not say how many classes there are; set it"
       )
-    if not 0 < self.num_classes < segmentation.IGNORE:
+    if self.num_classes >= segmentation.IGNORE:
       raise UserError(f"config key 'data.num_classes': {self.num_classes} must lie in [1, 254]")
-    if options.mode not in sliding.MODES:
-      raise UserError(
-        f"config key 'segment.mode': {options.mode!r} is unknown; there are 'slide' and 'whole'"
-      )
-    self.class_names, self.colours = _names_and_colours(options, source, self.num_classes)
-    encoder = encoder_keys.encoder_fields(model, self.image_size, pretrain=False)
-    encoder["weight_init"] = "finetune"
-    fields = {name: model[name] for name in self.model_fields() if name in _own_fields()}
-    fields["out_indices"] = tuple(model.out_indices) or _taps(encoder["depth"])
-    self.module = BeitForSemanticSegmentation(encoder, **{**fields, "num_classes": self.num_classes})
+    self.class_names, self.colors = _names_and_colors(options, source, self.num_classes)
+    encoder = {**encoder_fields(model, self.image_size, pretrain=False), "weight_init": "finetune"}
+    head = {name: model[name] for name in base.module_fields(BeitForSemanticSegmentation, without=("encoder",))}
+    head["out_indices"] = tuple(model.out_indices) or _default_out_indices(encoder["depth"])
+    self.module = BeitForSemanticSegmentation(encoder, **{**head, "num_classes": self.num_classes})
     self.stride = pair(options.stride, "segment.stride") if options.stride else self.image_size
     if any(step > side for step, side in zip(self.stride, self.image_size, strict=True)):
       raise UserError(
-        f"config key 'segment.stride': {options.stride} is more than the windows of data.image_size={self.image_size}: "
-        "what lies between them would not be seen"
+        f"config key 'segment.stride': {options.stride} is larger than the windows of data.image_size="
+        f"{self.image_size}; pixels between the windows would be left out"
       )
     self.sliding = sliding.Sliding(
       module=self.module,
@@ -70,52 +81,79 @@ class Segmentation(base.Objective):
     )
 
   @classmethod
-  def model_fields(cls):
-    own = {**_own_fields(), "num_classes": OptionalOf(int), "channels": OptionalOf(int), "out_indices": ()}
-    return {**encoder_keys.encoder_schema(), **own}
+  def config_section(cls) -> dict[str, Any]:
+    # None and (): from the data, and from the encoder.
+    own = {"num_classes": OptionalOf(int), "channels": OptionalOf(int), "out_indices": ()}
+    return dict(
+      model={**head_schema(BeitForSemanticSegmentation), **own},
+      segment=dict(
+        reduce_zero_label=False,  # 0 in the label map is no class, and class c is stored as c + 1 (ADE20K)
+        ignore_label=255,  # this value is ignored, besides 255
+        resize=(2048, 512),  # (long, short): images are resized to fit in it, in training times a random factor
+        resize_ratio=(0.5, 2.0),
+        cat_max_ratio=0.75,  # no class fills more of a training crop, if ten tries can help it
+        photometric=True,
+        aux_weight=0.4,
+        mode="slide",  # of evaluation: "slide" | "whole" (squashed to data.image_size)
+        stride=OptionalOf(int),  # of the windows; None = no overlap
+        scales=(1.0,),  # of evaluation: softmax averaged
+        flip=False,  # of evaluation
+        programs=8,  # at most so many are compiled for images of any number of sizes
+        class_names=(),  # of all classes, in order; () = those of the data set
+        palette=EitherOf((str, tuple), ()),  # "camvid", or (red, green, blue) of all classes; () = made up
+      ),
+    )
 
-  @property
-  def depth(self):
-    return self.module.encoder["depth"]
-
-  def reader(self):
+  def reader(self) -> Any:
     config = self.config
     return segmentation.LabelMapReader(
       self.image_size, self.num_classes, config.data.to_dict(), config.segment.to_dict()
     )
 
-  def init(self, key):
-    with base.building():
-      return self.module.init(key, jnp.zeros((1, *self.image_size, 3)))
+  def batch_shapes(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    label_map = base.with_common_arrays({"label_map": (self.image_size, jnp.uint8)}, batch_size)
+    return {**super().batch_shapes(batch_size), **label_map}
 
-  def _image(self, pixels):
+  def _image(self, pixels: jax.Array) -> jax.Array:
     return self.sliding.normalize(pixels)
 
-  def loss(self, variables, frozen, batch, key, step):
+  def loss(
+    self,
+    variables: base.Variables,
+    frozen: base.PyTree,
+    batch: base.Batch,
+    key: jax.Array,
+    step: jax.Array,
+  ) -> base.LossOutput:
     del frozen, step
     rngs = {"drop_path": key, "dropout": jax.random.fold_in(key, 1)}
     out, collections = self.module.apply(
       variables, self._image(batch["image"]), train=True, rngs=rngs, mutable=["batch_stats"]
     )
     label = batch["label_map"]
-    size = self.image_size
-    entropy = lambda logits: losses.segmentation_cross_entropy(resize_bilinear(logits, size), label)
+
+    def entropy(logits: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+      return losses.segmentation_cross_entropy(resize_bilinear(logits, self.image_size), label)
+
     total, count, correct = entropy(out["logits"])
     aux = out["aux"] if isinstance(out["aux"], tuple) else (out["aux"],)
-    aux = sum(entropy(logits)[0] for logits in aux)
-    sums = {"loss": (total + self.config.segment.aux_weight * aux, count)}
-    sums |= {"decode_loss": (total, count), "pixel_acc": (correct, count)}
-    return sums["loss"][0], (sums, dict(collections))
+    aux_total = sum(entropy(logits)[0] for logits in aux)
+    sums = {
+      "loss": base.Metric(total + self.config.segment.aux_weight * aux_total, count),
+      "decode_loss": base.Metric(total, count),
+      "pixel_acc": base.Metric(correct, count),
+    }
+    return base.LossOutput(sums, dict(collections))
 
-  def eval_step(self, variables, frozen, batch):
-    """Of crops; the metrics of whole images are those of `evaluate_images`."""
+  def eval_step(self, variables: base.Variables, frozen: base.PyTree, batch: base.Batch) -> base.EvalOutput:
+    """Metrics of crops; `evaluate_images` gives those of whole images."""
     del frozen
     logits = resize_bilinear(
       self.module.apply(variables, self._image(batch["image"]))["logits"], self.image_size
     )
     label = jnp.where(batch["valid"][:, None, None], batch["label_map"], segmentation.IGNORE)
     total, count, correct = losses.segmentation_cross_entropy(logits, label)
-    return {"loss": (total, count), "pixel_acc": (correct, count)}
+    return base.EvalOutput({"loss": base.Metric(total, count), "pixel_acc": base.Metric(correct, count)})
 
   # Evaluation of whole images.
 
@@ -141,7 +179,16 @@ class Segmentation(base.Objective):
     rows = {"IoU": found.pop("IoU"), "Acc": found.pop("Acc"), "labelled": histogram[2]}
     return found, rows
 
-  def _evaluate_bucket(self, variables, source, reader, indices, sizes, scales, mesh):
+  def _evaluate_bucket(
+    self,
+    variables: base.Variables,
+    source: Source,
+    reader: segmentation.LabelMapReader,
+    indices: np.ndarray,
+    sizes: dict[int, tuple[int, int]],
+    scales: tuple[float, ...],
+    mesh: jax.sharding.Mesh,
+  ) -> np.ndarray:
     geometries = [self.sliding.geometry([sizes[i] for i in indices], scale) for scale in scales]
     flips = (False, True) if self.config.segment.flip else (False,)
     rows = sharding.local_rows(mesh, mesh.size)
@@ -159,17 +206,17 @@ class Segmentation(base.Objective):
         for flip in flips:
           inputs = [self.sliding.inputs(image, geometry, flip) for image, _ in examples]
           batch = {name: np.stack([x[name] for x in inputs]) for name in inputs[0]}
-          share = self.sliding.probabilities(variables, sharding.put_batch(mesh, batch, mesh.size))
-          total = share if total is None else total + share
+          scores = self.sliding.probabilities(variables, sharding.put_batch(mesh, batch, mesh.size))
+          total = scores if total is None else total + scores
       counts = self._histogram(total, sharding.put_batch(mesh, {"label": label}, mesh.size)["label"])
       histogram += np.asarray(jax.device_get(counts), np.int64)
     return histogram
 
   @functools.cached_property
-  def _histogram(self):
+  def _histogram(self) -> Any:
     """(scores [B, H, W, C], labels [B, H, W]) -> int32 [3, C]: valid pixels that are right, predicted, labelled."""
 
-    def run(scores, label):
+    def run(scores: jax.Array, label: jax.Array) -> jax.Array:
       classes = jnp.arange(self.num_classes)
       guess = jnp.where(label == segmentation.IGNORE, segmentation.IGNORE, scores.argmax(-1))
       guess, label = guess[..., None] == classes, label[..., None] == classes
@@ -178,13 +225,15 @@ class Segmentation(base.Objective):
 
     return jax.jit(run)
 
-  def report(self, rows, results, folder):
+  def report(self, rows: dict[str, np.ndarray], results: dict[str, float], folder: Path) -> list[Path]:
     table = [("class", "IoU", "Acc", "pixels")]
     names = self.class_names or range(self.num_classes)
     table += list(zip(names, rows["IoU"], rows["Acc"], rows["labelled"], strict=True))
     return [metrics.write_csv(folder / "per_class.csv", table)]
 
-  def figures(self, variables, frozen, batch):
+  def figures(
+    self, variables: base.Variables, frozen: base.PyTree, batch: base.Batch
+  ) -> dict[str, np.ndarray]:
     """Rows: image, the prediction laid over it, the label map laid over it."""
     image = np.asarray(augment.to_float(batch["image"]))
     logits = resize_bilinear(
@@ -194,61 +243,53 @@ class Segmentation(base.Objective):
     guess = np.asarray(logits.argmax(-1))
     rows = {
       "image": image,
-      "prediction": drawing.overlay(image, guess, self.colours),
-      "label map": drawing.overlay(image, label, self.colours),
+      "prediction": drawing.overlay(image, guess, self.colors),
+      "label map": drawing.overlay(image, label, self.colors),
     }
     return {"segmentation": drawing.table(rows)}
 
-  def adapt(self, pretrained, shapes):
-    return encoder_keys.adapt_encoder(self, pretrained, shapes, log.info)
-
-  def load_collections(self, path):
+  def load_collections(self, path: str) -> base.Variables:
     return weights_io.load(path).collections
 
-  def describe(self):
-    fields = base.module_fields(BeitForSemanticSegmentation)
+  def describe(self) -> dict[str, Any]:
     return dict(
       kind=self.kind,
-      module={name: getattr(self.module, name) for name in fields},
+      module=base.field_values(self.module),
       preprocessing={
         **self.image_preprocessing(),
         "resize": "short_side",
         "sliding": self.sliding.describe(),
       },
       labels=list(self.class_names),
-      palette=self.colours.tolist() if len(self.config.segment.palette) else [],
+      palette=self.colors.tolist() if len(self.config.segment.palette) else [],
     )
 
 
-def _names_and_colours(options: Any, source: Any, count: int) -> tuple[tuple[str, ...], np.ndarray]:
-  """Names of the classes, () where nobody says, and their colours, uint8 [C, 3]."""
+def _names_and_colors(options: Any, source: Any, count: int) -> tuple[tuple[str, ...], np.ndarray]:
+  """Names of the classes (() if neither config nor data give them) and their colors, uint8 [C, 3]."""
   names = tuple(options.class_names)
   if names and not (len(names) == count and all(isinstance(name, str) for name in names)):
     raise UserError(
       f"config key 'segment.class_names': {len(names)} names, there are {count} classes (data.num_classes); give one "
-      f"text for each, found {names[:3]!r}, ..."
+      f"name for each, found {names[:3]!r}, ..."
     )
   own = source.map_class_names
   try:
-    colours = drawing.class_colours(options.palette, count)
+    colors = drawing.class_colours(options.palette, count)
   except ValueError as error:
     raise UserError(f"config key 'segment.palette': {error}") from None
-  return names or (own if len(own) == count else ()), colours
+  return names or (own if len(own) == count else ()), colors
 
 
-def _taps(depth: int) -> tuple[int, ...]:
-  """The released blocks; at other depths the last of each quarter."""
+def _default_out_indices(depth: int) -> tuple[int, ...]:
+  """The blocks of the released models; at other depths the last block of each quarter."""
   return OUT_INDICES.get(depth, tuple(math.ceil(depth / 4 * (i + 1)) - 1 for i in range(4)))
-
-
-def _own_fields() -> dict[str, Any]:
-  return base.module_fields(BeitForSemanticSegmentation, without=("encoder",))
 
 
 def _sizes(
   source: Any, reader: segmentation.LabelMapReader, bad_images: BadImageTracker
 ) -> dict[int, tuple[int, int]]:
-  """Index -> (height, width) of the images that can be read; every process looks at all."""
+  """Index -> (height, width) of the images that can be read; every process reads all of them."""
   sizes = {}
   for index in range(len(source)):
     try:
