@@ -1,4 +1,4 @@
-"""An objective's eval_step over a whole eval set, padding masked out: sums first, divide last."""
+"""Evaluation over a whole data set. Every example counts once, whatever the batch size and the mesh."""
 
 import json
 import time
@@ -15,50 +15,60 @@ from beit_jax import trees
 from beit_jax.data import pipeline, sources
 from beit_jax.data.bad_images import BadImageTracker
 from beit_jax.errors import UserError
+<<<<<<< HEAD
 from beit_jax.objectives import OBJECTIVES, Objective
 from beit_jax.run import checkpoint, files
+=======
+from beit_jax.objectives import OBJECTIVES, EvalOutput, Objective
+from beit_jax.objectives.base import Batch, PyTree, Variables
+from beit_jax.run import checkpoint
+>>>>>>> a7d6c70 (Train, evaluate, config: seams and typed results)
 from beit_jax.runtime import bucket, sharding
 from beit_jax.runtime.logs import log
 
+Rows = dict[str, np.ndarray]
+EvalStep = Callable[[Variables, PyTree, Batch], EvalOutput]
 
-def make_eval_step(objective: Objective, mesh: jax.sharding.Mesh) -> Callable[[Any, Any, Any], Any]:
-  """`objective.eval_step`, jitted; what it returns is there in full on every process."""
+
+def make_eval_step(objective: Objective, mesh: jax.sharding.Mesh) -> EvalStep:
+  """Jits `objective.eval_step`; every process gets the whole result."""
   return jax.jit(objective.eval_step, out_shardings=sharding.replicated(mesh))
 
 
 def evaluate(
-  eval_step: Callable[[Any, Any, Any], Any],
+  eval_step: EvalStep,
   objective: Objective,
-  variables: Any,
-  frozen: Any,
-  batches: Iterable[Any],
-) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-  """Adds the (sum, count) pairs of every batch in float64 and lets the objective divide.
+  variables: Variables,
+  frozen: PyTree,
+  batches: Iterable[Batch],
+) -> tuple[dict[str, float], Rows]:
+  """Evaluates all batches: adds sums and counts in float64, and lets the objective divide.
 
   Returns:
-    (the objective's metrics as floats, the valid rows of the whole set in order: see `Objective.eval_step`).
+    (the objective's metrics, the rows of all valid examples in order; see `EvalOutput`).
   """
-  total, rows = None, []
+  total, parts = None, []
   for batch in batches:
-    sums = dict(jax.device_get(eval_step(variables, frozen, batch)))
-    rows.append(sums.pop("rows", {}))
-    sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
+    output = jax.device_get(eval_step(variables, frozen, batch))
+    parts.append(dict(output.rows))
+    sums = jax.tree.map(lambda x: np.asarray(x, np.float64), dict(output.metrics))
     total = sums if total is None else jax.tree.map(np.add, total, sums)
-  valid = np.concatenate([row.pop("valid", np.zeros(0, bool)) for row in rows])
-  whole = {name: np.concatenate([row[name] for row in rows])[valid] for name in rows[0]}
-  return {**objective.summarize(total), **(objective.summarize_rows(whole) if whole else {})}, whole
+  valid = np.concatenate([part.pop("valid", np.zeros(0, bool)) for part in parts])
+  rows = {name: np.concatenate([part[name] for part in parts])[valid] for name in parts[0]}
+  metrics = objective.summarize(total or {})
+  return (metrics | objective.summarize_rows(rows) if rows else metrics), rows
 
 
 def evaluate_all(
   config: ConfigDict,
   objective: Objective,
-  eval_step: Any,
-  variables: Any,
-  frozen: Any,
-  source: Any,
-  mesh: Any,
-) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-  """`evaluate` over a whole source, or the objective's own way."""
+  eval_step: EvalStep,
+  variables: Variables,
+  frozen: PyTree,
+  source: sources.Source,
+  mesh: jax.sharding.Mesh,
+) -> tuple[dict[str, float], Rows]:
+  """`evaluate` over a whole source, or `objective.evaluate_images` if there is one."""
   if objective.evaluate_images is not None:
     return objective.evaluate_images(variables, source, mesh)
   batches = eval_batches(config, objective, source, mesh, config.eval.batch_size)
@@ -66,16 +76,21 @@ def evaluate_all(
 
 
 def eval_source(config: ConfigDict, class_names: tuple[str, ...] = ()) -> sources.Source | None:
-  """The data of `eval.split`, or None without one, its classes numbered as in `class_names` where these are given.
+  """The data of `eval.split`, or None if that is empty.
+
+  Args:
+    config: a complete config.
+    class_names: the classes of the training data, whose numbers the evaluation data get; () = keep their own.
 
   Raises:
-    UserError: it has a class that is not among them.
+    UserError: the data have a class that is not among `class_names`.
   """
   if not config.eval.split:
     return None
   data = {**config.data.to_dict(), "split": config.eval.split, "fraction": config.eval.fraction}
-  data |= {"num_examples": config.eval.num_examples}
-  data |= {"num_classes": None} if class_names else {}
+  data["num_examples"] = config.eval.num_examples
+  if class_names:
+    data["num_classes"] = None
   source = sources.make_source(data)
   if class_names and source.class_names and tuple(class_names) != tuple(source.class_names):
     source.relabel(tuple(class_names))
@@ -83,12 +98,12 @@ def eval_source(config: ConfigDict, class_names: tuple[str, ...] = ()) -> source
 
 
 def eval_batches(
-  config: ConfigDict, objective: Objective, source: Any, mesh: jax.sharding.Mesh, batch_size: int
-) -> Iterator[dict[str, jax.Array]]:
-  """Global batches over the whole source, in order; the last one padded, with `valid` False there.
+  config: ConfigDict, objective: Objective, source: sources.Source, mesh: jax.sharding.Mesh, batch_size: int
+) -> Iterator[Batch]:
+  """Global batches over a whole source, in order. The last one is padded; `valid` is False there.
 
   Raises:
-    UserError: more than data.max_bad of them cannot be read.
+    UserError: more than a share of data.max_bad of the examples cannot be read.
   """
   batch_size = -(-batch_size // mesh.size) * mesh.size
   rows = sharding.local_rows(mesh, batch_size)
@@ -103,12 +118,12 @@ def eval_batches(
   )
   for batch in host:
     yield sharding.put_batch(mesh, batch, batch_size)
-  if jax.process_count() > 1:  # each has read its own rows
+  if jax.process_count() > 1:  # each process has read its own rows
     bad_images.check(int(multihost_utils.process_allgather(np.int32(bad_images.count)).sum()))
 
 
-def _own_labels(workdir: Path, init_from: str) -> list[str]:
-  """The class names in the description of the run that will be evaluated; [] where it is no run of ours."""
+def _class_names_of_run(workdir: Path, init_from: str) -> list[str]:
+  """The class names in the description of the run that will be evaluated; [] if another program wrote it."""
   for path in (workdir, bucket.path(init_from) if init_from else None):
     if path is not None and (
       (path / checkpoint.DESCRIPTION).is_file() or checkpoint.steps(path / "checkpoints")
@@ -118,33 +133,24 @@ def _own_labels(workdir: Path, init_from: str) -> list[str]:
 
 
 def evaluate_only(config: ConfigDict, workdir: Path, name: str, mesh: jax.sharding.Mesh) -> dict[str, Any]:
-  """`eval_only=True`, or an objective that trains nothing, over the whole of `eval.split`.
+  """Evaluates the newest checkpoint of `workdir`, else `init_from`, over the whole of `eval.split`.
 
-  The weights are those of the newest checkpoint of `workdir`, else of `init_from`.
+  Runs with `eval_only=True`, and objectives that train nothing, come here.
 
   Returns:
     The content of workdir/eval.json: `eval` metrics, examples, seconds, images_per_second, checkpoint.
 
   Raises:
-    UserError: no data, no checkpoint, or parameters that the checkpoint lacks.
+    UserError: there are no data or no checkpoint, or the checkpoint lacks parameters.
   """
-  own = config.objective == "classify" and _own_labels(workdir, config.init_from)
-  source = eval_source(config, tuple(own or ()))
+  kind = OBJECTIVES[config.objective]
+  numbers_classes = kind.trains and kind.labels == "class"
+  names = _class_names_of_run(workdir, config.init_from) if numbers_classes else []
+  source = eval_source(config, tuple(names))
   if source is None:
     raise UserError("config key 'eval.split': empty, so there is nothing to evaluate on; name a split")
-  kind = OBJECTIVES[config.objective]
   objective = kind(config, source if kind.trains else sources.make_source(config.data.to_dict()))
-  shapes = dict(jax.eval_shape(objective.init, jax.random.key(0)))["params"]
-  params, path = {}, config.get("encoder", {}).get("init_from", "")
-  if objective.trains:
-    path = workdir if checkpoint.steps(workdir / "checkpoints") else config.init_from
-    if not path:
-      raise UserError(f"eval_only: no checkpoint in {workdir}; give init_from, or the workdir of a run")
-    found, path = objective.load_params(path, shapes)
-    params = trees.unflatten({name: np.asarray(found[name]) for name in trees.flatten(shapes)})
-  variables = {"params": jax.device_put(params, sharding.param_shardings(mesh, shapes))}
-  if objective.trains:
-    variables |= jax.device_put(objective.load_collections(path), sharding.replicated(mesh))
+  variables, path = _load_variables(config, objective, workdir, mesh)
   frozen = jax.device_put(objective.frozen_params(mesh), sharding.replicated(mesh))
   began = time.monotonic()
   eval_step = make_eval_step(objective, mesh)
@@ -165,3 +171,22 @@ def evaluate_only(config: ConfigDict, workdir: Path, name: str, mesh: jax.shardi
       log.info("%s: %s", name, workdir / file.name)
     bucket.push()
   return result
+
+
+def _load_variables(
+  config: ConfigDict, objective: Objective, workdir: Path, mesh: jax.sharding.Mesh
+) -> tuple[Variables, str]:
+  """(Linen variables on the devices, path of the checkpoint that they come from)."""
+  if not objective.trains:
+    return {"params": {}}, config.encoder.init_from
+  shapes = jax.eval_shape(objective.init, jax.random.key(0))["params"]
+  path = str(workdir) if checkpoint.steps(workdir / "checkpoints") else config.init_from
+  if not path:
+    raise UserError(f"eval_only: no checkpoint in {workdir}; give init_from, or the workdir of a run")
+  found, path = objective.load_params(path, shapes)
+  params = trees.unflatten({name: np.asarray(found[name]) for name in trees.flatten(shapes)})
+  collections = objective.load_collections(path)
+  return {
+    "params": jax.device_put(params, sharding.param_shardings(mesh, shapes)),
+    **jax.device_put(collections, sharding.replicated(mesh)),
+  }, path

@@ -1,11 +1,11 @@
-"""`python -m beit_jax.main --config=FILE[:variant] [--workdir=DIR] [--config.key=value ...]`
+"""Runs a config: `python -m beit_jax.main --config=FILE[:variant] [--workdir=DIR] [--config.key=value ...]`.
 
-Runs one training run, or the stages of a config one after the other. Giving the same command again goes on where
-the last one stopped. A mistake of yours ends in one message and exit status 2; SIGTERM and Ctrl-C let the step finish
-and save, status 143 or 130.
+Runs one training run, or the stages of a config one after the other. The same command, given again, continues where
+the last one stopped. A user's mistake ends in one message and exit status 2. On SIGTERM and Ctrl-C the current step
+finishes and a checkpoint is saved; the exit status is then 143 or 130.
 
-Several processes are found from the environment, or told: `--coordinator=HOST:PORT --num_processes=N --process_id=I`,
-with `--initialization_timeout` and `--heartbeat_timeout` in seconds (docs/scaling.md).
+Several processes find each other from the environment, or by `--coordinator=HOST:PORT --num_processes=N
+--process_id=I`, with `--initialization_timeout` and `--heartbeat_timeout` in seconds (docs/scaling.md).
 """
 
 import fnmatch
@@ -17,17 +17,22 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from ml_collections import ConfigDict
 
 from beit_jax import objectives, train
-from beit_jax.config import parse as config_lib
+from beit_jax.config import parse
 from beit_jax.errors import UserError
+<<<<<<< HEAD
 from beit_jax.run import files, record
+=======
+from beit_jax.objectives import stages
+from beit_jax.run import checkpoint, record
+>>>>>>> a7d6c70 (Train, evaluate, config: seams and typed results)
 from beit_jax.runtime import bucket, distributed, logs, preemption
-
-PARTS = ("tokenizer", "encoder")  # frozen parts of a run, whose init_from may be another stage's
 
 
 def main(argv: list[str]) -> int:
+  """Runs the command and returns its exit status."""
   try:
     return _main(argv)
   finally:
@@ -38,11 +43,10 @@ def _main(argv: list[str]) -> int:
   logs.setup()
   try:
     flags, argv = distributed.take_flags(argv)
-    spec, workdir, overrides = config_lib.parse_args(argv)
+    spec, workdir, overrides = parse.parse_args(argv)
     distributed.initialize(flags)
-    config = config_lib.load(spec, overrides, objectives.model_fields())
-    path, _, variant = spec.partition(":")
-    folder = bucket.path(workdir or f"runs/{Path(path).stem}{'_' if variant else ''}{variant}")
+    config = parse.load(spec, overrides, objectives.schemas())
+    folder = bucket.path(workdir or parse.default_workdir(spec))
     check_buckets(config.to_dict())
     logs.setup(folder)
     distributed.check_shared("--workdir", folder)
@@ -62,19 +66,20 @@ def _main(argv: list[str]) -> int:
     return stopped.status
   except KeyboardInterrupt:
     distributed.tell("stopped by hand", 130)
-    print("stopped; give the same command again to go on", file=sys.stderr)
+    print("stopped; give the same command again to continue", file=sys.stderr)
     return 130
   except Exception:
-    logs.only_file(traceback.format_exc())  # it goes to the terminal as well
+    logs.only_file(traceback.format_exc())  # the terminal shows it as well
     raise
   return 0
 
 
 def compile_cache(folder: Path, chosen: str | None, processes: int) -> str | None:
-  """Where compiled programs are kept, so that a run that goes on begins at once: `chosen`, else in the run's folder.
+  """The folder for compiled programs, so that a resumed run starts at once.
 
-  Several processes need one folder that all of them see (a program that only some find makes the others wait), so
-  theirs is `chosen` or none. JAX recompiles what it cannot read. JAX_ENABLE_COMPILATION_CACHE=0 keeps nothing.
+  It is `chosen`, else in the run's folder. Several processes need one folder that all of them see, because a program
+  that only some of them find makes the others wait; theirs is `chosen` or none. JAX recompiles what it cannot read.
+  JAX_ENABLE_COMPILATION_CACHE=0 turns the cache off.
   """
   if chosen or processes > 1 or bucket.remote(folder):
     return chosen
@@ -82,10 +87,14 @@ def compile_cache(folder: Path, chosen: str | None, processes: int) -> str | Non
 
 
 def check_buckets(tree: dict[str, Any], prefix: str = "") -> None:
-  """Every `gs://` in a config is tried before anything begins: a later stage may need it only after days.
+  """Tries every `gs://` path of a config before anything starts, since a later stage may need it only after days.
+
+  Args:
+    tree: the config as nested dicts.
+    prefix: dotted name of the section with a final dot, for messages.
 
   Raises:
-    UserError: one cannot be reached, or is where data is expected.
+    UserError: a bucket cannot be reached, or a key that cannot name a bucket does.
   """
   for key, value in tree.items():
     if isinstance(value, dict):
@@ -96,30 +105,13 @@ def check_buckets(tree: dict[str, Any], prefix: str = "") -> None:
       bucket.path(value)
 
 
-def run_stages(config, folder: Path) -> None:
-  """Each stage in its own sub-folder; "stage:NAME" in a stage's config stands for an earlier stage's folder.
-
-  A tokenizer stage with `init_from` is not trained: what that names stands in for its result.
-  """
-  results, where = {}, {}
-  for name in config.stages:
-    stage = config[name]
-    if stage.objective == "dvae" and stage.init_from:
-      where[name] = stage.init_from
-      continue
-    places = (("", "init_from", stage), ("", "resume", stage))
-    places += tuple((f"{part}.", "init_from", stage[part]) for part in PARTS if part in stage)
-    for prefix, key, section in places:
-      value = section.get(key) or ""
-      if value.startswith("stage:"):
-        earlier = value.removeprefix("stage:")
-        if earlier not in where:
-          raise UserError(
-            f"config key '{name}.{prefix}{key}': {value!r} names no earlier stage; there are {list(where)}"
-          )
-        section[key] = str(where[earlier])
-    where[name] = folder / name
-    results[name] = train.run(stage, folder / name, name)
+def run_stages(config: ConfigDict, folder: Path) -> None:
+  """Runs each stage in its own sub-folder and writes the summary table."""
+  results = {
+    stage.name: train.run(stage.config, stage.folder, stage.name)
+    for stage in stages.resolve(config, folder)
+    if not stage.is_replaced
+  }
   if jax.process_index() != 0:
     return
   text = summary_table(config.summary, results)
@@ -130,9 +122,11 @@ def run_stages(config, folder: Path) -> None:
 
 
 def lookup(results: dict[str, Any], reference: str) -> list[float]:
-  """ "finetune*.eval.acc1"-like references -> the values of all stages that match.
+  """Finds the values that a reference such as "finetune*.eval.acc1" names, one for each stage that matches.
 
-  The parts are: a stage (a pattern), one of first, last, eval, seconds, and a metric.
+  Args:
+    results: stage -> content of its result.json.
+    reference: a stage (or a pattern of stages), one of first, last, eval and seconds, and a metric.
   """
   pattern, *path = reference.split(".")
   values = []
@@ -146,7 +140,12 @@ def lookup(results: dict[str, Any], reference: str) -> list[float]:
 
 
 def summary_table(rows: tuple[tuple[str, str, str], ...], results: dict[str, Any]) -> str:
-  """Rows are (label, reference, format); several values give their mean and the list."""
+  """Formats the table of a staged run. Where a reference has several values, it shows their mean and all of them.
+
+  Args:
+    rows: (label, reference, format).
+    results: stage -> content of its result.json.
+  """
   lines = []
   for label, reference, form in rows:
     values = lookup(results, reference)

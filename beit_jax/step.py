@@ -1,6 +1,7 @@
-"""The training step, the same function for every objective, and its optimizer and schedules as the config says."""
+"""The jitted training step, and the optimizer and schedules that the config describes."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,60 +10,85 @@ import optax
 from ml_collections import ConfigDict
 
 from beit_jax import optim
-from beit_jax.config import parse as config_lib
+from beit_jax.config import parse
 from beit_jax.errors import UserError
-from beit_jax.objectives import Objective
+from beit_jax.objectives import LossOutput, Objective
+from beit_jax.objectives.base import Batch, PyTree
 from beit_jax.run import state as train_state
 from beit_jax.run.state import TrainState
 
 
 def make_train_step(
-  objective: Objective, tx, microbatches: int, root: jax.Array, shardings: TrainState, ema_decay: float = 0.0
-):
-  """(state, frozen, batch) -> (state, metrics), jitted, state donated: the same function for every objective.
+  objective: Objective,
+  tx: optax.GradientTransformation,
+  microbatches: int,
+  root: jax.Array,
+  shardings: TrainState,
+  ema_decay: float = 0.0,
+) -> Callable[[TrainState, PyTree, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+  """Makes the jitted training step, the same function for every objective.
 
-  The loss is sum / count over the global batch, microbatches included: gradients of sums are added and divided
-  once. Microbatch m takes rows m, m + M, ...: a regrouping that moves nothing between devices.
+  The loss is sum / count over the global batch: gradients of sums are added over microbatches and divided once.
+  Microbatch m holds the rows m, m + M, ... of the batch, so that regrouping moves nothing between devices.
 
-  Where the loss or the norm of the gradient is not finite, only the step is counted: parameters, collections, moments
-  and averages stay as they are.
+  If the loss or the norm of the gradient is not finite, the step is counted and everything else stays as it is.
+
+  Args:
+    objective: what is trained.
+    tx: the optimizer.
+    microbatches: number of parts in which the batch is run.
+    root: key of the run's randomness; every step folds its number into it.
+    shardings: of the new state.
+    ema_decay: of averaged parameters; only used if the state has some.
+
+  Returns:
+    (state, frozen, batch) -> (state, metrics). The state is donated. `metrics` are means over the batch, and grad_norm.
   """
 
-  def gradients(state, frozen, batch, key):
-    def loss(params):
-      return objective.loss({"params": params, **state.collections}, frozen, batch, key, state.step)
+  def gradients(state: TrainState, frozen: PyTree, batch: Batch, key: jax.Array) -> tuple[PyTree, LossOutput]:
+    def loss(params: PyTree) -> tuple[jax.Array, LossOutput]:
+      output = objective.loss({"params": params, **state.collections}, frozen, batch, key, state.step)
+      return output.metrics["loss"].total, output
 
-    (_, aux), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
-    return grads, aux
+    grads, output = jax.grad(loss, has_aux=True)(state.params)
+    return grads, output
 
-  def train_step(state: TrainState, frozen, batch):
+  def accumulated_gradients(
+    state: TrainState, frozen: PyTree, batch: Batch, key: jax.Array
+  ) -> tuple[PyTree, LossOutput]:
+    """`gradients` over all microbatches: sums are added, collections are averaged."""
+    parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, microbatches, *x.shape[1:]), 1, 0), batch)
+
+    def add(total: PyTree, part: tuple[jax.Array, Batch]) -> tuple[PyTree, PyTree]:
+      index, rows = part
+      grads, output = gradients(state, frozen, rows, jax.random.fold_in(key, index))
+      sums = (grads, output.metrics, output.statistics)
+      return jax.tree.map(jnp.add, total, sums), output.collections
+
+    first = jax.tree.map(lambda x: x[0], parts)
+    grads, output = jax.eval_shape(gradients, state, frozen, first, key)
+    shapes = (grads, output.metrics, output.statistics)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    sums, collections = jax.lax.scan(add, zeros, (jnp.arange(microbatches), parts))
+    grads, metrics, statistics = sums
+    return grads, LossOutput(metrics, jax.tree.map(lambda x: x.mean(0), collections), statistics)
+
+  def train_step(state: TrainState, frozen: PyTree, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
     key = jax.random.fold_in(root, state.step)
-    if microbatches == 1:
-      grads, (sums, extra) = gradients(state, frozen, batch, key)
-    else:
-      parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, microbatches, *x.shape[1:]), 1, 0), batch)
-
-      def accumulate(total, part):
-        index, rows = part
-        grads, (sums, extra) = gradients(state, frozen, rows, jax.random.fold_in(key, index))
-        return jax.tree.map(jnp.add, total, (grads, sums)), extra
-
-      first = jax.tree.map(lambda x: x[0], parts)
-      shapes = jax.eval_shape(gradients, state, frozen, first, key)
-      zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (shapes[0], shapes[1][0]))
-      (grads, sums), extra = jax.lax.scan(accumulate, zeros, (jnp.arange(microbatches), parts))
-      extra = jax.tree.map(lambda x: x.mean(0), extra)  # running statistics
-    count = jnp.maximum(sums["loss"][1], 1.0)
+    compute = gradients if microbatches == 1 else accumulated_gradients
+    grads, output = compute(state, frozen, batch, key)
+    count = jnp.maximum(output.metrics["loss"].n, 1.0)
     grads = jax.tree.map(lambda g: g / count, grads)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    metrics = {name: total / jnp.maximum(n, 1.0) for name, (total, n) in sums.items()}
+    collections = objective.after_update(params, output.collections, output.statistics, state.step)
+    metrics = {name: total / jnp.maximum(n, 1.0) for name, (total, n) in output.metrics.items()}
     metrics["grad_norm"] = optax.tree.norm(grads)
     ema = train_state.update_ema(state.ema, params, ema_decay)
-    good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
-    new, old = (params, extra, opt_state, ema), (state.params, state.collections, state.opt_state, state.ema)
-    new = jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
-    return TrainState(state.step + 1, *new), metrics
+    is_finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+    new = TrainState(state.step + 1, params, collections, opt_state, ema)
+    old = state.replace(step=state.step + 1)
+    return jax.tree.map(lambda n, o: jnp.where(is_finite, n, o), new, old), metrics
 
   return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
 
@@ -70,17 +96,13 @@ def make_train_step(
 def make_schedules(config: ConfigDict, steps_per_epoch: int, total_steps: int) -> dict[str, Any]:
   """`learning_rate` and `weight_decay`, each (step, xp=numpy) -> value."""
   o = config.optimizer
-  warmup = config_lib.duration(o, "warmup", steps_per_epoch, default=0)
+  warmup = parse.duration(o, "warmup", steps_per_epoch, default=0)
   if warmup > total_steps:
     raise UserError(
       f"config key 'optimizer.warmup_steps': {warmup} is more than the {total_steps} steps of the run"
     )
   cosine = functools.partial(optim.warmup_cosine, total_steps=total_steps)
   rates = dict(peak=o.learning_rate, end=o.min_lr, warmup_steps=warmup, total_steps=total_steps)
-  if o.schedule not in ("cosine", "poly"):
-    raise UserError(
-      f"config key 'optimizer.schedule': {o.schedule!r} is unknown; there are 'cosine' and 'poly'"
-    )
   poly = functools.partial(optim.warmup_poly, power=o.power, **rates)
   end = o.weight_decay if o.weight_decay_end is None else o.weight_decay_end
   return {

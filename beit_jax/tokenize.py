@@ -208,7 +208,7 @@ def main(argv: list[str]) -> int:
     own, rest = _take_flags(argv)
     spec, workdir, overrides = config_lib.parse_args(rest, USAGE)
     distributed.initialize(flags)
-    config = config_lib.load(spec, overrides, objectives.model_fields())
+    config = config_lib.load(spec, overrides, objectives.schemas())
     path, _, variant = spec.partition(":")
     folder = Path(workdir or f"runs/{Path(path).stem}{'_' if variant else ''}{variant}")
     run, prefix = _chosen(config, own["stage"], folder)

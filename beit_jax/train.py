@@ -1,13 +1,13 @@
 """The one training loop: every objective, one device or many.
 
-`run` reads in the order things happen: mesh, plan (data, objective, optimizer), state, restore, steps.
+`run` reads in the order in which things happen: prepare (data, objective, optimizer), initial state, restore, steps.
 """
 
 import contextlib
 import functools
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,13 +21,13 @@ from PIL import Image
 
 from beit_jax import evaluate as evaluation
 from beit_jax import optim, trees
-from beit_jax.config import parse as config_lib
-from beit_jax.config import ranges
+from beit_jax.config import parse, ranges
 from beit_jax.data import pipeline, sources
 from beit_jax.data.bad_images import BadImageTracker
+from beit_jax.data.examples import Reader
 from beit_jax.errors import TransientError, UserError
 from beit_jax.objectives import OBJECTIVES, Objective
-from beit_jax.objectives.base import check_size
+from beit_jax.objectives.base import Batch, Loader, PyTree, check_size
 from beit_jax.run import checkpoint, record
 from beit_jax.run import state as train_state
 from beit_jax.run.best import Best
@@ -41,114 +41,134 @@ from beit_jax.step import make_optimizer, make_schedules, make_train_step
 from beit_jax.weights import io as weights_io
 
 BAD_IMAGES = "bad_images.jsonl"
+FIGURE_EXAMPLES = 16
+BARRIER_SECONDS = 1800
 
 
 def run(config: ConfigDict, workdir: Path, name: str = "") -> dict[str, Any]:
-  """Trains what `config` asks for in `workdir`, from wherever an earlier call with the same folder stopped.
+  """Runs a complete config in `workdir`, continuing where an earlier call with the same folder stopped.
+
+  Args:
+    config: a complete config without stages.
+    workdir: the run's folder.
+    name: what the log calls the run; default: the folder's name.
 
   Returns:
-    The content of workdir/result.json: step, seconds, `first` and `last` training metrics, `eval` metrics.
+    The content of workdir/result.json: step, seconds, `first` and `last` training metrics, `eval` metrics. With
+    `eval_only`, that of workdir/eval.json.
 
   Raises:
-    UserError: anything a user can mend, with what to do.
+    UserError: something that the user can fix, with what to do.
   """
+  name = name or workdir.name
   finished = record.finished(config, workdir)
   if finished is not None and not config.eval_only:
-    log.info("%s: finished earlier, step %d (%s)", name or workdir, finished["step"], workdir / record.RESULT)
+    log.info("%s: finished earlier, step %d (%s)", name, finished["step"], workdir / record.RESULT)
     return finished
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
   try:
     with jax.set_mesh(mesh):
       if config.eval_only or not OBJECTIVES[config.objective].trains:
-        return evaluation.evaluate_only(config, workdir, name or workdir.name, mesh)
+        return evaluation.evaluate_only(config, workdir, name, mesh)
       workdir.mkdir(parents=True, exist_ok=True)
       with exclusive_lock(workdir), preemption.Watch() as watch:
-        return _run(config, workdir, name or workdir.name, mesh, watch)
+        return _train(config, workdir, name, mesh, watch)
   except (OSError, *bucket.errors()) as error:
     what = f"{getattr(error, 'filename', None) or workdir}: {getattr(error, 'strerror', None) or error}"
     raise (TransientError if bucket.is_transient(error) else UserError)(
-      f"{what}. Checkpoints in {workdir} are as they were; give the same command again when it is mended"
+      f"{what}. Checkpoints in {workdir} are unchanged; fix this, then give the same command again"
     ) from error
 
 
 class Plan(NamedTuple):
-  """A run before anything is computed; `schedules`: see `make_schedules`."""
+  """What a config describes, before anything is computed.
 
-  source: Any
-  eval_source: Any
+  Attributes:
+    source: the training data.
+    eval_source: the data of `eval.split`, or None.
+    objective: what is trained.
+    reader: turns examples into rows of a batch.
+    param_shapes: the parameters, as shapes.
+    schedules: see `step.make_schedules`.
+    tx: the optimizer.
+    steps_per_epoch, total_steps: durations.
+  """
+
+  source: sources.Source
+  eval_source: sources.Source | None
   objective: Objective
-  reader: Any
-  param_shapes: Any
-  schedules: dict[str, Any]
+  reader: Reader
+  param_shapes: PyTree
+  schedules: dict[str, Callable[..., Any]]
   tx: optax.GradientTransformation
   steps_per_epoch: int
   total_steps: int
 
 
-def prepare(config: ConfigDict, mesh: jax.sharding.Mesh, source: Any = None, load: Any = None) -> Plan:
-  """Data, objective, schedules, optimizer: whatever a config can get wrong is found here, before an array is made.
+def prepare(
+  config: ConfigDict,
+  mesh: jax.sharding.Mesh,
+  source: sources.Source | None = None,
+  load: Loader | None = None,
+) -> Plan:
+  """Validates the whole config before any array is allocated.
 
   Args:
-    source, load: what stands in for the training data and for `weights_io.load`; there is then no evaluation.
+    config: a complete config.
+    mesh: the devices.
+    source: replaces the training data; there is then no evaluation.
+    load: replaces `beit_jax.load` for frozen parts: path -> model.
+
+  Raises:
+    UserError: a value does not fit the data, the model or the mesh.
   """
-  _check_batch(config, mesh)
+  _check_batch_size(config, mesh)
   eval_source = None
   if source is None:
     source = sources.make_source(config.data.to_dict())
     eval_source = evaluation.eval_source(config, tuple(source.class_names))
   objective = OBJECTIVES[config.objective](config, source, load)
-  _check_unused(config, objective)
+  _check_best_metric(config, objective)
+  _warn_about_unused_augmentation(config, objective)
   steps_per_epoch = len(source) // config.batch_size
-  total_steps = config_lib.duration(config, "total", steps_per_epoch)
-  if total_steps < 1:
-    raise UserError(
-      f"this run would make no update at all: {len(source)} examples are fewer than batch_size={config.batch_size}; "
-      "lower batch_size or set total_steps"
-    )
-  if total_steps > ranges.STEPS:
-    raise UserError(f"config key 'total_epochs': {total_steps} steps are more than {ranges.STEPS:,}")
+  total_steps = _total_steps(config, len(source), steps_per_epoch)
   schedules = make_schedules(config, steps_per_epoch, total_steps)
   shapes = jax.eval_shape(functools.partial(objective.init, jax.random.key(0)))["params"]
   check_size(shapes)
-  tx = make_optimizer(config, schedules, shapes, objective.depth)
-  reader = objective.reader()
-  return Plan(source, eval_source, objective, reader, shapes, schedules, tx, steps_per_epoch, total_steps)
+  return Plan(
+    source=source,
+    eval_source=eval_source,
+    objective=objective,
+    reader=objective.reader(),
+    param_shapes=shapes,
+    schedules=schedules,
+    tx=make_optimizer(config, schedules, shapes, objective.depth),
+    steps_per_epoch=steps_per_epoch,
+    total_steps=total_steps,
+  )
 
 
-def _run(
-  config: ConfigDict, workdir: Path, name: str, mesh: jax.sharding.Mesh, watch: preemption.Watch
-) -> dict[str, Any]:
-  began = time.monotonic()
+def _total_steps(config: ConfigDict, num_examples: int, steps_per_epoch: int) -> int:
+  total_steps = parse.duration(config, "total", steps_per_epoch)
+  if total_steps < 1:
+    raise UserError(
+      f"this run would not make a single update: its {num_examples} examples are fewer than batch_size="
+      f"{config.batch_size}; lower batch_size or set total_steps"
+    )
+  if total_steps > ranges.MAX_STEPS:
+    raise UserError(f"config key 'total_epochs': {total_steps} steps are more than {ranges.MAX_STEPS:,}")
+  return total_steps
 
-  plan = prepare(config, mesh)
-  source, eval_source, objective = plan.source, plan.eval_source, plan.objective
-  param_shapes, schedules, tx = plan.param_shapes, plan.schedules, plan.tx
-  steps_per_epoch, total_steps = plan.steps_per_epoch, plan.total_steps
-  decay, root = config.optimizer.ema_decay, jax.random.key(config.seed)
-  init = functools.partial(objective.init, jax.random.fold_in(root, 0))
-  state, shapes, shardings = train_state.create(init, tx, mesh, ema=decay > 0)
-  frozen = jax.device_put(objective.frozen_params(mesh), sharding.replicated(mesh))
 
-  # Restore: own folder > resume > init_from > scratch.
-  description = record.describe(config, objective, source)
-  options = dict(keep=config.checkpoint.keep, asynchronous=config.checkpoint.asynchronous)
-  with contextlib.ExitStack() as stack:
-    saver = stack.enter_context(contextlib.closing(checkpoint.Checkpointer(workdir, **options)))
-    state = _restore(config, objective, saver, state, shapes, shardings, description)
-    start_step = int(state.step)
-    record.check_length(start_step, total_steps)
-    best = Best(workdir, config.checkpoint.best, fresh=saver.latest() is None)
-    stack.enter_context(contextlib.closing(best))
-    record.write_config(config, workdir)
-    only_file(f"{name}: config {json.dumps(config.to_dict(), default=str)}")
-    _announce(
-      config, name, objective, param_shapes, len(source), steps_per_epoch, start_step, total_steps, mesh
+def _check_batch_size(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
+  if config.batch_size % (config.microbatches * mesh.size):
+    raise UserError(
+      f"config key 'batch_size': {config.batch_size} must be a multiple of microbatches={config.microbatches} x "
+      f"{mesh.size} devices"
     )
 
-    # Steps.
-    def due(step, every):
-      return bool(every) and step % every == 0 and step < total_steps
 
+<<<<<<< HEAD
     train_step = make_train_step(
       objective, tx, config.microbatches, jax.random.fold_in(root, 1), shardings, decay
     )
@@ -237,6 +257,9 @@ def _bad_of_all(source, workdir) -> set[int]:
 
 def _check_unused(config, objective) -> None:
   """Refuses a `checkpoint.best` that will never be evaluated, and says which augmentation has no effect."""
+=======
+def _check_best_metric(config: ConfigDict, objective: Objective) -> None:
+>>>>>>> a7d6c70 (Train, evaluate, config: seams and typed results)
   best, names = config.checkpoint.best, objective.eval_metrics
   names = names + tuple(f"ema_{name}" for name in names if config.optimizer.ema_decay)
   if best and (best not in names or not config.eval.split):
@@ -244,40 +267,219 @@ def _check_unused(config, objective) -> None:
       f"config key 'checkpoint.best': {best!r} is not evaluated (eval.split={config.eval.split!r}); there are "
       + ", ".join(names)
     )
+
+
+def _warn_about_unused_augmentation(config: ConfigDict, objective: Objective) -> None:
   for key in ("color_jitter", "random_erasing"):
     if config.data[key] and key not in objective.augmentations:
       log.warning("config key 'data.%s' has no effect on the objective %s", key, config.objective)
 
 
-def _check_batch(config, mesh) -> None:
-  if config.microbatches < 1 or config.batch_size % (config.microbatches * mesh.size):
-    raise UserError(
-      f"config key 'batch_size': {config.batch_size} must be a multiple of microbatches={config.microbatches} x "
-      f"{mesh.size} devices"
+def _train(
+  config: ConfigDict, workdir: Path, name: str, mesh: jax.sharding.Mesh, watch: preemption.Watch
+) -> dict[str, Any]:
+  """Trains to the last step and writes workdir/result.json."""
+  began = time.monotonic()
+  plan = prepare(config, mesh)
+  init = functools.partial(plan.objective.init, jax.random.fold_in(jax.random.key(config.seed), 0))
+  state, shapes, shardings = train_state.create(init, plan.tx, mesh, ema=config.optimizer.ema_decay > 0)
+  frozen = jax.device_put(plan.objective.frozen_params(mesh), sharding.replicated(mesh))
+  description = record.describe(config, plan.objective, plan.source)
+  with contextlib.ExitStack() as stack:
+    saver = checkpoint.Checkpointer(
+      workdir, keep=config.checkpoint.keep, asynchronous=config.checkpoint.asynchronous
     )
-
-
-def _train_batches(
-  config, reader, source, mesh, start_step, total_steps, bad_images
-) -> Iterator[dict[str, jax.Array]]:
-  host = pipeline.train_batches(
-    source,
-    reader,
-    rows=sharding.local_rows(mesh, config.batch_size),
-    batch_size=config.batch_size,
-    total_steps=total_steps,
-    start_step=start_step,
-    seed=config.seed,
-    workers=config.data.workers,
-    threads=config.data.threads,
-    bad_images=bad_images,
+    stack.enter_context(contextlib.closing(saver))
+    state = _restore(config, plan.objective, saver, state, shapes, shardings, description)
+    start_step = int(state.step)
+    record.check_length(start_step, plan.total_steps)
+    best = Best(workdir, config.checkpoint.best, fresh=saver.latest() is None)
+    stack.enter_context(contextlib.closing(best))
+    record.write_config(config, workdir)
+    only_file(f"{name}: config {json.dumps(config.to_dict(), default=str)}")
+    _log_plan(config, name, plan, start_step, mesh)
+    loop = _Loop(
+      config, workdir, name, mesh, plan, frozen, description, saver, best, watch, start_step, stack
+    )
+    state, metrics = loop.run(state, shardings)
+    if config.figures:
+      _write_figures(config, plan, state, frozen, mesh, workdir)
+  result = dict(
+    step=plan.total_steps,
+    seconds=round(time.monotonic() - began, 1),
+    first=loop.meter.first,
+    last=loop.meter.last,
+    eval=metrics,
+    examples=len(plan.source),
+    skipped_steps=loop.meter.skipped,
   )
-  return (sharding.put_batch(mesh, batch, config.batch_size) for batch in host)
+  bucket.push()
+  distributed.barrier(f"{name}: all bad images are named", BARRIER_SECONDS)
+  bad_images = loop.bad_images.reasons.keys() | _bad_images_of_all_processes(plan.source, workdir)
+  result["bad_images"] = len(bad_images)
+  record.write_result(workdir, result)
+  log.info("%s: done in %.0f s, %s", name, result["seconds"], workdir)
+  distributed.barrier(f"{name} is done", BARRIER_SECONDS)  # the next stage may start from its checkpoint
+  return result
 
 
-def _restore(config, objective, saver, state, shapes, shardings, description) -> TrainState:
+class _Loop:
+  """The steps of a run, and what happens between them: logging, saving, evaluating, stopping.
+
+  Attributes:
+    meter: logged metrics and counts.
+    bad_images: the examples that could not be read.
+  """
+
+  def __init__(
+    self,
+    config: ConfigDict,
+    workdir: Path,
+    name: str,
+    mesh: jax.sharding.Mesh,
+    plan: Plan,
+    frozen: PyTree,
+    description: dict[str, Any],
+    saver: checkpoint.Checkpointer,
+    best: Best,
+    watch: preemption.Watch,
+    start_step: int,
+    stack: contextlib.ExitStack,
+  ):
+    self._config, self._name, self._mesh, self._plan, self._frozen = config, name, mesh, plan, frozen
+    self._description, self._saver, self._best, self._watch = description, saver, best, watch
+    self._start_step = start_step
+    self.bad_images = BadImageTracker(
+      plan.source, config.data.max_bad, _bad_images_file(workdir, jax.process_index())
+    )
+    # An evaluation at the step that was restored may have been interrupted.
+    self._redo_evaluation = start_step > 0 and self._evaluates_at(start_step)
+    redo = self._redo_evaluation or start_step == plan.total_steps
+    self._logger = Logger(workdir, plan.total_steps, name, start_step, again=redo)
+    stack.enter_context(contextlib.closing(self._logger))
+    self.meter = Meter(config, self._logger, workdir, name, plan.schedules, start_step)
+    self._trace = Trace(config.profile_steps, workdir / "profile", plan.total_steps)
+    stack.enter_context(contextlib.closing(self._trace))
+    self._eval_step = evaluation.make_eval_step(plan.objective, mesh)
+    # Maximum number of dispatched, unfinished steps. Without a limit, batches would pile up on the device. Several CPU
+    # devices in one process can deadlock if two steps with collectives are under way.
+    self._max_in_flight = 0 if mesh.size > 1 and jax.default_backend() == "cpu" else 2
+
+  def run(self, state: TrainState, shardings: TrainState) -> tuple[TrainState, dict[str, float]]:
+    """Makes the remaining steps; returns the final state and the metrics of its evaluation."""
+    config, plan = self._config, self._plan
+    key = jax.random.fold_in(jax.random.key(config.seed), 1)
+    train_step = make_train_step(
+      plan.objective, plan.tx, config.microbatches, key, shardings, config.optimizer.ema_decay
+    )
+    batches = self._train_batches()
+    metrics: dict[str, float] = {}
+    if self._redo_evaluation:
+      metrics = self._evaluate(self._start_step, state)
+    self.meter.restart(self._start_step)
+    for step in range(self._start_step + 1, plan.total_steps + 1):
+      self._trace.before(step, state)
+      batch = self.meter.next_batch(batches)
+      state, step_metrics = train_step(state, self._frozen, batch)
+      self._trace.after(step, state)
+      self._watch.nothing_to_save = False
+      is_logged = step in (1, plan.total_steps) or step % config.log_every_steps == 0
+      self.meter.enqueue(step, step_metrics, batch, is_logged)
+      self.meter.drain(self._max_in_flight)
+      metrics = self._save_and_evaluate(step, state) or metrics
+    if plan.eval_source is not None:
+      metrics = self._evaluate(plan.total_steps, state)
+    return state, metrics
+
+  def _save_and_evaluate(self, step: int, state: TrainState) -> dict[str, float]:
+    """Saves and evaluates if it is time for that; returns the metrics of the evaluation, {} without one."""
+    stopping, evaluating = self._watch.requested(), self._evaluates_at(step)
+    # The checkpoint must be complete before the run ends, stops or evaluates.
+    must_save_now = step == self._plan.total_steps or stopping or evaluating
+    every = self._config.checkpoint.every_steps
+    if not (must_save_now or self._is_due(step, every) or self._saver.wanted()):
+      return {}
+    self.meter.drain()
+    if must_save_now:
+      self._saver.save_and_wait(step, state, self._description)
+      self._watch.saved()
+    else:
+      self._saver.save(step, state, self._description)
+    metrics = self._evaluate(step, state) if evaluating else {}
+    self.meter.restart(step)
+    return metrics
+
+  def _is_due(self, step: int, every: int | None) -> bool:
+    return bool(every) and step % every == 0 and step < self._plan.total_steps
+
+  def _evaluates_at(self, step: int) -> bool:
+    return self._plan.eval_source is not None and self._is_due(step, self._config.eval.every_steps)
+
+  def _evaluate(self, step: int, state: TrainState) -> dict[str, float]:
+    objective, metrics = self._plan.objective, {}
+    for prefix, params in (("", state.params), ("ema_", state.ema)):
+      if params is not None:
+        variables = {"params": params, **state.collections}
+        values, _ = evaluation.evaluate_all(
+          self._config,
+          objective,
+          self._eval_step,
+          variables,
+          self._frozen,
+          self._plan.eval_source,
+          self._mesh,
+        )
+        metrics |= {prefix + key: value for key, value in values.items()}
+    self._logger.write(step, {f"eval_{key}": value for key, value in metrics.items()})
+    text = "  ".join(f"{key} {value:.4g}" for key, value in metrics.items())
+    log.info("%s step %d  eval  %s", self._name, step, text)
+    objective.check_eval(step, metrics)
+    self._best.offer(step, metrics, state, self._description)
+    return metrics
+
+  def _train_batches(self) -> Iterator[Batch]:
+    """Global batches from the first remaining step on, on the devices."""
+    config, plan, mesh = self._config, self._plan, self._mesh
+    host = pipeline.train_batches(
+      plan.source,
+      plan.reader,
+      rows=sharding.local_rows(mesh, config.batch_size),
+      batch_size=config.batch_size,
+      total_steps=plan.total_steps,
+      start_step=self._start_step,
+      seed=config.seed,
+      workers=config.data.workers,
+      threads=config.data.threads,
+      bad_images=self.bad_images,
+    )
+    return (sharding.put_batch(mesh, batch, config.batch_size) for batch in host)
+
+
+def _bad_images_file(workdir: Path, process: int) -> Path:
+  """One file for all processes; in a bucket, where nothing can be appended, one for each."""
+  if not (bucket.remote(workdir) and process):
+    return workdir / BAD_IMAGES
+  return workdir / BAD_IMAGES.replace(".", f"_{process}.")
+
+
+def _bad_images_of_all_processes(source: sources.Source, workdir: Path) -> set[int]:
+  files = {_bad_images_file(workdir, process) for process in range(jax.process_count())}
+  return {index for file in files for index in BadImageTracker(source, 1.0, file).reasons}
+
+
+def _restore(
+  config: ConfigDict,
+  objective: Objective,
+  saver: checkpoint.Checkpointer,
+  state: TrainState,
+  shapes: TrainState,
+  shardings: TrainState,
+  description: dict[str, Any],
+) -> TrainState:
+  """The state to start from: the run's own newest checkpoint, else `resume`, else `init_from`, else `state`."""
   latest = saver.latest()
   if latest is not None:
+<<<<<<< HEAD
     record.check_same_model(saver.root / str(latest), description)
     record.check_same_run(saver.root / str(latest), config)
     record.check_same_data(saver.root / str(latest), description)
@@ -286,69 +488,93 @@ def _restore(config, objective, saver, state, shapes, shardings, description) ->
   folder, begun = checkpoint.find_resumable(config.resume) if config.resume else (None, 0)
   record.check_not_lost(saver.root.parent, begun)
   if folder:
+=======
+    folder = saver.root / str(latest)
+>>>>>>> a7d6c70 (Train, evaluate, config: seams and typed results)
     record.check_same_model(folder, description)
+    record.check_same_run(folder, config)
     record.check_same_data(folder, description)
-    log.info("resume: step, parameters and optimizer from %s", folder)
-    try:
-      return saver.restore(folder, shapes, shardings)
-    except ValueError as error:  # Orbax's, of trees that differ
-      raise UserError(
-        f"config key 'resume': the optimizer's state in {folder} is not that of this config:\n  "
-        f"{record.differing(folder, config, 'optimizer') or bucket.brief(error)}\n"
-        "Give the values of before, or init_from, which takes the weights only"
-      ) from error
+    log.info("resuming from %s", folder)
+    return saver.restore(folder, shapes, shardings)
+  folder, step = checkpoint.whole(config.resume) if config.resume else (None, 0)
+  record.check_not_lost(saver.root.parent, step)
+  if folder is not None:
+    return _resume_from(folder, config, saver, shapes, shardings, description)
   if config.init_from:
-    pretrained = weights_io.load(config.init_from)
-    found = objective.adapt(pretrained, state.params)
-    log.info("init_from: %d tensors from %s", len(found), pretrained.description.get("path"))
-    params = trees.named_map(
-      lambda name, leaf, sharding: (
-        jax.device_put(np.asarray(found[name]), sharding) if name in found else leaf
-      ),
-      state.params,
-      shardings.params,
-    )
-    return state.replace(params=params, ema=state.ema and jax.tree.map(jnp.copy, params))
+    return _init_from(config.init_from, objective, state, shardings)
   return state
 
 
-def _announce(config, name, objective, shapes, examples, per_epoch, start_step, total_steps, mesh) -> None:
-  o = config.optimizer
+def _resume_from(
+  folder: Path,
+  config: ConfigDict,
+  saver: checkpoint.Checkpointer,
+  shapes: TrainState,
+  shardings: TrainState,
+  description: dict[str, Any],
+) -> TrainState:
+  """The full state of another run's checkpoint."""
+  record.check_same_model(folder, description)
+  record.check_same_data(folder, description)
+  log.info("resume: step, parameters and optimizer from %s", folder)
+  try:
+    return saver.restore(folder, shapes, shardings)
+  except ValueError as error:  # Orbax raises it if trees differ
+    raise UserError(
+      f"config key 'resume': the optimizer's state in {folder} is not that of this config:\n  "
+      f"{record.differing(folder, config, 'optimizer') or bucket.brief(error)}\n"
+      "Give the earlier values, or use init_from, which takes the weights only"
+    ) from error
+
+
+def _init_from(path: str, objective: Objective, state: TrainState, shardings: TrainState) -> TrainState:
+  """Replaces the parameters that a checkpoint has."""
+  pretrained = weights_io.load(path)
+  found = objective.adapt(pretrained, state.params)
+  log.info("init_from: %d tensors from %s", len(found), pretrained.description.get("path"))
+
+  def replace(name: str, leaf: jax.Array, leaf_sharding: jax.sharding.Sharding) -> jax.Array:
+    return jax.device_put(np.asarray(found[name]), leaf_sharding) if name in found else leaf
+
+  params = trees.named_map(replace, state.params, shardings.params)
+  return state.replace(params=params, ema=state.ema and jax.tree.map(jnp.copy, params))
+
+
+def _log_plan(config: ConfigDict, name: str, plan: Plan, start_step: int, mesh: jax.sharding.Mesh) -> None:
   log.info(
-    "%s: objective %s on %s, %d examples, %d steps of an effective batch of %d (%d microbatches, mesh %d x %d), "
-    "%d steps an epoch, from step %d",
-    *(
-      name,
-      config.objective,
-      config.data.source,
-      examples,
-      total_steps,
-      config.batch_size,
-      config.microbatches,
-    ),
-    *(mesh.shape["data"], mesh.shape["fsdp"], per_epoch, start_step),
-  )
-  report = optim.group_report(
-    shapes, depth=objective.depth, layer_decay=o.layer_decay, weight_decay=o.weight_decay, no_decay=o.no_decay
+    f"{name}: objective {config.objective} on {config.data.source}, {len(plan.source)} examples, {plan.total_steps} "
+    f"steps of an effective batch of {config.batch_size} ({config.microbatches} microbatches, mesh "
+    f"{mesh.shape['data']} x {mesh.shape['fsdp']}), {plan.steps_per_epoch} steps an epoch, from step {start_step}"
   )
   if start_step == 0:
+    o = config.optimizer
+    report = optim.group_report(
+      plan.param_shapes,
+      depth=plan.objective.depth,
+      layer_decay=o.layer_decay,
+      weight_decay=o.weight_decay,
+      no_decay=o.no_decay,
+    )
     log.info("parameter groups\n%s", report)
 
 
-def _write_figures(config, objective, state, frozen, eval_source, source, mesh, workdir, step) -> None:
-  batch = next(iter(evaluation.eval_batches(config, objective, eval_source or source, mesh, 16)))
+def _write_figures(
+  config: ConfigDict, plan: Plan, state: TrainState, frozen: PyTree, mesh: jax.sharding.Mesh, workdir: Path
+) -> None:
+  """Writes the objective's figures of the first evaluation (or training) examples to workdir/figures."""
+  source = plan.eval_source or plan.source
+  batch = next(iter(evaluation.eval_batches(config, plan.objective, source, mesh, FIGURE_EXAMPLES)))
   variables = {"params": state.params, **state.collections}
-  if (
-    jax.process_count() > 1
-  ):  # all of it, to one device of process 0: eager code cannot look at what others hold
+  if jax.process_count() > 1:
+    # Everything goes to process 0: eager code cannot read arrays of other processes.
     variables, frozen, batch = multihost_utils.process_allgather((variables, frozen, batch), tiled=True)
     if jax.process_index() != 0:
       return
     mesh = sharding.local_mesh()
   with jax.set_mesh(mesh):
-    pictures = objective.figures(variables, frozen, batch)
+    images = plan.objective.figures(variables, frozen, batch)
   folder = workdir / "figures"
   bucket.local(folder).mkdir(exist_ok=True)
-  for name, picture in pictures.items():
-    Image.fromarray(picture).save(bucket.local(folder) / f"{name}.png")
+  for name, image in images.items():
+    Image.fromarray(image).save(bucket.local(folder) / f"{name}.png")
     log.info("figure: %s", folder / f"{name}.png")

@@ -53,7 +53,7 @@ def steps(batch_size: int, dtype: str, tokenizer: str):
   """name -> a function that makes one step and returns its loss; both begin with the same parameters."""
   overrides = [("pretrain.tokenizer.init_from", tokenizer), ("batch_size", batch_size)]
   overrides.append(("pretrain.model.dtype", dtype))
-  config = config_lib.load(f"{ROOT}/configs/beit_base.py", overrides, objectives.model_fields()).pretrain
+  config = config_lib.load(f"{ROOT}/configs/beit_base.py", overrides, objectives.schemas()).pretrain
   objective = objectives.OBJECTIVES["beit"](config, NoData())
   mesh = sharding.make_mesh()
   rng = np.random.default_rng(0)

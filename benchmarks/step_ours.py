@@ -58,7 +58,7 @@ def build(variant, batch_size, dtype, tokenizer, **changes):
   }
   spec = f"{ROOT}/configs/beit_{variant}.py"
   config = config_lib.load(
-    spec, [(f"pretrain.{k}", v) for k, v in changes.items()], objectives.model_fields()
+    spec, [(f"pretrain.{k}", v) for k, v in changes.items()], objectives.schemas()
   )
   config = config.pretrain
   with tempfile.TemporaryDirectory() as folder:

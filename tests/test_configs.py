@@ -51,7 +51,7 @@ CLASSES = {"imagenet2012": 1000, "cifar10": 10, "cifar100": 100}
 def _load(spec):
   name, _, variant = spec.partition(":")
   path = f"{ROOT}/configs/{name}.py" + (f":{variant}" if variant else "")
-  return config_lib.load(path, [], objectives.model_fields())
+  return config_lib.load(path, [], objectives.schemas())
 
 
 def _stages(config):
@@ -86,7 +86,7 @@ def test_documented_commands_have_configs(command, monkeypatch):
   """Every command in the documentation names an existing config, variant and keys, with values of the right type."""
   monkeypatch.chdir(ROOT)
   spec, _, overrides = config_lib.parse_args([a for a in shlex.split(command) if a != "..."])
-  config_lib.load(spec, overrides, objectives.model_fields())
+  config_lib.load(spec, overrides, objectives.schemas())
 
 
 class _Source(sources.Source):

@@ -83,4 +83,4 @@ def raw(objective: str, **changes) -> dict:
 
 
 def config(objective: str, **changes) -> ConfigDict:
-  return config_lib.complete(raw(objective, **changes), objectives.model_fields())
+  return config_lib.complete(raw(objective, **changes), objectives.schemas())

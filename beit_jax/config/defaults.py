@@ -1,7 +1,7 @@
 """Every config key that all objectives share, with its default.
 
-The keys of `model`, and the sections that only one objective reads (`loss`, `mask`, `tokenizer`, ...), stand beside that
-objective: see `config_section` in `beit_jax/objectives/*.py`. A config file holds only what differs from the defaults.
+The keys of `model`, and the sections that only one objective reads (`loss`, `mask`, `tokenizer`, ...), stand beside
+that objective: see `config_section` in `beit_jax/objectives/*.py`. A config file holds only what differs.
 """
 
 from typing import Any, NamedTuple

@@ -38,11 +38,11 @@ class Schema(NamedTuple):
 
   Attributes:
     sections: the objective's own sections with their defaults, `model` among them.
-    ranges: the objective's rows in addition to `ranges.COMMON`.
+    rules: the rules of the objective's own sections, besides those in ranges.py.
   """
 
   sections: dict[str, Any]
-  ranges: tuple[tuple[str, ranges.Rule], ...] = ()
+  rules: ranges.Table = ()
 
   @property
   def keys(self) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def load(spec: str, overrides: Overrides, schemas: Mapping[str, Schema]) -> Conf
     config, schema = _lay_over_defaults(raw, schemas, "")
     for dotted, value in overrides:
       set_dotted(config, dotted, value, schema.keys)
-    ranges.check(config.to_dict(), table=schema.ranges)
+    ranges.check(config.to_dict(), table=schema.rules)
     return config
   return _load_stages(spec, raw, overrides, schemas)
 
@@ -94,7 +94,7 @@ def _load_stages(
     if name not in raw:
       raise UserError(f"--config={spec}: stage {name!r} is listed but not defined")
     config[name], schema = _lay_over_defaults(raw[name], schemas, name)
-    keys[name], tables[name] = schema.keys, schema.ranges
+    keys[name], tables[name] = schema.keys, schema.rules
   unknown = set(raw) - set(config)
   if unknown:
     raise UserError(f"--config={spec}: keys {sorted(map(str, unknown))} are neither stages nor settings")
@@ -126,7 +126,7 @@ def complete(run: Mapping[str, Any], schemas: Mapping[str, Schema], stage: str =
     UserError: a key is unknown, or a value has another type or is out of its range.
   """
   config, schema = _lay_over_defaults(run, schemas, stage)
-  ranges.check(config.to_dict(), stage, table=schema.ranges)
+  ranges.check(config.to_dict(), stage, table=schema.rules)
   return config
 
 
@@ -195,7 +195,9 @@ def _set(config: ConfigDict, key: str, value: Any, keys: Mapping[str, Any], wher
   if not isinstance(key, str) or key not in config:
     near = difflib.get_close_matches(str(key)[:100], list(config), 1, 0.5)
     hint = f", did you mean {near[0]!r}?" if near else ""
-    raise UserError(f"config key {show(name)} is unknown{hint}; the keys here are: {', '.join(sorted(config))}")
+    raise UserError(
+      f"config key {show(name)} is unknown{hint}; the keys here are: {', '.join(sorted(config))}"
+    )
   if isinstance(config[key], ConfigDict):
     if not isinstance(value, dict | ConfigDict):
       raise UserError(

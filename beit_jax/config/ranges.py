@@ -1,7 +1,7 @@
 """Which values a config key may have: tables of rules, applied to every complete config.
 
-`parse.py` checks types first. Values that must fit the data, the model or the machine are checked where those are known.
-Rules for an objective's own sections stand beside that objective.
+`parse.py` checks types first. Values that must fit the data, the model or the machine are checked where those are
+known. Rules for an objective's own sections stand beside that objective.
 """
 
 import math

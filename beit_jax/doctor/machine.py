@@ -138,7 +138,7 @@ def prepare(argv: list[str]) -> Machine:
     if overrides:
       raise UserError(f"--config.{overrides[0][0]} is set, but there is no --config=FILE; {USAGE}")
     return Machine(bucket.path(workdir or "runs"), flags=flags)
-  config = config_lib.load(spec, overrides, objectives.model_fields())
+  config = config_lib.load(spec, overrides, objectives.schemas())
   path, _, variant = spec.partition(":")
   folder = bucket.path(workdir or f"runs/{Path(path).stem}{'_' if variant else ''}{variant}")
   runs = _stages(config, folder) if "stages" in config else [Run("", config, folder)]

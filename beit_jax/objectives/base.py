@@ -7,7 +7,7 @@ Objectives are the only layer that knows model, mask and loss together. Every me
 import abc
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -38,7 +38,7 @@ class Metric(NamedTuple):
   """A sum over examples and their number, both float32 scalars (or arrays of one shape)."""
 
   total: jax.Array
-  count: jax.Array
+  n: jax.Array
 
 
 Metrics = dict[str, Metric]
@@ -104,7 +104,7 @@ class Objective(abc.ABC):
   import_replaces_run: ClassVar[bool] = False
   value_ranges: ClassVar[ranges.Table] = ()
 
-  module: nn.Module  # what is trained
+  module: Any  # a Linen module: what is trained
 
   def __init__(self, config: ConfigDict, source: Any, load: Loader | None = None) -> None:
     self.config, self.source = config, source
@@ -171,9 +171,8 @@ class Objective(abc.ABC):
 
   def batch_shapes(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and dtypes of a global training batch."""
-    images = {name: (size, 3) for name, (size, _) in self.views().items()}
-    shapes = {name: ((*size, channels), jnp.uint8) for name, (size, channels) in images.items()}
-    return with_common_arrays(shapes, batch_size)
+    images = {name: ((*size, 3), jnp.uint8) for name, (size, _) in self.views().items()}
+    return with_common_arrays(images, batch_size)
 
   def frozen_params(self, mesh: jax.sharding.Mesh) -> PyTree:
     """Host side: arrays that take part in the loss but are not trained; {} for none."""
@@ -213,6 +212,7 @@ class Objective(abc.ABC):
 
   def check_eval(self, step: int, metrics: dict[str, float]) -> None:
     """Host side, after each evaluation: may warn, or raise a UserError to stop the run."""
+    del step, metrics
 
   def figures(self, variables: Variables, frozen: PyTree, batch: Batch) -> dict[str, np.ndarray]:
     """Host side: name -> uint8 image [H, W, 3] that shows what the model does on one batch."""
@@ -288,7 +288,7 @@ def image_preprocessing(data: ConfigDict, image_size: tuple[int, int]) -> dict[s
 
 
 def with_common_arrays(
-  shapes: dict[str, tuple[tuple[int, ...], Any]], batch_size: int
+  shapes: Mapping[str, tuple[tuple[int, ...], Any]], batch_size: int
 ) -> dict[str, jax.ShapeDtypeStruct]:
   """Adds the arrays that every batch has to an objective's own: name -> (shape of one example, dtype)."""
   common = {"example_key": ((2,), jnp.uint32), "valid": ((), jnp.bool_)}

@@ -5,11 +5,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from beit_jax import augment, losses
 from beit_jax.config.defaults import OptionalOf
 from beit_jax.config.parse import duration, pair
 from beit_jax.data import drawing, token_cache
+from beit_jax.data.images import ViewSizes
+from beit_jax.data.sources import Source
 from beit_jax.errors import UserError
 from beit_jax.models.beit import BeitForMaskedImageModeling, masked_slots
 from beit_jax.objectives import base, masked
@@ -68,9 +71,7 @@ class MaskedImageModeling(EncoderObjective):
       )
     tokenizer = self.load_frozen(path)
     if not tokenizer.can_tokenize:
-      raise UserError(
-        f"config key 'tokenizer.init_from': {path} holds a {tokenizer.kind}, not a tokenizer"
-      )
+      raise UserError(f"config key 'tokenizer.init_from': {path} holds a {tokenizer.kind}, not a tokenizer")
     vocab_size = tokenizer.module.vocab_size
     if self.config.model.vocab_size not in (None, vocab_size):
       raise UserError(

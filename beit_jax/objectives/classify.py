@@ -1,20 +1,27 @@
 """Image classification: fine-tuning a pre-trained encoder, or training the same network from scratch."""
 
+from pathlib import Path
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from beit_jax import augment, losses, metrics
 from beit_jax.config import ranges
 from beit_jax.config.defaults import OptionalOf
 from beit_jax.config.parse import pair
 from beit_jax.data import drawing
+from beit_jax.data.sources import Source
 from beit_jax.errors import UserError
 from beit_jax.models.beit import BeitForImageClassification
 from beit_jax.objectives import base
 from beit_jax.objectives.encoder import EncoderObjective, encoder_fields, head_schema
 from beit_jax.runtime.logs import log
+from beit_jax.weights.pretrained import Pretrained
 
+Rows = dict[str, np.ndarray]
 MAX_CONFUSION_CLASSES = 2000  # larger confusion matrices are not useful
 TOP_CLASSES = 5  # classes of an image in predictions.jsonl
 
@@ -45,7 +52,10 @@ class Classification(EncoderObjective):
   @classmethod
   def config_section(cls) -> dict[str, Any]:
     return dict(
-      model={**head_schema(BeitForImageClassification), "num_classes": OptionalOf(int)},  # None = that of the data
+      model={
+        **head_schema(BeitForImageClassification),
+        "num_classes": OptionalOf(int),
+      },  # None = that of the data
       loss=dict(
         label_smoothing=0.1,
         mixup_alpha=0.0,

@@ -1,17 +1,23 @@
 """Tokenizer training: the discrete VAE of the DALL-E paper (section 2.1 and appendix A.2)."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from beit_jax import augment, losses
 from beit_jax.config import ranges
 from beit_jax.config.parse import pair
 from beit_jax.data import drawing
+from beit_jax.data.images import ViewSizes
+from beit_jax.data.sources import Source
 from beit_jax.errors import CollapseError, UserError
 from beit_jax.models.dvae import Dvae, map_pixels, unmap_pixels
 from beit_jax.objectives import base
 from beit_jax.runtime.logs import log
+from beit_jax.weights.pretrained import Pretrained
 
 
 class TokenizerTraining(base.Objective):

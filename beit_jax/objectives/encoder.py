@@ -28,8 +28,6 @@ INTERNAL = ("image_size", "use_mask_token", "final_norm", "weight_init", "init")
 class EncoderObjective(Objective):
   """Base class of objectives whose `module` has an encoder and sees images of `data.image_size`."""
 
-  module: Any  # a Linen module with the field `encoder`
-
   def views(self) -> ViewSizes:
     return {"image": (self.image_size, self.config.data.interpolation)}
 

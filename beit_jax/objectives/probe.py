@@ -4,15 +4,20 @@ Follows unilm `beit/run_linear_eval.py` (features, init, summed losses) and DINO
 """
 
 import functools
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from beit_jax import augment, losses, metrics, transfer, trees
 from beit_jax.config import ranges
 from beit_jax.data import pipeline
 from beit_jax.data.bad_images import BadImageTracker
+from beit_jax.data.images import ViewSizes
+from beit_jax.data.sources import Source
 from beit_jax.errors import UserError
 from beit_jax.models.beit import Beit
 from beit_jax.models.heads import LinearProbes, block_features
@@ -21,7 +26,7 @@ from beit_jax.objectives.encoder import encoder_fields, encoder_schema, normaliz
 from beit_jax.run import checkpoint
 from beit_jax.runtime import sharding
 from beit_jax.runtime.logs import log
-from beit_jax.weights.pretrained import fingerprint
+from beit_jax.weights.pretrained import Pretrained, fingerprint
 
 
 class Probe(base.Objective):
@@ -45,7 +50,7 @@ class Probe(base.Objective):
     else:
       fields = self._loaded_encoder.encoder_fields
     fields |= dict(final_norm=False, use_mask_token=False, drop_path_rate=0.0, dtype=config.model.dtype)
-    self.encoder = Beit(**fields)
+    self.encoder: Any = Beit(**fields)
     self.blocks = list(range(self.encoder.depth))
     self.eval_metrics = ("loss", "acc1", *(f"acc1_{i:02d}" for i in self.blocks))
     self._shapes = jax.eval_shape(self._init_encoder)
@@ -119,7 +124,7 @@ class Probe(base.Objective):
     """Adds the accuracy of the best block (counted from 0, as everywhere in this code) and logs the curve."""
     values = super().summarize(sums)
     curve = {block: values[f"acc1_{block:02d}"] for block in self.blocks}
-    best = max(curve, key=curve.get)
+    best = max(curve, key=lambda block: curve[block])
     for block, value in curve.items():
       log.info(
         "block %2d  %5.1f %%  %s%s", block, 100 * value, "#" * round(50 * value), "  best" * (block == best)
@@ -205,9 +210,7 @@ class Knn(Probe):
   def __init__(self, config: ConfigDict, source: Source, load: base.Loader | None = None) -> None:
     super().__init__(config, source, load)
     if config.knn.k > len(source):
-      raise UserError(
-        f"config key 'knn.k': {config.knn.k} is more than the {len(source)} training images"
-      )
+      raise UserError(f"config key 'knn.k': {config.knn.k} is more than the {len(source)} training images")
     if not set(config.knn.blocks) <= set(self.blocks):
       raise UserError(
         f"config key 'knn.blocks': {config.knn.blocks}, but the encoder has blocks 0 to {self.blocks[-1]}"

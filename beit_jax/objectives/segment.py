@@ -6,11 +6,13 @@ divides by the number of all pixels (docs/conflicts.md).
 
 import functools
 import math
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from beit_jax import augment, losses, metrics
 from beit_jax.config import ranges
@@ -18,13 +20,13 @@ from beit_jax.config.defaults import EitherOf, OptionalOf
 from beit_jax.config.parse import pair
 from beit_jax.data import drawing, segmentation
 from beit_jax.data.bad_images import BadImageTracker
+from beit_jax.data.sources import Source
 from beit_jax.errors import BadImage, UserError
 from beit_jax.models.resampling import resize_bilinear
 from beit_jax.models.upernet import OUT_INDICES, BeitForSemanticSegmentation
 from beit_jax.objectives import base, sliding
 from beit_jax.objectives.encoder import EncoderObjective, encoder_fields, head_schema
 from beit_jax.runtime import sharding
-from beit_jax.runtime.logs import log
 from beit_jax.weights import io as weights_io
 
 
@@ -35,7 +37,10 @@ class Segmentation(EncoderObjective):
   eval_metrics = ("mIoU", "mAcc", "aAcc")
   labels = "map"
   value_ranges = (
-    (r"segment\.resize", ranges.tuple_of(2, ranges.number(1, 8192), "(long, short), two numbers from 1 to 8,192")),
+    (
+      r"segment\.resize",
+      ranges.tuple_of(2, ranges.number(1, 8192), "(long, short), two numbers from 1 to 8,192"),
+    ),
     (
       r"segment\.resize_ratio",
       ranges.tuple_of(2, ranges.number(0.01, 10), "two numbers in [0.01, 10]", ascending=True),
@@ -60,7 +65,9 @@ class Segmentation(EncoderObjective):
       raise UserError(f"config key 'data.num_classes': {self.num_classes} must lie in [1, 254]")
     self.class_names, self.colors = _names_and_colors(options, source, self.num_classes)
     encoder = {**encoder_fields(model, self.image_size, pretrain=False), "weight_init": "finetune"}
-    head = {name: model[name] for name in base.module_fields(BeitForSemanticSegmentation, without=("encoder",))}
+    head = {
+      name: model[name] for name in base.module_fields(BeitForSemanticSegmentation, without=("encoder",))
+    }
     head["out_indices"] = tuple(model.out_indices) or _default_out_indices(encoder["depth"])
     self.module = BeitForSemanticSegmentation(encoder, **{**head, "num_classes": self.num_classes})
     self.stride = pair(options.stride, "segment.stride") if options.stride else self.image_size
@@ -89,7 +96,10 @@ class Segmentation(EncoderObjective):
       segment=dict(
         reduce_zero_label=False,  # 0 in the label map is no class, and class c is stored as c + 1 (ADE20K)
         ignore_label=255,  # this value is ignored, besides 255
-        resize=(2048, 512),  # (long, short): images are resized to fit in it, in training times a random factor
+        resize=(
+          2048,
+          512,
+        ),  # (long, short): images are resized to fit in it, in training times a random factor
         resize_ratio=(0.5, 2.0),
         cat_max_ratio=0.75,  # no class fills more of a training crop, if ten tries can help it
         photometric=True,

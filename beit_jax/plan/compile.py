@@ -116,7 +116,7 @@ def compile_step(
   examples: int | None,
 ) -> dict[str, Any]:
   """What the plan of one setting rests on; see `beit_jax.plan.report` for what is made of it."""
-  stages = stages_of(config_lib.load(spec, overrides, objectives.model_fields()))
+  stages = stages_of(config_lib.load(spec, overrides, objectives.schemas()))
   name = choose(stages, stage)
   config, devices = stages[name], topology.devices(where)
   step = abstract.make_step(config, stages, devices, examples)

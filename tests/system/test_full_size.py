@@ -66,7 +66,7 @@ def test_from_unilm_to_transformers(side, steps, unilm_file, tmp_path):
     ("log_every_steps", 1),
   ]
   spec = f"{ROOT}/configs/finetune_imagenet.py:base_ft22k,{side}"
-  config = config_lib.load(spec, changes, objectives.model_fields())
+  config = config_lib.load(spec, changes, objectives.schemas())
   result = train.run(config, tmp_path / "run")
   assert np.isfinite(result["last"]["loss"]) and np.isfinite(result["eval"]["loss"])
   ours = beit_jax.load(tmp_path / "run")

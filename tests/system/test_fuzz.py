@@ -432,7 +432,7 @@ def _bases(tokenizer):
   """Runs in miniature, and those of the paper's size."""
   found = {name: tiny.raw(name).to_dict() for name in tiny.RUNS}
   for name in tiny.RUNS:
-    whole = config_lib.complete({"objective": name}, objectives.model_fields()).to_dict()
+    whole = config_lib.complete({"objective": name}, objectives.schemas()).to_dict()
     whole["data"] |= dict(source="shapes", num_classes=None, token_image_size=28)
     whole["total_epochs"] = 3.0
     whole["eval"]["split"] = "test"
@@ -448,7 +448,7 @@ def _bases(tokenizer):
 
 def _begin(run, workdir):
   """The completed config of a run, which has been stopped where its first array would be made."""
-  config = config_lib.complete(run, objectives.model_fields())
+  config = config_lib.complete(run, objectives.schemas())
   with contextlib.suppress(Reached):
     train.run(config, workdir)
   return config
@@ -555,7 +555,7 @@ def test_config_files_that_are_none(text, fact, tmp_path):
   path = tmp_path / "config.py"
   path.write_text(f"# a config\n{text}\n")
   with pytest.raises(UserError) as error:
-    config_lib.load(str(path), [], objectives.model_fields())
+    config_lib.load(str(path), [], objectives.schemas())
   assert fact in str(error.value)
 
 
@@ -563,9 +563,9 @@ def test_ranges_are_of_keys_that_exist():
   """Every row of the table is about a key, and every number of the defaults has a row."""
   keys = set()
   for name in objectives.OBJECTIVES:
-    run = config_lib.complete({"objective": name}, objectives.model_fields()).to_dict()
+    run = config_lib.complete({"objective": name}, objectives.schemas()).to_dict()
     keys |= {".".join(path) for path in _sections(run)}
-  for pattern, _ in ranges.TABLE:
+  for pattern, _ in (*ranges.COMMON, *ranges.MODEL):
     assert any(re.fullmatch(pattern, key) for key in keys), pattern
 
 
