@@ -15,14 +15,9 @@ from beit_jax import trees
 from beit_jax.data import pipeline, sources
 from beit_jax.data.bad_images import BadImageTracker
 from beit_jax.errors import UserError
-<<<<<<< HEAD
-from beit_jax.objectives import OBJECTIVES, Objective
-from beit_jax.run import checkpoint, files
-=======
 from beit_jax.objectives import OBJECTIVES, EvalOutput, Objective
 from beit_jax.objectives.base import Batch, PyTree, Variables
-from beit_jax.run import checkpoint
->>>>>>> a7d6c70 (Train, evaluate, config: seams and typed results)
+from beit_jax.run import checkpoint, files
 from beit_jax.runtime import bucket, sharding
 from beit_jax.runtime.logs import log
 

@@ -22,12 +22,8 @@ from ml_collections import ConfigDict
 from beit_jax import objectives, train
 from beit_jax.config import parse
 from beit_jax.errors import UserError
-<<<<<<< HEAD
-from beit_jax.run import files, record
-=======
 from beit_jax.objectives import stages
-from beit_jax.run import checkpoint, record
->>>>>>> a7d6c70 (Train, evaluate, config: seams and typed results)
+from beit_jax.run import files, record
 from beit_jax.runtime import bucket, distributed, logs, preemption
 
 

@@ -168,98 +168,7 @@ def _check_batch_size(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
     )
 
 
-<<<<<<< HEAD
-    train_step = make_train_step(
-      objective, tx, config.microbatches, jax.random.fold_in(root, 1), shardings, decay
-    )
-    eval_step = evaluation.make_eval_step(objective, mesh)
-    tracker = BadImageTracker(source, config.data.max_bad, _bad_images(workdir, jax.process_index()))
-    batches = _train_batches(config, plan.reader, source, mesh, start_step, total_steps, tracker)
-    redo_evaluation = eval_source is not None and due(start_step, config.eval.every_steps) and start_step > 0
-    logger = Logger(
-      workdir, total_steps, name, start_step, again=redo_evaluation or start_step == total_steps
-    )
-    stack.enter_context(contextlib.closing(logger))
-    meter = Meter(config, logger, workdir, name, schedules, start_step)
-    trace = Trace(config.profile_steps, workdir / "profile", total_steps)
-    stack.enter_context(contextlib.closing(trace))
-
-    def evaluate(step):
-      metrics = {}
-      for prefix, params in (("", state.params), ("ema_", state.ema)):
-        if params is not None:
-          variables = {"params": params, **state.collections}
-          values, _ = evaluation.evaluate_all(
-            config, objective, eval_step, variables, frozen, eval_source, mesh
-          )
-          metrics |= {prefix + key: value for key, value in values.items()}
-      logger.write(step, {f"eval_{key}": value for key, value in metrics.items()})
-      log.info("%s step %d  eval  %s", name, step, "  ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
-      objective.check_eval(step, metrics)
-      best.offer(step, metrics, state, description)
-      return metrics
-
-    evaluated = evaluate(start_step) if redo_evaluation else {}  # it may have been cut short
-    # How far the host may run ahead. Batches would pile up on the device without a bound, and several CPU
-    # devices in one process can block each other for good when two steps with collectives are under way.
-    max_in_flight = 0 if mesh.size > 1 and jax.default_backend() == "cpu" else 2
-    meter.restart(start_step)
-    for step in range(start_step + 1, total_steps + 1):
-      trace.before(step, state)
-      batch = meter.next_batch(batches)
-      state, metrics = train_step(state, frozen, batch)
-      trace.after(step, state)
-      watch.nothing_to_save = False
-      is_last = step == total_steps
-      meter.enqueue(step, metrics, batch, is_last or step == 1 or step % config.log_every_steps == 0)
-      meter.drain(max_in_flight)
-      stopping = watch.requested()
-      evaluating = eval_source is not None and due(step, config.eval.every_steps)
-      must_save_now = is_last or stopping or evaluating  # on disk before anything else is begun
-      if must_save_now or due(step, config.checkpoint.every_steps) or saver.must_retry():
-        meter.drain()
-        saver.save(step, state, description)
-        while must_save_now and not saver.wait():
-          saver.save(step, state, description)
-        if must_save_now:
-          watch.saved()
-        if evaluating:
-          evaluated = evaluate(step)
-        meter.restart(step)
-    if eval_source is not None:
-      evaluated = evaluate(total_steps)
-    if config.figures:
-      _write_figures(config, objective, state, frozen, eval_source, source, mesh, workdir, total_steps)
-  seconds = round(time.monotonic() - began, 1)
-  result = dict(step=total_steps, seconds=seconds, first=meter.first, last=meter.last, eval=evaluated)
-  bucket.push()
-  distributed.barrier(f"{name}: all bad images are named", 1800)
-  num_bad = len(tracker.reasons.keys() | _bad_of_all(source, workdir))
-  result |= dict(examples=len(source), skipped_steps=meter.skipped, bad_images=num_bad)
-  record.write_result(workdir, result)
-  log.info("%s: done in %.0f s, %s", name, seconds, workdir)
-  distributed.barrier(f"{name} is done", 1800)  # a next stage begins with its checkpoint
-  return result
-
-
-def _bad_images(workdir: Path, process: int) -> Path:
-  """One file for all processes; in a bucket, where nothing can be appended, one for each."""
-  if not (bucket.remote(workdir) and process):
-    return workdir / BAD_IMAGES
-  return workdir / BAD_IMAGES.replace(".", f"_{process}.")
-
-
-def _bad_of_all(source, workdir) -> set[int]:
-  """The examples that any process has named."""
-  files = {_bad_images(workdir, process) for process in range(jax.process_count())}
-  return {index for file in files for index in BadImageTracker(source, 1.0, file).reasons}
-
-
-def _check_unused(config, objective) -> None:
-  """Refuses a `checkpoint.best` that will never be evaluated, and says which augmentation has no effect."""
-=======
 def _check_best_metric(config: ConfigDict, objective: Objective) -> None:
->>>>>>> a7d6c70 (Train, evaluate, config: seams and typed results)
   best, names = config.checkpoint.best, objective.eval_metrics
   names = names + tuple(f"ema_{name}" for name in names if config.optimizer.ema_decay)
   if best and (best not in names or not config.eval.split):
@@ -397,7 +306,7 @@ class _Loop:
     # The checkpoint must be complete before the run ends, stops or evaluates.
     must_save_now = step == self._plan.total_steps or stopping or evaluating
     every = self._config.checkpoint.every_steps
-    if not (must_save_now or self._is_due(step, every) or self._saver.wanted()):
+    if not (must_save_now or self._is_due(step, every) or self._saver.must_retry()):
       return {}
     self.meter.drain()
     if must_save_now:
@@ -479,24 +388,13 @@ def _restore(
   """The state to start from: the run's own newest checkpoint, else `resume`, else `init_from`, else `state`."""
   latest = saver.latest()
   if latest is not None:
-<<<<<<< HEAD
-    record.check_same_model(saver.root / str(latest), description)
-    record.check_same_run(saver.root / str(latest), config)
-    record.check_same_data(saver.root / str(latest), description)
-    log.info("resuming from %s", saver.root / str(latest))
-    return saver.restore(saver.root / str(latest), shapes, shardings)
-  folder, begun = checkpoint.find_resumable(config.resume) if config.resume else (None, 0)
-  record.check_not_lost(saver.root.parent, begun)
-  if folder:
-=======
     folder = saver.root / str(latest)
->>>>>>> a7d6c70 (Train, evaluate, config: seams and typed results)
     record.check_same_model(folder, description)
     record.check_same_run(folder, config)
     record.check_same_data(folder, description)
     log.info("resuming from %s", folder)
     return saver.restore(folder, shapes, shardings)
-  folder, step = checkpoint.whole(config.resume) if config.resume else (None, 0)
+  folder, step = checkpoint.find_resumable(config.resume) if config.resume else (None, 0)
   record.check_not_lost(saver.root.parent, step)
   if folder is not None:
     return _resume_from(folder, config, saver, shapes, shardings, description)

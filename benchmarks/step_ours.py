@@ -57,9 +57,7 @@ def build(variant, batch_size, dtype, tokenizer, **changes):
     **changes,
   }
   spec = f"{ROOT}/configs/beit_{variant}.py"
-  config = config_lib.load(
-    spec, [(f"pretrain.{k}", v) for k, v in changes.items()], objectives.schemas()
-  )
+  config = config_lib.load(spec, [(f"pretrain.{k}", v) for k, v in changes.items()], objectives.schemas())
   config = config.pretrain
   with tempfile.TemporaryDirectory() as folder:
     config.tokenizer.init_from = str(random_tokenizer(Path(folder) / "tokenizer", dtype))
@@ -94,7 +92,7 @@ def parts(step, state, frozen, batch, objective) -> dict[str, tuple[float, float
 
   # All data are arguments: XLA would compute at compile time what depends on constants only.
   def sums(params, frozen, batch):
-    return objective.loss({"params": params}, frozen, batch, key, 0)[0]
+    return objective.loss({"params": params}, frozen, batch, key, 0).metrics["loss"].total
 
   def masks(batch):
     return objective._sample_mask(augment.example_keys(0, batch["example_key"], "mask"))

@@ -108,13 +108,8 @@ def test_contract_names():
 
 
 def test_full_size_recipe_is_that_of_the_paper():
-<<<<<<< HEAD
   """Table 12: batch 2048, lr 1.5e-3, 800 epochs, warm-up 10, clip 3.0. Masks as in unilm: 75 of 196, blocks from 16."""
-  stage = config_lib.load(f"{ROOT}/configs/beit_base.py", [], objectives.model_fields()).pretrain
-=======
-  """Table 12: batch 2048, lr 1.5e-3, 800 epochs, warm-up 10, clip 3.0; unilm's masks: 75 of 196, blocks from 16."""
   stage = config_lib.load(f"{ROOT}/configs/beit_base.py", [], objectives.schemas()).pretrain
->>>>>>> a7d6c70 (Train, evaluate, config: seams and typed results)
   o = stage.optimizer
   assert (stage.batch_size, stage.total_epochs, o.warmup_epochs) == (2048, 800, 10)
   assert (o.learning_rate, o.min_lr, o.weight_decay, o.clip_norm) == (1.5e-3, 1e-5, 0.05, 3.0)

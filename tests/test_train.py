@@ -225,7 +225,9 @@ def test_collapse_alarm(tmp_path, caplog):
 def test_zero_updates_is_an_error(tmp_path):
   config = tiny.config("classify", total_epochs=3.0, **{"data.num_examples": 10})
   config.total_steps = None
-  with pytest.raises(UserError, match="not make a single update: its 10 examples are fewer than batch_size=16"):
+  with pytest.raises(
+    UserError, match="not make a single update: its 10 examples are fewer than batch_size=16"
+  ):
     train.run(config, tmp_path)
 
 

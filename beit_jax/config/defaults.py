@@ -35,6 +35,7 @@ DEFAULTS: dict[str, Any] = dict(
   profile_steps=(),  # (first, last): a trace of these steps in workdir/profile
   mesh=dict(data=-1, fsdp=1),
   optimizer=dict(
+    name="adamw",  # "adamw" | "lion" | "muon" (2-D kernels; Adam for the rest) | "lamb" | "sgd"
     learning_rate=1.5e-3,  # the peak, for the global batch as given: nothing is scaled behind your back
     min_lr=1e-5,
     warmup_steps=OptionalOf(int),  # either this or warmup_epochs
@@ -43,6 +44,7 @@ DEFAULTS: dict[str, Any] = dict(
     weight_decay_end=OptionalOf(float),  # cosine from weight_decay to this
     betas=(0.9, 0.999),
     eps=1e-8,
+    momentum=0.9,  # of sgd
     clip_norm=0.0,  # global norm; 0 = off
     layer_decay=1.0,
     schedule="cosine",  # "cosine" | "poly"

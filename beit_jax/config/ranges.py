@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from beit_jax.errors import UserError
+from beit_jax.optim import OPTIMIZERS
 
 Rule = tuple[Callable[[Any], bool], str]  # whether a value is allowed, and what the message says otherwise
 Table = Sequence[tuple[str, Rule]]  # (regular expression of dotted keys, rule)
@@ -131,6 +132,8 @@ COMMON: Table = (
     number(0),
   ),
   (r"optimizer\.warmup_steps", integer(0, MAX_STEPS)),
+  (r"optimizer\.name", one_of(*OPTIMIZERS)),
+  (r"optimizer\.momentum", fraction(one=False)),
   (r"optimizer\.schedule", one_of("cosine", "poly")),
   (r"optimizer\.betas", tuple_of(2, fraction(one=False), "two numbers in [0, 1)", ascending=True)),
   (r"optimizer\.eps", number(1e-30, 1)),

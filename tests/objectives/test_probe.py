@@ -65,7 +65,7 @@ def test_the_loss_is_the_sum_over_blocks_and_the_encoder_stays(backbone, tmp_pat
     "valid": np.array([True, True, True, False]),
   }
   frozen = objective.frozen_params(None)
-  sums = objective.eval_step(variables, frozen, batch)
+  sums = objective.eval_step(variables, frozen, batch).metrics
   loaded = beit_jax.load(backbone)
   x = loaded.preprocess(batch["image"])
   _, out = Beit(**loaded.module.encoder).apply({"params": loaded.params["encoder"]}, x, train=False)
