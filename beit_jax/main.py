@@ -55,13 +55,13 @@ def _main(argv: list[str]) -> int:
     else:
       run_stages(config, folder)
   except (UserError, *bucket.errors()) as error:
-    return distributed.end_with(error)
+    return distributed.report_error(error)
   except preemption.Stopped as stopped:
     print(stopped, file=sys.stderr)
     logs.only_file(str(stopped))
     return stopped.status
   except KeyboardInterrupt:
-    distributed.tell("stopped by hand", 130)
+    distributed.notify_peers("stopped by hand", 130)
     print("stopped; give the same command again to continue", file=sys.stderr)
     return 130
   except Exception:
@@ -97,7 +97,7 @@ def check_buckets(tree: dict[str, Any], prefix: str = "") -> None:
       check_buckets(value, f"{prefix}{key}.")
     elif isinstance(value, str) and bucket.remote(value):
       if key not in ("init_from", "resume"):
-        bucket.refuse(f"{prefix}{key}", value)
+        bucket.check_local(f"{prefix}{key}", value)
       bucket.path(value)
 
 

@@ -227,9 +227,9 @@ def main(argv: list[str]) -> int:
     replay = f"--{prefix}tokenizer.cache={out}"
     log.info("finished: %d epochs, %.1f MB; replay them with %s", cache.epochs, size / 1e6, replay)
   except (UserError, *bucket.errors()) as error:
-    return distributed.end_with(error)
+    return distributed.report_error(error)
   except KeyboardInterrupt:
-    distributed.tell("stopped by hand", 130)
+    distributed.notify_peers("stopped by hand", 130)
     print("stopped; give the same command again to go on", file=sys.stderr)
     return 130
   return 0

@@ -264,7 +264,7 @@ class _Loop:
     # An evaluation at the step that was restored may have been interrupted.
     self._redo_evaluation = start_step > 0 and self._evaluates_at(start_step)
     redo = self._redo_evaluation or start_step == plan.total_steps
-    self._logger = Logger(workdir, plan.total_steps, name, start_step, again=redo)
+    self._logger = Logger(workdir, plan.total_steps, name, start_step, redo_evaluation=redo)
     stack.enter_context(contextlib.closing(self._logger))
     self.meter = Meter(config, self._logger, workdir, name, plan.schedules, start_step)
     self._trace = Trace(config.profile_steps, workdir / "profile", plan.total_steps)

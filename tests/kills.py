@@ -167,7 +167,7 @@ def kill_once(
     process.wait()
   statuses = [process.wait(LIMIT) for process in started if process not in victims]
   # JAX's own heartbeat may be the first to notice, and aborts.
-  assert all(status in (1, rendezvous.LOST, -signal.SIGABRT) for status in statuses), statuses
+  assert all(status in (1, rendezvous.LOST_STATUS, -signal.SIGABRT) for status in statuses), statuses
   assert not left_behind(mark)
   return where
 

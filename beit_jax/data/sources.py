@@ -82,7 +82,7 @@ class TfdsSource(Source):
 
   def __init__(self, name: str, split: str, data_dir: str, image_key: str, label_key: str):
     data_dir = data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
-    bucket.refuse("data.data_dir", data_dir)
+    bucket.check_local("data.data_dir", data_dir)
     root = Path(os.path.expanduser(data_dir))
     folder = _version_folder(root, name)
     import tensorflow_datasets as tfds  # slow to import; only this source needs it
@@ -360,7 +360,7 @@ def make_source(data: dict[str, Any]) -> Source:
       f"config key 'data.label_file': only for data.source='folder', here it is {data['source']!r}"
     )
   for key in ("data_dir", "root", "label_file"):
-    bucket.refuse(f"data.{key}", data.get(key))
+    bucket.check_local(f"data.{key}", data.get(key))
   source = source_class(**{key: data[key] for key in keys})
   expected = data["num_classes"]
   if expected is not None and source.num_classes not in (0, expected):

@@ -80,7 +80,7 @@ def main(argv: list[str]) -> int:
           said += len(say(lines[said:]))
     lines += say(gather(machine, lines))
   except KeyboardInterrupt:
-    distributed.tell("stopped by hand", 130)
+    distributed.notify_peers("stopped by hand", 130)
     print("stopped", file=sys.stderr)
     return 130
   return int(any(line.status == FAIL for line in lines))

@@ -1,89 +1,82 @@
-"""Several processes, one run: which process this is, how all find each other, how they notice that one is gone.
+"""The processes of one run: how many there are, which one this is, how they connect and end together.
 
 `initialize` runs before any device is touched. It learns from flags or from the environment (Cloud TPU, GKE, Slurm,
-Open MPI) how many processes there are; with one process it does nothing and waits for nobody.
+Open MPI) how many processes there are; a single process connects to nothing.
 
-`jax.distributed.initialize` ends the process with a stack dump when a process is missing, and does not say which.
-Therefore the processes first meet on the same port (rendezvous.py), which names those that are missing and those that
-die later. JAX's own heartbeat finds hosts that vanish together with their network.
+`jax.distributed.initialize` detects the same environments, but gives no public access to the result before it connects,
+and ends the process with a stack dump when another one is missing. The processes therefore meet on the same port first
+(rendezvous.py), so that messages name the processes that are missing or that die later. JAX's own heartbeat finds hosts
+that vanish together with their network.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import importlib.util
+import logging
 import os
 import re
 import sys
 import threading
 import time
 import traceback
-import urllib.error
-import urllib.request
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
 
 from beit_jax.errors import TransientError, UserError
-from beit_jax.runtime import bucket, rendezvous
+from beit_jax.runtime import bucket
 from beit_jax.runtime.logs import log, only_file
-from beit_jax.runtime.rendezvous import ProcessInfo
+from beit_jax.runtime.maintenance_events import read_metadata
+from beit_jax.runtime.rendezvous import GRACE, Peers, ProcessInfo
 
 TPU_PORT = 8482
-# Seconds for a new file to be seen by all: NFS may show a folder as it was up to 60 s ago (acdirmax).
-PATIENCE = 65.0
+# Seconds until every process sees a new file: NFS may cache the listing of a folder for 60 s (acdirmax).
+VISIBILITY_TIMEOUT = 65.0
 
 
 @dataclasses.dataclass
 class Flags:
-  """Command-line flags of the start; `--num_processes=1` alone means: look for nobody."""
+  """Command-line flags about processes; `--num_processes=1` alone means a single process, without detection."""
 
-  coordinator: str = ""
-  num_processes: int = 0
-  process_id: int = -1
+  coordinator: str | None = None
+  num_processes: int | None = None
+  process_id: int | None = None
   initialization_timeout: float = 300.0
   heartbeat_timeout: int = 60
 
 
 def take_flags(argv: list[str]) -> tuple[Flags, list[str]]:
-  """Splits the flags of this module off a command line: (flags, what is left)."""
-  flags, rest, items = Flags(), [], iter(argv)
-  for item in items:
-    name, equals, value = item.partition("=")
-    field = name.removeprefix("--")
-    if not name.startswith("--") or field not in Flags.__dataclass_fields__:
-      rest.append(item)
-      if name.startswith("--") and not equals:  # its value must not be taken for a flag
-        rest.extend(value for value in [next(items, None)] if value is not None)
-      continue
-    value = value if equals else next(items, "")
-    kind = type(getattr(flags, field))
-    try:
-      setattr(flags, field, kind(value))
-    except ValueError:
-      raise UserError(f"{name}={value}: not {'a number' if kind is float else 'an integer'}") from None
-    if field not in ("coordinator", "process_id") and not getattr(flags, field) > 0:
-      raise UserError(f"{name}={value}: must be more than 0")
+  """Splits the flags of this module from a command line: (flags, remaining arguments)."""
+  parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+  for field in dataclasses.fields(Flags):
+    kind = {"coordinator": str, "initialization_timeout": float}.get(field.name, int)
+    parser.add_argument(f"--{field.name}", type=kind)
+  try:
+    flags, rest = parser.parse_known_args(argv, namespace=Flags())
+  except argparse.ArgumentError as error:
+    raise UserError(str(error).removeprefix("argument ")) from None
+  for name in ("num_processes", "initialization_timeout", "heartbeat_timeout"):
+    value = getattr(flags, name)
+    if value is not None and not value > 0:
+      raise UserError(f"--{name}={value}: must be more than 0")
   return flags, rest
 
 
 def from_flags(flags: Flags) -> ProcessInfo | None:
-  """The place that explicit flags give; None when there are none."""
-  given = dict(
-    coordinator=bool(flags.coordinator),
-    num_processes=flags.num_processes > 0,
-    process_id=flags.process_id != -1,
-  )
-  if not any(given.values()):
+  """The process that explicit flags describe; None when there are none."""
+  values = {name: getattr(flags, name) for name in ("coordinator", "num_processes", "process_id")}
+  missing = [f"--{name}" for name, value in values.items() if value is None]
+  if len(missing) == 3:
     return None
-  if given == dict(coordinator=False, num_processes=True, process_id=False) and flags.num_processes == 1:
+  if flags.num_processes == 1 and len(missing) == 2:
     return ProcessInfo("flags", "", 1, 0)
-  if not all(given.values()):
-    missing = ", ".join(f"--{name}" for name, there in given.items() if not there)
+  if flags.coordinator is None or flags.num_processes is None or flags.process_id is None:
     raise UserError(
-      f"{missing} missing: --coordinator=HOST:PORT, --num_processes=N and --process_id=I go together "
-      "(--num_processes=1 alone: one process, whatever the environment says)"
+      f"{', '.join(missing)} missing: --coordinator=HOST:PORT, --num_processes=N and --process_id=I go together "
+      "(--num_processes=1 alone: a single process, whatever the environment says)"
     )
   if not re.fullmatch(r"\S+:\d{1,5}", flags.coordinator):
     raise UserError(f"--coordinator={flags.coordinator}: must be HOST:PORT of process 0")
@@ -95,204 +88,206 @@ def from_flags(flags: Flags) -> ProcessInfo | None:
   return ProcessInfo("flags", flags.coordinator, flags.num_processes, flags.process_id)
 
 
-def detect(
-  environ: Mapping[str, str], metadata: Callable[[str], str | None] | None = None
-) -> ProcessInfo | None:
-  """The place that the environment gives; None when nothing speaks of more than one process.
+Metadata = Callable[[str], str | None]  # attribute of a Cloud TPU VM -> its value, or None
+
+
+def detect(environ: Mapping[str, str], metadata: Metadata | None = None) -> ProcessInfo | None:
+  """The process that the environment describes; None when nothing indicates more than one process.
 
   Args:
     environ: the environment variables.
-    metadata: attribute of a Cloud TPU VM -> its value or None; None when this is no such machine.
+    metadata: reads an attribute of this Cloud TPU VM; None on other machines.
+
+  Raises:
+    UserError: there are several processes, but the environment does not tell enough about them.
   """
-  for find in (_mpi, _slurm, _gke_tpu):
-    place = find(environ)
-    if place is not None:
-      return place if place.count > 1 else None
-  if metadata is not None:
-    place = _gce_tpu(environ, metadata)
-    if place is not None:
-      return place if place.count > 1 else None
+  info = _open_mpi(environ) or _slurm(environ) or _gke_tpu(environ)
+  if info is None and metadata is not None:
+    info = _cloud_tpu(environ, metadata)
+  if info is not None:
+    return info if info.count > 1 else None
   index = environ.get("JOB_COMPLETION_INDEX", "0")
   if "KUBERNETES_SERVICE_HOST" in environ and index != "0":
     raise UserError(
-      f"this is pod {index} of a Kubernetes job, and nothing says how many there are: give "
-      "--coordinator=HOST:PORT --num_processes=N --process_id=$(JOB_COMPLETION_INDEX) in the container's command"
+      f"this is pod {index} of a Kubernetes job of unknown size: give --coordinator=HOST:PORT --num_processes=N "
+      "--process_id=$(JOB_COMPLETION_INDEX) in the container's command"
     )
   return None
 
 
-def _mpi(environ) -> ProcessInfo | None:
+def _open_mpi(environ: Mapping[str, str]) -> ProcessInfo | None:
   count = int(environ.get("OMPI_COMM_WORLD_SIZE", 0))
   if count < 2:
     return None
   launcher = environ.get("OMPI_MCA_orte_hnp_uri", "")
-  host = re.search(r"tcp://([^,:]+)|tcp6://\[([^,\]]+)", launcher)
-  if host is None:
+  match = re.search(r"tcp://([^,:]+)|tcp6://\[([^,\]]+)", launcher)
+  if match is None:
     raise UserError(
-      f"Open MPI started {count} processes and does not say where: give --coordinator=HOST:PORT "
+      f"Open MPI started {count} processes and does not tell the host of the first: give --coordinator=HOST:PORT "
       f"--num_processes={count} --process_id=$OMPI_COMM_WORLD_RANK"
     )
+  host = match[1] or f"[{match[2]}]"
   port = 10000 + zlib.crc32(launcher.split(";")[0].encode()) % 20000
-  several = int(environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", 1)) > 1
-  local = int(environ["OMPI_COMM_WORLD_LOCAL_RANK"]) if several else None
-  host = host[1] or f"[{host[2]}]"
+  share_host = int(environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", 1)) > 1
+  local = int(environ["OMPI_COMM_WORLD_LOCAL_RANK"]) if share_host else None
   return ProcessInfo("Open MPI", f"{host}:{port}", count, int(environ["OMPI_COMM_WORLD_RANK"]), local)
 
 
-def _slurm(environ) -> ProcessInfo | None:
-  """Only inside `srun`: the allocation (SLURM_NTASKS) also speaks in the batch script and in an interactive shell."""
+def _slurm(environ: Mapping[str, str]) -> ProcessInfo | None:
+  """Only inside `srun`: the batch script and an interactive shell have the variables of the allocation too."""
   count = int(environ.get("SLURM_STEP_NUM_TASKS", 0))
   if count < 2 or "SLURM_PROCID" not in environ:
     return None
   step = environ.get("SLURM_STEP_ID", "0")
   port = 10000 + (int(environ["SLURM_JOB_ID"]) * 7 + (int(step) if step.isdigit() else 0)) % 20000
-  # "4(x2)" tasks on each of two nodes, "1" on one
-  several = environ.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0] != "1"
-  local = int(environ["SLURM_LOCALID"]) if several else None
+  # "4(x2)": four tasks on each of two nodes; "1": one task on one node.
+  share_host = environ.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0] != "1"
+  local = int(environ["SLURM_LOCALID"]) if share_host else None
   host = first_host(environ["SLURM_STEP_NODELIST"])
   return ProcessInfo("Slurm", f"{host}:{port}", count, int(environ["SLURM_PROCID"]), local)
 
 
 def first_host(nodes: str) -> str:
-  """`gpu[003-005,9],login1` -> `gpu003`."""
-  return re.sub(r"\[(\w+)[^\]]*\]", r"\1", re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)[0])
+  """The first host of a Slurm node list: `gpu[003-005,9],login1` -> `gpu003`."""
+  match = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)
+  return re.sub(r"\[(\w+)[^\]]*\]", r"\1", match[0] if match else "")
 
 
-def _gke_tpu(environ) -> ProcessInfo | None:
+def _gke_tpu(environ: Mapping[str, str]) -> ProcessInfo | None:
   hosts = environ.get("TPU_PROCESS_ADDRESSES") or environ.get("TPU_WORKER_HOSTNAMES")
   if not hosts or "TPU_WORKER_ID" not in environ:
     return None
-  return _slices("GKE", hosts.split(","), int(environ["TPU_WORKER_ID"]), environ.get)
+  return _tpu_slices("GKE", hosts.split(","), int(environ["TPU_WORKER_ID"]), environ)
 
 
-def _gce_tpu(environ, metadata) -> ProcessInfo | None:
+def _cloud_tpu(environ: Mapping[str, str], metadata: Metadata) -> ProcessInfo | None:
   workers, index = metadata("worker-network-endpoints"), metadata("agent-worker-number")
   if not workers or index is None:
     return None
-  text = metadata("tpu-env") or ""
-  pairs = dict(re.findall(r"^\s*(\w+)\s*:\s*'?(.*?)'?\s*$", text, re.MULTILINE))
+  pairs = re.findall(r"^\s*(\w+)\s*:\s*'?(.*?)'?\s*$", metadata("tpu-env") or "", re.MULTILINE)
   hosts = [worker.split(":")[-1] for worker in workers.split(",")]  # an address, or name:id:address
-  return _slices("Cloud TPU", hosts, int(index), lambda key: environ.get(key) or pairs.get(key))
+  return _tpu_slices("Cloud TPU", hosts, int(index), {**dict(pairs), **environ})
 
 
-def _slices(origin, hosts, index, get) -> ProcessInfo:
-  """Several TPU slices joined over the data-centre network make one run."""
-  slices, this = int(get("MEGASCALE_NUM_SLICES") or 1), int(get("MEGASCALE_SLICE_ID") or 0)
-  root = (get("MEGASCALE_COORDINATOR_ADDRESS") or hosts[0]).split(":")[0]
-  return ProcessInfo(origin, f"{root}:{TPU_PORT}", len(hosts) * slices, this * len(hosts) + index)
+def _tpu_slices(origin: str, hosts: Sequence[str], index: int, variables: Mapping[str, str]) -> ProcessInfo:
+  """Several TPU slices that are joined over the data-center network make one run."""
+  num_slices = int(variables.get("MEGASCALE_NUM_SLICES") or 1)
+  slice_index = int(variables.get("MEGASCALE_SLICE_ID") or 0)
+  first = (variables.get("MEGASCALE_COORDINATOR_ADDRESS") or hosts[0]).split(":")[0]
+  return ProcessInfo(origin, f"{first}:{TPU_PORT}", len(hosts) * num_slices, slice_index * len(hosts) + index)
 
 
-def tpu_metadata(environ: Mapping[str, str]) -> Callable[[str], str | None] | None:
-  """How to ask the metadata server of a Cloud TPU VM; None on any other machine, without asking anyone."""
-  platforms = jax.config.jax_platforms
-  # JAX sets TPU_SKIP_MDS_QUERY when imported on a machine without TPU chips.
+def tpu_metadata(environ: Mapping[str, str]) -> Metadata | None:
+  """How to read the metadata server of a Cloud TPU VM; None on other machines, without a request to any server."""
+  platforms = _platforms()
+  # JAX sets TPU_SKIP_MDS_QUERY when it is imported on a machine without TPU chips.
   if platforms and "tpu" not in platforms.split(",") or "TPU_SKIP_MDS_QUERY" in environ:
     return None
   if importlib.util.find_spec("libtpu") is None:
     return None
-  server = environ.get("GCE_METADATA_IP", "metadata.google.internal")
-  opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
-  def ask(key):
-    url = f"http://{server}/computeMetadata/v1/instance/attributes/{key}"
-    request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
+  def read(key: str) -> str | None:
     for attempt in range(3):
       try:
-        with opener.open(request, timeout=5) as answer:
-          return answer.read().decode()
-      except urllib.error.HTTPError as error:
-        if error.code == 404:
-          return None
+        return read_metadata(server, f"attributes/{key}")
       except OSError:
-        pass
-      time.sleep(attempt)
-    log.warning("TPU chips, but no metadata server at %s: taken for a single host", server)
+        time.sleep(attempt)
+    log.warning("TPU chips, but no metadata server at %s: this run uses a single host", server)
     return None
 
-  return ask
+  server = environ.get("GCE_METADATA_IP", "metadata.google.internal")
+  return read
 
 
-_crew: rendezvous.Peers | None = None
+def _platforms() -> str | None:
+  return jax.config.jax_platforms  # type: ignore[attr-defined]  # JAX adds its options at run time
+
+
+_peers: Peers | None = None
 
 
 def active() -> bool:
   """Whether this process is one of several."""
-  return _crew is not None
+  return _peers is not None
 
 
 def initialize(flags: Flags) -> ProcessInfo | None:
-  """Joins the other processes of this run, if there are any; None if this is the only one.
+  """Connects to the other processes of this run; None when there are none.
 
   Raises:
-    TransientError: some processes did not come in time; it names them.
-    UserError: the processes do not agree on who they are.
+    TransientError: some processes did not connect in time; the message names them.
+    UserError: the processes do not agree on their numbers.
   """
-  global _crew
-  place = from_flags(flags)
-  if place is None:
-    cpu_only = jax.config.jax_platforms == "cpu"
+  global _peers
+  info = from_flags(flags)
+  if info is None:
+    cpu_only = _platforms() == "cpu"
     environ = {k: v for k, v in os.environ.items() if not (cpu_only and k.startswith("TPU_"))}
-    place = detect(environ, tpu_metadata(environ))
-  if place is None or place.count == 1:
+    info = detect(environ, tpu_metadata(environ))
+  if info is None or info.count == 1:
     return None
-  say = log.info if place.index == 0 else log.debug
-  say("%s: %s, waiting for the others at %s", place.origin, place, place.coordinator)
-  crew = rendezvous.join(place, flags.initialization_timeout, flags.heartbeat_timeout)
+  level = logging.INFO if info.index == 0 else logging.DEBUG
+  log.log(level, "%s: %s, waiting for the others at %s", info.origin, info, info.coordinator)
+  peers = Peers(info, flags.initialization_timeout, flags.heartbeat_timeout)
   jax.distributed.initialize(
-    place.coordinator,
-    num_processes=place.count,
-    process_id=place.index,
-    local_device_ids=None if place.local_device is None else [place.local_device],
+    info.coordinator,
+    num_processes=info.count,
+    process_id=info.index,
+    local_device_ids=None if info.local_device is None else [info.local_device],
     cluster_detection_method="deactivate",
     initialization_timeout=max(int(flags.initialization_timeout), 1),
     heartbeat_timeout_seconds=flags.heartbeat_timeout,
   )
-  say("all are here: %s", ", ".join(crew.hosts))
-  _crew = crew
-  barrier("started", flags.initialization_timeout)
-  return place
+  log.log(level, "all processes are connected: %s", ", ".join(peers.hosts))
+  _peers = peers
+  barrier("start", flags.initialization_timeout)
+  return info
 
 
 def barrier(name: str, timeout: float = 300.0) -> None:
-  """Waits until every process is here; an TransientError names those that are not, after `timeout` seconds."""
-  if _crew is not None:
-    _crew.barrier(name, timeout)
+  """Waits until every process has called this with the same name.
+
+  Raises:
+    TransientError: some processes did not arrive within `timeout` seconds; the message names them.
+  """
+  if _peers is not None:
+    _peers.barrier(name, timeout)
 
 
 def check_shared(flag: str, folder: Path) -> None:
-  """Makes sure that all processes see in `folder` what process 0 writes there. In a bucket all do.
+  """Checks that all processes see in `folder` what process 0 writes there. In a bucket they always do.
 
   Raises:
-    UserError: this one does not.
+    UserError: this process does not.
   """
-  if _crew is None or bucket.remote(folder):
+  if _peers is None or bucket.remote(folder):
     return
-  mine, seen = _crew.place.index == 0, True
-  file = folder / f".shared-{_crew.token}"
+  is_writer, visible = _peers.info.index == 0, True
+  file = folder / f".shared-{_peers.start_id}"
   try:
-    if mine:
+    if is_writer:
       file.write_text("beit_jax\n")
-    barrier("a file for all to see is there")
-    seen = mine or _appears(file)
-    barrier("all have looked for it", PATIENCE + 300)
+    barrier("test file is written")
+    visible = is_writer or _appears(file)
+    barrier("test file was looked for", VISIBILITY_TIMEOUT + 300)
   except OSError as error:
     raise UserError(f"{flag}={folder}: nothing can be written there ({error})") from None
   finally:
-    if mine:
+    if is_writer:
       with contextlib.suppress(OSError):
         file.unlink()
-  if not seen:
+  if not visible:
     alternative = ", or gs://BUCKET/RUN" if flag == "--workdir" else ""
     raise UserError(
-      f"{flag}={folder.absolute()}: {_crew.place} does not see there what process 0 ({_crew.hosts[0]}) writes; "
+      f"{flag}={folder.absolute()}: {_peers.info} does not see there what process 0 ({_peers.hosts[0]}) writes; "
       f"it must be on a file system that all processes share{alternative}"
     )
-  barrier("all see it")  # nothing is begun before
+  barrier("test file is visible to all")  # the run starts only after that
 
 
 def _appears(file: Path) -> bool:
-  """Lists the folder anew each time: a look-up by name that failed may be remembered."""
-  end = time.monotonic() + PATIENCE
+  """Lists the folder each time: a network file system may cache a lookup by name that failed."""
+  end = time.monotonic() + VISIBILITY_TIMEOUT
   while True:
     with contextlib.suppress(OSError):
       if file.name in os.listdir(file.parent):
@@ -302,62 +297,67 @@ def _appears(file: Path) -> bool:
     time.sleep(0.5)
 
 
-def tell(text: str, status: int) -> None:
-  """Says to all the others why this process is about to end, and with which status: 2 is then theirs too, else 75.
+def notify_peers(text: str, status: int) -> None:
+  """Notifies the other processes that this one is about to end with an error.
 
-  Nothing is said where another has ended by now: a collective or a save that breaks is the consequence.
+  They end too, with the same status when it is 2 (a mistake of the user's), else with 75. Nothing is sent when another
+  process has ended by now: a collective or a save that fails is then the consequence.
   """
-  if _crew is not None and not _crew.stopped.wait(rendezvous.GRACE if status < 128 else 0):
-    _crew.fail(text, status)
+  if _peers is not None and not _peers.stopped.wait(GRACE if status < 128 else 0):
+    _peers.fail(text, status)
 
 
-def end_with(error: Exception) -> int:
-  """A mistake of the user's or an outage, said here, in log.txt and to the others; returns the exit status."""
+def report_error(error: Exception) -> int:
+  """Reports a mistake of the user's, or an outage: on the terminal, in log.txt, to the other processes.
+
+  Returns:
+    The exit status.
+  """
   print(f"error: {error}", file=sys.stderr)
   only_file(f"error: {error}")
   status = getattr(error, "status", TransientError.status)
-  tell(str(error), status)
+  notify_peers(str(error), status)
   return status
 
 
 def shutdown() -> None:
-  """Leaves the run in good order, after everything is written."""
-  global _crew
-  if _crew is not None:
-    barrier("finished", 1800)
-    _crew.leave()
-    _crew = None
+  """Disconnects from the other processes, after everything is written."""
+  global _peers
+  if _peers is not None:
+    _peers.leave(timeout=1800)
+    _peers = None
     jax.distributed.shutdown()
 
 
 def run(main: Callable[[list[str]], int], argv: list[str]) -> None:
-  """`sys.exit(main(argv))` that ends soon where something went wrong.
+  """Like `sys.exit(main(argv))`, but ends soon after an error.
 
-  A process that fails must not wait in JAX's exit handler, for minutes, for others that wait for it in a collective,
-  nor, alone, for the threads that a failed save of Orbax leaves behind.
+  A process that fails must not wait for minutes in JAX's exit handler for others that wait for it in a collective, nor,
+  as a single process, for the threads that a failed save of Orbax leaves behind.
   """
   try:
     status = main(argv)
-    if active() and not _crew.leaving:
+    if _peers is not None and not _peers.leaving:
       shutdown()
   except Exception as error:
-    if not active():
+    if _peers is None:
       raise
-    if isinstance(error, UserError):  # at the very end, where `main` has returned
+    text = f"{type(error).__name__}: {error}"
+    if isinstance(error, UserError):  # raised after `main` returned
+      text = str(error)
       print(f"error: {error}", file=sys.stderr)
     else:
       traceback.print_exc()
     status = getattr(error, "status", 1)
-    tell(str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}", status)
-    if _crew.stopped.is_set():  # a thread says who was first, and ends this process with the status of that
-      time.sleep(2 * rendezvous.GRACE)
-  if not active():
-    if status:
-      end = threading.Timer(rendezvous.GRACE, os._exit, (status,))
-      end.daemon = True
-      end.start()
-      sys.stdout.flush()
-    sys.exit(status)
+    notify_peers(text, status)
+    if _peers.stopped.is_set():  # its thread names the process that ended first, and ends this one
+      time.sleep(2 * GRACE)
   sys.stdout.flush()
   sys.stderr.flush()
-  os._exit(status)
+  if _peers is not None:
+    os._exit(status)
+  if status:
+    timer = threading.Timer(GRACE, os._exit, (status,))
+    timer.daemon = True
+    timer.start()
+  sys.exit(status)

@@ -1,8 +1,9 @@
-"""One writer a run folder."""
+"""The lock of a run folder: one run writes there at a time."""
 
 import contextlib
 import datetime
 import errno
+import fcntl
 import json
 import logging
 import os
@@ -12,27 +13,29 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, TextIO
 
 import jax
 
 from beit_jax.errors import UserError
-from beit_jax.runtime import bucket, rendezvous
+from beit_jax.runtime import bucket
 from beit_jax.runtime.logs import log
+from beit_jax.runtime.rendezvous import LOST_STATUS
 
 LOCK = "lock.json"
-BEAT = 10.0  # seconds between two signs of life of who holds the lock in a bucket
-LEASE = 45.0  # seconds without one after which it is free
+RENEW_INTERVAL = 10.0  # seconds between two renewals of a lease
+LEASE = 45.0  # seconds after which a lease that is not renewed expires
 
 
-def holder(workdir: Path) -> dict:
-  """What the lock file says of the process that last wrote here: host, pid, started, command; {} for nothing."""
+def holder(workdir: Path) -> dict[str, Any]:
+  """The process that wrote the lock file last: host, pid, started, command; empty when there is none."""
   try:
     return _parse((workdir / LOCK).read_text())
   except (OSError, ValueError):
     return {}
 
 
-def _parse(text: str) -> dict:
+def _parse(text: str) -> dict[str, Any]:
   try:
     value = json.loads(text)
   except ValueError:
@@ -41,79 +44,77 @@ def _parse(text: str) -> dict:
 
 
 def held(workdir: Path) -> bool:
-  """Whether a living process of this machine, or of any machine in a bucket, holds the lock."""
+  """Whether a living process holds the lock: one of this machine, or in a bucket one of any machine."""
   if bucket.remote(workdir):
     return bucket.age(workdir / LOCK) < LEASE and _alive(holder(workdir)) is not False
   try:
-    import fcntl
-
-    with (workdir / LOCK).open("rb+") as file:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError:
-    return True
-  except (ImportError, OSError):
+    with (workdir / LOCK).open("r+") as file:
+      return not _acquire(file)
+  except OSError:
     return False
-  return False
+
+
+def _acquire(file: TextIO) -> bool:
+  """Locks an open file, if no other process has; raises an OSError on file systems without locks."""
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    return False
+  return True
 
 
 @contextlib.contextmanager
 def exclusive_lock(workdir: Path) -> Iterator[None]:
-  """Holds workdir/lock.json; the kernel lets go of it when the process ends, however it ends.
+  """Holds workdir/lock.json, on process 0. The kernel releases it when the process ends, however it ends.
 
-  On file systems without locks (some network mounts) nothing is held, with a warning. In a bucket the file itself is
-  the lock: see `_lease`.
+  On file systems without locks (some network mounts) there is a warning instead. In a bucket the file itself is the
+  lock, a lease that is renewed.
 
   Raises:
-    UserError: another process holds it; names that.
+    UserError: another process holds the lock; the message names it.
   """
   if jax.process_index() != 0:
     yield
-    return
-  if bucket.remote(workdir):
+  elif bucket.remote(workdir):
     with _lease(workdir):
       yield
-    return
-  with contextlib.ExitStack() as stack:
-    file = stack.enter_context((workdir / LOCK).open("a+"))
-    before = holder(workdir)
-    try:
-      import fcntl
-
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      raise _refusal(workdir, before) from None
-    except (ImportError, OSError) as error:
-      reason = errno.errorcode.get(getattr(error, "errno", None) or 0, str(error))
-      log.warning("%s cannot be locked (%s): make sure that no other run writes there", workdir, reason)
-    _say_left_behind(before)
-    file.truncate(0)
-    file.write(json.dumps(_me()) + "\n")
-    file.flush()
-    yield
-    file.truncate(0)  # left in good order
+  else:
+    with (workdir / LOCK).open("a+") as file:
+      previous = holder(workdir)
+      try:
+        if not _acquire(file):
+          raise _refusal(workdir, previous)
+      except OSError as error:
+        reason = errno.errorcode.get(error.errno or 0, str(error))
+        log.warning("%s cannot be locked (%s): make sure that no other run writes there", workdir, reason)
+      _log_takeover(previous)
+      file.truncate(0)
+      file.write(json.dumps(_this_process()) + "\n")
+      file.flush()
+      yield
+      file.truncate(0)  # says that the run ended by itself
 
 
-def _me() -> dict:
+def _this_process() -> dict[str, Any]:
   started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-  return dict(host=platform.node(), pid=os.getpid(), started=started, command=" ".join(sys.argv))
+  return {"host": platform.node(), "pid": os.getpid(), "started": started, "command": " ".join(sys.argv)}
 
 
-def _refusal(workdir: Path, before: dict) -> UserError:
+def _refusal(workdir: Path, other: dict[str, Any]) -> UserError:
   return UserError(
-    f"{workdir}: another run writes here: process {before.get('pid')} on {before.get('host')}, since "
-    f"{before.get('started')} ({before.get('command')}); wait for it, stop it, or take another --workdir"
+    f"{workdir}: another run writes here: process {other.get('pid')} on {other.get('host')}, since "
+    f"{other.get('started')} ({other.get('command')}); wait for it, stop it, or use another --workdir"
   )
 
 
-def _say_left_behind(before: dict) -> None:
-  if before:
-    log.info(
-      "the lock of process %s on %s was left behind; taken over", before.get("pid"), before.get("host")
-    )
+def _log_takeover(previous: dict[str, Any]) -> None:
+  if previous:
+    text = "process %s on %s ended without releasing its lock, which is now taken over"
+    log.info(text, previous.get("pid"), previous.get("host"))
 
 
 def _machine() -> str:
-  """Where process numbers mean the same: the boot of a kernel, and a namespace in it; "" where nobody says."""
+  """Identifies where process numbers are comparable: boot and process namespace; empty where this is unknown."""
   try:
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -121,13 +122,13 @@ def _machine() -> str:
     return ""
 
 
-def _alive(before: dict) -> bool | None:
-  """Whether the process that a lock names lives; None where that cannot be seen from here."""
-  if not _machine() or before.get("machine") != _machine():
+def _alive(process: dict[str, Any]) -> bool | None:
+  """Whether the process that holds a lock is alive; None when it runs on another machine."""
+  if not _machine() or process.get("machine") != _machine():
     return None
   try:
-    os.kill(int(before["pid"]), 0)
-  except (ProcessLookupError, KeyError, ValueError):
+    os.kill(int(process["pid"]), 0)
+  except (ProcessLookupError, LookupError, ValueError):
     return False
   except PermissionError:
     pass
@@ -136,79 +137,78 @@ def _alive(before: dict) -> bool | None:
 
 @contextlib.contextmanager
 def _lease(workdir: Path) -> Iterator[None]:
-  """Holds lock.json in a bucket: written on the condition that nobody else has, and again every `BEAT` seconds.
+  """Holds lock.json in a bucket: written on the condition that no other process has, and renewed.
 
-  A lock without such a sign of life for `LEASE` seconds, watched from here, is taken over; that of a dead process of
-  this machine at once. A living one on another machine has as long to end: a cluster may start the replacement while
-  it still saves. Who finds that his own was taken over, after a long pause, ends with status 75.
+  A lease that is not renewed for `LEASE` seconds is taken over; that of a dead process of this machine at once. A
+  process that finds its own lease taken over, after a long pause, exits with status 75.
   """
-  path = workdir / LOCK
-  text, generation = bucket.read(path)
-  before = _parse(text)
-  if generation and _alive(before) is not False:
-    generation = _watch(workdir, before, generation)
-  _say_left_behind(before if generation else {})
-  mine = json.dumps(_me() | {"machine": _machine()}) + "\n"
-  generation = _claim(path, mine, generation)
+  path, text = workdir / LOCK, json.dumps(_this_process() | {"machine": _machine()}) + "\n"
+  generation = _write(path, text, _await_expiry(workdir))
   if not generation:
     raise _refusal(workdir, holder(workdir))
-  held, stop = [generation], threading.Event()
+  stop = threading.Event()
 
-  def beat():
-    while not stop.wait(BEAT):
+  def renew() -> None:
+    nonlocal generation
+    while not stop.wait(RENEW_INTERVAL):
       try:
-        held[0] = _claim(path, mine, held[0])
-      except Exception as error:  # an outage; tried again
+        generation = _write(path, text, generation)
+      except Exception as error:  # an outage: the next renewal may succeed
         log.debug("%s: %s", path, error)
-      if not held[0]:
+      if not generation:
         log.error("%s was taken over by process %s; this one ends", path, holder(workdir).get("pid"))
         logging.shutdown()
-        os._exit(rendezvous.LOST)
+        os._exit(LOST_STATUS)
 
-  thread = threading.Thread(target=beat, daemon=True)
+  thread = threading.Thread(target=renew, daemon=True)
   thread.start()
   try:
     yield
   finally:
-    with contextlib.suppress(
-      Exception
-    ):  # while nobody else writes; tried again, and said, at the end of the process
-      bucket.push()
+    with contextlib.suppress(Exception):  # `bucket.close` tries again, and reports a failure
+      bucket.push()  # while no other process writes
     stop.set()
     thread.join()
-    with contextlib.suppress(Exception):  # it will be seen to be dead
-      bucket.delete(path, held[0])
+    with contextlib.suppress(Exception):  # the lease expires by itself
+      bucket.delete(path, generation)
 
 
-def _watch(workdir: Path, before: dict, generation: int) -> int:
-  """Waits for the holder to end. The generation to replace, or 0 where it has let go by itself.
+def _await_expiry(workdir: Path) -> int:
+  """Waits until the lock is free or its lease has expired; the generation of lock.json to replace, 0 for none.
+
+  A living holder on another machine has `LEASE` seconds to end: a cluster may start the replacement of a run that still
+  saves.
 
   Raises:
-    UserError: the holder is of this machine, or gives signs of life for longer than `LEASE`.
+    UserError: the holder runs on this machine, or goes on renewing its lease.
   """
-  if _alive(before):
-    raise _refusal(workdir, before)
-  log.info(
-    "%s: process %s on %s has the lock; looking for %g s whether it lives, or ends",
-    workdir,
-    before.get("pid"),
-    before.get("host"),
-    LEASE,
-  )
-  began = last = time.monotonic()
-  while time.monotonic() - last < LEASE:
-    time.sleep(min(1.0, BEAT))
-    now = bucket.read(workdir / LOCK)[1]
-    if not now:
-      return 0
-    if now != generation:
-      generation, last = now, time.monotonic()
-      if last - began > LEASE:
-        raise _refusal(workdir, before)
+  text, generation = bucket.read(workdir / LOCK)
+  previous = _parse(text)
+  alive = generation and _alive(previous)
+  if alive:
+    raise _refusal(workdir, previous)
+  if generation and alive is None:
+    text = "%s: locked by process %s on %s; waiting %g s for it to end or its lease to expire"
+    log.info(text, workdir, previous.get("pid"), previous.get("host"), LEASE)
+    began = renewed = time.monotonic()
+    while time.monotonic() - renewed < LEASE:
+      time.sleep(min(1.0, RENEW_INTERVAL))
+      now = bucket.read(workdir / LOCK)[1]
+      if not now:
+        return 0
+      if now != generation:
+        generation, renewed = now, time.monotonic()
+        if renewed - began > LEASE:
+          raise _refusal(workdir, previous)
+  if generation:
+    _log_takeover(previous)
   return generation
 
 
-def _claim(path: Path, mine: str, generation: int) -> int:
-  """The new generation; 0 where another writer has it. A repeated request may have been answered already."""
-  text, now = (mine, 0) if (new := bucket.write(path, mine, generation)) else bucket.read(path)
-  return new or (now if text == mine else 0)
+def _write(path: Path, text: str, generation: int) -> int:
+  """Replaces one generation of the lock: the new generation, 0 when another process was faster."""
+  new = bucket.write(path, text, generation)
+  if new:
+    return new
+  found, now = bucket.read(path)
+  return now if found == text else 0  # a repeated request may have succeeded the first time

@@ -1,4 +1,4 @@
-"""metrics.jsonl, TensorBoard, the progress line; only process 0 writes."""
+"""The log of the package, and the metrics of a run: metrics.jsonl, TensorBoard, the progress line."""
 
 import contextlib
 import json
@@ -17,13 +17,14 @@ from beit_jax.errors import UserError
 from beit_jax.runtime import bucket
 
 log = logging.getLogger("beit_jax")
+FOREIGN_LOGGERS = ("py.warnings", "absl", "jax", "orbax")  # their warnings go to log.txt too
 
 
 def setup(workdir: Path | None = None) -> None:
-  """Sends the package's log to standard error and, with a workdir, to workdir/log.txt. Idempotent.
+  """Sends the package's log to standard error and, with a workdir, to workdir/log.txt. May be called again.
 
-  Of several processes, which a call with a workdir asks for, number 0 says everything; the others warn, with their
-  number before each line; they write workdir/log_<number>.txt.
+  With a workdir, process 0 logs everything; the other processes log warnings only, with their number before each line,
+  and write workdir/log_<number>.txt.
 
   Raises:
     UserError: the workdir cannot be written to.
@@ -34,29 +35,32 @@ def setup(workdir: Path | None = None) -> None:
   for handler in list(log.handlers):
     log.removeHandler(handler)
     handler.close()
-  handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+  prefix = f"[{index}] " if index else ""
+  _add_handler(logging.StreamHandler(sys.stderr), prefix, "%H:%M:%S")
+  for name in FOREIGN_LOGGERS:
+    logger = logging.getLogger(name)
+    for handler in [handler for handler in logger.handlers if isinstance(handler, _Forward)]:
+      logger.removeHandler(handler)
   if workdir is not None:
+    failures: tuple[type[Exception], ...] = (OSError, ValueError, *bucket.errors())
     try:
       bucket.check_writable(workdir)
       workdir.mkdir(parents=True, exist_ok=True)
-      handlers.append(_File(bucket.local(workdir / (f"log_{index}.txt" if index else "log.txt"))))
-    except (OSError, ValueError, *bucket.errors()) as error:
+      file = _File(bucket.local(workdir / (f"log_{index}.txt" if index else "log.txt")))
+    except failures as error:
       raise UserError(f"--workdir={workdir}: nothing can be written there ({error})") from None
-  prefix = f"[{index}] " if index else ""
-  for handler, clock in zip(handlers, ("%H:%M:%S", "%Y-%m-%d %H:%M:%S"), strict=False):
-    handler.setFormatter(logging.Formatter(f"{prefix}%(asctime)s %(levelname).1s %(message)s", clock))
-    log.addHandler(handler)
-  for other in ("py.warnings", "absl", "jax", "orbax"):  # their warnings belong into the file too
-    logger = logging.getLogger(other)
-    for handler in [h for h in logger.handlers if getattr(h, "of_beit_jax", False)]:
-      logger.removeHandler(handler)
-    if len(handlers) > 1:
-      forward = _Forward(handlers[1])
-      logger.addHandler(forward)
+    _add_handler(file, prefix, "%Y-%m-%d %H:%M:%S")
+    for name in FOREIGN_LOGGERS:
+      logging.getLogger(name).addHandler(_Forward(file))
+
+
+def _add_handler(handler: logging.Handler, prefix: str, time_format: str) -> None:
+  handler.setFormatter(logging.Formatter(f"{prefix}%(asctime)s %(levelname).1s %(message)s", time_format))
+  log.addHandler(handler)
 
 
 def only_file(message: str) -> None:
-  """One line for log.txt that nobody wants on the terminal."""
+  """Writes a line to log.txt but not to the terminal."""
   record = logging.LogRecord(log.name, logging.INFO, __file__, 0, message, None, None)
   for handler in log.handlers:
     if isinstance(handler, logging.FileHandler):
@@ -64,7 +68,7 @@ def only_file(message: str) -> None:
 
 
 class _File(logging.FileHandler):
-  """On a full disk one line, not a stack trace for every message; what must not be lost raises by itself."""
+  """Reports the first write error (a full disk) in one line, not a stack trace for every message."""
 
   failed = False
 
@@ -75,51 +79,51 @@ class _File(logging.FileHandler):
 
 
 class _Forward(logging.Handler):
-  """Sends the warnings of another logger to one of our handlers, each message once."""
-
-  of_beit_jax = True
+  """Sends the warnings of another package to a handler of ours, each message once."""
 
   def __init__(self, target: logging.Handler):
     super().__init__(logging.WARNING)
-    self._target, self._seen = target, set()
+    self._target = target
+    self._known: set[tuple[str, str]] = set()
 
   def emit(self, record: logging.LogRecord) -> None:
     key = (record.name, record.getMessage())
-    if key not in self._seen and len(self._seen) < 1000:
-      self._seen.add(key)
+    if key not in self._known and len(self._known) < 1000:
+      self._known.add(key)
       self._target.handle(record)
 
 
 class Logger:
-  """Writes one JSON object per logged step, mirrors it to TensorBoard, keeps a progress line on a terminal."""
+  """Writes one JSON object per logged step, TensorBoard's copy of it, and a progress line; on process 0 only."""
 
   def __init__(
-    self, workdir: Path, total_steps: int, name: str = "", start_step: int = 0, *, again: bool = False
+    self,
+    workdir: Path,
+    total_steps: int,
+    name: str = "",
+    start_step: int = 0,
+    *,
+    redo_evaluation: bool = False,
   ):
+    """
+    Args:
+      workdir: folder of metrics.jsonl and tensorboard/.
+      total_steps: last step of the run.
+      name: label of the progress line.
+      start_step: the step that was restored; later rows of an interrupted run are deleted.
+      redo_evaluation: whether the evaluation at `start_step` is repeated; its rows are then deleted too.
+    """
     self._active = jax.process_index() == 0
     self._total, self._name, self._start = total_steps, name, start_step
     self._began = time.monotonic()
-    if not self._active:
-      return
-    self._path = bucket.local(workdir / "metrics.jsonl")
-    self._truncate(start_step, again)
-    self._file = self._path.open("a")
-    self._tensorboard = _TensorBoard(bucket.local(workdir / "tensorboard"), start_step + 1)
-
-  def _truncate(self, step: int, again: bool) -> None:
-    """Forgets what an interrupted run logged after the step that was restored, and, `again`, that step's evaluation."""
-    if self._path.exists():
-      rows = [line for line in self._path.read_text(errors="replace").splitlines() if _step_of(line) <= step]
-      rows = [row for row in rows if not (again and _step_of(row) == step and '"eval_' in row)]
-      temporary = self._path.with_suffix(".tmp")  # a kill in between leaves the old file or the new one
-      with temporary.open("w") as file:
-        file.write("".join(f"{row}\n" for row in rows))
-        file.flush()
-        os.fsync(file.fileno())
-      temporary.replace(self._path)
+    if self._active:
+      path = bucket.local(workdir / "metrics.jsonl")
+      _truncate(path, start_step, redo_evaluation)
+      self._file = path.open("a")
+      self._tensorboard = _TensorBoard(bucket.local(workdir / "tensorboard"), start_step + 1)
 
   def write(self, step: int, metrics: Mapping[str, float]) -> None:
-    """Values must be finite floats to be plotted; NaN and infinity go to the file as null."""
+    """Writes the metrics of a step; NaN and infinity become null and are not plotted."""
     if not self._active:
       return
     clean = {k: (float(v) if math.isfinite(float(v)) else None) for k, v in metrics.items()}
@@ -131,7 +135,7 @@ class Logger:
     self._tensorboard.flush()
 
   def progress(self, step: int, metrics: Mapping[str, float]) -> None:
-    """`pretrain 120/600 loss 4.512 310 img/s eta 1:32`, on one line of a terminal."""
+    """Shows `pretrain 120/600  loss 4.5120  310 img/s  eta 1:32` in one line of a terminal."""
     if not (self._active and sys.stderr.isatty()):
       return
     done = max(step - self._start, 1)
@@ -147,11 +151,32 @@ class Logger:
       self._tensorboard.close()
 
 
-class _TensorBoard:
-  """Scalars in a file of TensorBoard's own form.
+def _truncate(path: Path, step: int, redo_evaluation: bool) -> None:
+  """Deletes the rows after a step and, with `redo_evaluation`, the evaluation at that step."""
+  if not path.exists():
+    return
+  rows = [line for line in path.read_text(errors="replace").splitlines() if _step_of(line) <= step]
+  if redo_evaluation:
+    rows = [row for row in rows if not (_step_of(row) == step and '"eval_' in row)]
+  temporary = path.with_suffix(".tmp")  # a kill in between leaves the old file or the new one
+  with temporary.open("w") as file:
+    file.write("".join(f"{row}\n" for row in rows))
+    file.flush()
+    os.fsync(file.fileno())
+  temporary.replace(path)
 
-  Not tensorboardX's SummaryWriter: that one's thread ends at the first error (a full disk), and whoever hands it more
-  waits for ever.
+
+def _step_of(line: str) -> int:
+  try:
+    return int(json.loads(line)["step"])
+  except (ValueError, KeyError, TypeError):  # a line that a kill has cut off
+    return sys.maxsize
+
+
+class _TensorBoard:
+  """Writes scalars in TensorBoard's file format.
+
+  The thread of tensorboardX's SummaryWriter ends at the first error (a full disk), after which its callers block.
   """
 
   def __init__(self, folder: Path, first_step: int):
@@ -161,9 +186,7 @@ class _TensorBoard:
     folder.mkdir(exist_ok=True)
     self._event, self._scalar = Event, summary.scalar
     self._writer = event_file_writer.EventsWriter(str(folder / "events"))
-    start = SessionLog(
-      status=SessionLog.START
-    )  # what earlier files say of this step and later ones is forgotten
+    start = SessionLog(status=SessionLog.START)  # TensorBoard drops this step and later ones of earlier files
     self._writer.write_event(Event(wall_time=time.time(), step=first_step, session_log=start))
 
   def add(self, step: int, key: str, value: float) -> None:
@@ -174,13 +197,6 @@ class _TensorBoard:
 
   def close(self) -> None:
     self._writer.close()
-
-
-def _step_of(line: str) -> int:
-  try:
-    return int(json.loads(line)["step"])
-  except (ValueError, KeyError, TypeError):  # a line cut off by a kill
-    return sys.maxsize
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:

@@ -1,8 +1,7 @@
-"""Google's clouds say in the metadata of a machine, and in no signal, that they are about to take it away.
+"""Maintenance events and preemptions that Google Cloud announces in the metadata of a machine.
 
-Slurm, Kubernetes, containers and shutdowns send SIGTERM. A spot VM or a TPU host about to be maintained is told by its
-metadata server (`instance/preempted`, `instance/maintenance-event`), seconds to an hour before; here that becomes the
-same SIGTERM.
+Slurm, Kubernetes, containers and shutdowns send SIGTERM. For a spot VM, or a TPU host before its maintenance, there is
+only an announcement at its metadata server, seconds to an hour before; this module turns it into the same SIGTERM.
 """
 
 import os
@@ -15,16 +14,14 @@ from pathlib import Path
 
 from beit_jax.runtime.logs import log
 
-SIGNS = {"preempted": "TRUE", "maintenance-event": "TERMINATE_ON_HOST_MAINTENANCE"}
-EVERY, FAILURES = (
-  5.0,
-  3,
-)  # seconds between two looks; looks in a row without an answer before nobody is asked any more
+EVENTS = {"preempted": "TRUE", "maintenance-event": "TERMINATE_ON_HOST_MAINTENANCE"}
+POLL_INTERVAL = 5.0  # seconds
+MAX_FAILURES = 3  # failed polls in a row before polling stops
 PRODUCT = Path("/sys/class/dmi/id/product_name")
 
 
-def server(environ: Mapping[str, str]) -> str | None:
-  """Address of this machine's metadata server; None, without asking anyone, on machines that are not Google's."""
+def metadata_server(environ: Mapping[str, str]) -> str | None:
+  """The address of this machine's metadata server; None on machines that are not Google's, without a request."""
   if "GCE_METADATA_IP" in environ:
     return environ["GCE_METADATA_IP"]
   try:
@@ -33,58 +30,59 @@ def server(environ: Mapping[str, str]) -> str | None:
     return None
 
 
-class Notices:
-  """A context in which a notice that comes is a SIGTERM to this process. One that was there at the start is none:
-  a run that is started again on a machine with an announced end shall use the time that is left."""
+def read_metadata(server: str, key: str) -> str | None:
+  """The value of `instance/<key>`, None where this kind of machine has no such key; raises an OSError on failure."""
+  url = f"http://{server}/computeMetadata/v1/instance/{key}"
+  request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
+  opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+  try:
+    with opener.open(request, timeout=5) as response:
+      return response.read().decode(errors="replace").strip()
+  except urllib.error.HTTPError as error:
+    error.close()
+    if error.code == 404:
+      return None
+    raise
 
-  def __init__(self, every: float = EVERY):
-    self._every, self._end = every, threading.Event()
+
+class MaintenanceEvents:
+  """A context in which a new announcement sends SIGTERM to this process.
+
+  An announcement that is there at the start does not count: a run that is started on such a machine uses the time
+  that is left.
+  """
+
+  def __init__(self, interval: float = POLL_INTERVAL):
+    self._interval, self._end = interval, threading.Event()
     self._thread: threading.Thread | None = None
 
-  def __enter__(self) -> "Notices":
-    address = server(os.environ)
-    if address is not None:
-      self._thread = threading.Thread(target=self._watch, args=(address,), name="notices", daemon=True)
+  def __enter__(self) -> "MaintenanceEvents":
+    server = metadata_server(os.environ)
+    if server is not None:
+      self._thread = threading.Thread(target=self._poll, args=(server,), name="events", daemon=True)
       self._thread.start()
     return self
 
-  def __exit__(self, *_) -> None:
+  def __exit__(self, *_: object) -> None:
     self._end.set()
     if self._thread is not None:
       self._thread.join()
 
-  def _watch(self, address: str) -> None:
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+  def _poll(self, server: str) -> None:
     known, failures = None, 0
-    while True:
+    while failures < MAX_FAILURES:
       try:
-        now = {key for key in SIGNS if self._ask(opener, address, key) == SIGNS[key]}
+        current = {f"{key}={value}" for key, value in EVENTS.items() if read_metadata(server, key) == value}
       except OSError as error:
         failures += 1
-        if failures == FAILURES:
-          log.warning("no metadata server at %s (%s): nobody will say that this machine ends", address, error)
-          return
+        if failures == MAX_FAILURES:
+          log.warning("no metadata server at %s (%s): maintenance events will not be seen", server, error)
       else:
         failures = 0
-        new = now - (now if known is None else known)
-        if new:
-          log.warning(
-            "notice of the metadata server: %s", ", ".join(f"{key}={SIGNS[key]}" for key in sorted(new))
-          )
+        known = current if known is None else known & current
+        if current - known:
+          log.warning("the metadata server announces %s", ", ".join(sorted(current - known)))
           os.kill(os.getpid(), signal.SIGTERM)
           return
-        known = now
-      if self._end.wait(self._every):
+      if self._end.wait(self._interval):
         return
-
-  def _ask(self, opener: urllib.request.OpenerDirector, address: str, key: str) -> str:
-    url = f"http://{address}/computeMetadata/v1/instance/{key}"
-    request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
-    try:
-      with opener.open(request, timeout=3) as answer:
-        return answer.read(1000).decode(errors="replace").strip()
-    except urllib.error.HTTPError as error:
-      error.close()
-      if error.code == 404:  # a key that this kind of machine does not have
-        return ""
-      raise

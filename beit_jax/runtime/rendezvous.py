@@ -1,134 +1,302 @@
-"""The processes of a run find each other, and notice when one is gone, over TCP connections of their own.
+"""Rendezvous of the processes of one run, over TCP connections that stay open while the run lasts.
 
-Process 0 listens on the coordinator's port until all have come, then leaves the port to JAX; the connections stay open.
-A process that dies closes its own, whatever killed it, and process 0 tells all the others at once who it was. Messages
-are JSON, one a line; they carry names and numbers only.
+Process 0 runs a hub on the coordinator's port. When every process, process 0 included, has connected to it, the port is
+left to JAX. The operating system closes the connection of a process that dies, whatever killed it, and the hub then
+notifies all others. A message is one line of JSON that holds names and numbers only.
 """
 
+import collections
 import contextlib
 import dataclasses
 import json
 import os
-import selectors
 import socket
 import sys
 import threading
 import time
 import uuid
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from beit_jax.errors import TransientError, UserError
 
-LOST = TransientError.status  # exit status when another process is gone: the same command may well succeed
-GRACE = 3.0  # seconds a process has to end by itself when another has failed
-RETRY = 0.5
+LOST_STATUS = (
+  TransientError.status
+)  # exit status when another process is gone: the same command may succeed later
+GRACE = 3.0  # seconds that a process has to end by itself when another has failed
+RETRY = 0.1  # seconds between two attempts to connect
+MAX_MESSAGE = 2**20  # bytes
+END = "end of the run"  # the barrier after which no process is missed
 
 
 @dataclasses.dataclass(frozen=True)
 class ProcessInfo:
-  """Where this process stands among all."""
+  """The identity of this process within the run.
 
-  origin: str  # who says so
-  coordinator: str  # HOST:PORT of process 0
+  Attributes:
+    origin: where the information comes from, for the log.
+    coordinator: HOST:PORT of process 0.
+    count: number of processes.
+    index: number of this process.
+    local_device: the only GPU of this process, where several processes share a host.
+  """
+
+  origin: str
+  coordinator: str
   count: int
   index: int
-  local_device: int | None = None  # the one GPU of this process, where several processes share a host
+  local_device: int | None = None
 
-  def __str__(self):
+  def __str__(self) -> str:
     return f"process {self.index} of {self.count} ({socket.gethostname()})"
 
 
-def join(place: ProcessInfo, timeout: float, heartbeat: int) -> "Coordinator | Worker":
-  """Returns when every process has come.
-
-  Raises:
-    TransientError: some have not after `timeout` seconds, which it names, or the port is in use.
-    UserError: two have the same number, or another count than process 0.
-  """
-  crew = (Coordinator if place.index == 0 else Worker)(place, timeout, heartbeat)
-  crew.call_roll()
-  threading.Thread(target=crew.watch, name="watch", daemon=True).start()
-  return crew
+def _names(indices: Iterable[int], hosts: Sequence[str]) -> str:
+  return ", ".join(f"process {i} ({hosts[i]})" if hosts[i] else f"process {i}" for i in sorted(indices))
 
 
-def _of_the_others(status: int) -> int:
-  """With what the others end when one fails with `status`: a mistake is a mistake whichever of them a launcher asks."""
-  return UserError.status if status == UserError.status else LOST
-
-
-class Channel:
-  """A connection that carries messages."""
+class _Channel:
+  """A TCP connection that carries JSON objects."""
 
   def __init__(self, sock: socket.socket, heartbeat: int):
-    """Dead connections are found about as fast as by JAX's heartbeat; idle ones stay alive in firewalls."""
-    self.socket, self._rest = sock, b""
+    self.socket, self._file, self._lock = sock, sock.makefile("rb"), threading.Lock()
+    # Keep-alive probes find a dead host about as fast as JAX's heartbeat, and keep idle connections open in firewalls.
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (("TCP_KEEPIDLE", 20), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", heartbeat // 10 + 1)):
-      if hasattr(socket, name):
+      if hasattr(socket, name):  # depends on the operating system
         sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
-  def fileno(self) -> int:
-    return self.socket.fileno()
-
-  def send(self, **message) -> None:
-    try:
+  def send(self, **message: Any) -> None:
+    """Sends a message; `receive` is where a broken connection is reported."""
+    with self._lock, contextlib.suppress(OSError):
       self.socket.sendall(json.dumps(message).encode() + b"\n")
-    except OSError:
-      pass  # whoever reads from it notices
 
-  def receive(self) -> list[dict]:
-    """Waits for the next messages; ConnectionError when the other is gone or speaks something else."""
-    data = self.socket.recv(65536)
-    *lines, self._rest = (self._rest + data).split(b"\n")
+  def receive(self) -> dict[str, Any]:
+    """Waits for the next message; raises an OSError when the connection is closed or carries anything else."""
+    line = self._file.readline(MAX_MESSAGE)
     try:
-      messages = [json.loads(line) for line in lines]
+      message = json.loads(line) if line.endswith(b"\n") else None
     except (ValueError, RecursionError):
-      messages = [None]
-    if not (data and len(self._rest) < 2**20 and all(isinstance(message, dict) for message in messages)):
-      raise ConnectionError("connection closed by something that is no roll call of this program")
-    return messages
+      message = None
+    if not isinstance(message, dict):
+      raise ConnectionError("the connection was closed, or the other end is not a process of this program")
+    return message
+
+  def close(self) -> None:
+    self._file.close()
+    self.socket.close()
+
+
+class _Hub:
+  """What process 0 runs for all processes: registration, barriers, and notifications. One thread a connection."""
+
+  def __init__(self, info: ProcessInfo, timeout: float, heartbeat: int):
+    self._info, self._timeout, self._heartbeat = info, timeout, heartbeat
+    self._hosts = [""] * info.count
+    self._channels: dict[int, _Channel] = {}
+    self._changed = threading.Condition()
+    self._complete = False  # every process has connected
+    self._refusal: UserError | None = None
+    self._arrived: dict[str, set[int]] = collections.defaultdict(set)
+    self._ending = False  # by a failure or as planned; the end of a process is no longer reported
+    server = self._listen()
+    threading.Thread(target=self._accept, args=(server,), name="accept", daemon=True).start()
+
+  def _listen(self) -> socket.socket:
+    """Listens on the port that JAX will use after the rendezvous; connections made before stay open."""
+    port, both = int(self._info.coordinator.rpartition(":")[2]), socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    end = time.monotonic() + min(self._timeout, 30)  # an earlier run may be about to end
+    while True:
+      try:
+        return socket.create_server(("", port), family=family, backlog=4096, dualstack_ipv6=both)
+      except OSError as error:
+        if time.monotonic() > end:
+          text = f"port {port} of {socket.gethostname()}: {error}; check that no earlier run is alive there"
+          raise TransientError(text) from None
+      time.sleep(RETRY)
+
+  def _accept(self, server: socket.socket) -> None:
+    end = time.monotonic() + self._timeout
+    with server:
+      server.settimeout(RETRY)
+      while not (self._complete or (self._refusal and 0 in self._channels)) and time.monotonic() < end:
+        with contextlib.suppress(TimeoutError):
+          channel = _Channel(server.accept()[0], self._heartbeat)
+          threading.Thread(target=self._serve, args=(channel,), name="serve", daemon=True).start()
+    with self._changed:
+      if not (self._complete or self._refusal):
+        missing, count = self._missing_from(self._channels.keys()), self._info.count
+        self._refusal = TransientError(
+          f"{_names(missing, self._hosts)} did not connect to {self._info.coordinator} within {self._timeout:g} s; "
+          f"{count - len(missing)} of {count} are connected. See the log of the missing process; check that this "
+          "address is the one of process 0 as seen from there, and that the port is open"
+        )
+      if self._refusal:
+        self._broadcast(refused=str(self._refusal), status=self._refusal.status)
+      else:
+        self._broadcast(hosts=self._hosts, start_id=uuid.uuid4().hex)
+
+  def _serve(self, channel: _Channel) -> None:
+    """Registers the process at the other end and handles its messages until the connection ends."""
+    channel.socket.settimeout(10)
+    index = None
+    try:
+      index = self._register(channel, channel.receive())
+      channel.socket.settimeout(None)
+      while True:
+        self._handle(index, channel.receive())
+    except (OSError, LookupError, TypeError, ValueError):
+      channel.close()
+    if index is not None:
+      with self._changed:
+        del self._channels[index]  # until all have connected, the process may connect once more
+        self._changed.notify_all()
+        if self._complete:
+          self._report(f"{_names([index], self._hosts)} died", True, LOST_STATUS)
+
+  def _register(self, channel: _Channel, message: dict[str, Any]) -> int:
+    index, count, host = int(message["hello"]), int(message["count"]), str(message["host"])
+    with self._changed:
+      if count != self._info.count or not 0 <= index < count:
+        text = f"process {index} on {host} counts {count} processes, {self._info} counts {self._info.count}"
+        self._refusal = UserError(text)
+      elif index in self._channels:
+        text = f"two processes have the number {index}: one on {self._hosts[index]} and one on {host}"
+        self._refusal = UserError(text)
+      if self._refusal:
+        channel.send(refused=str(self._refusal), status=self._refusal.status)
+        raise ConnectionError("refused")
+      self._channels[index], self._hosts[index] = channel, host
+      self._complete = len(self._channels) == count
+    return index
+
+  def _handle(self, index: int, message: dict[str, Any]) -> None:
+    with self._changed:
+      match message:
+        case {"arrived": key}:
+          self._arrived[key].add(index)
+          if not self._missing_from(self._arrived[key]):
+            del self._arrived[key]
+            self._ending = self._ending or key == END
+            self._broadcast(released=key)
+        case {"query": key}:
+          missing = self._missing_from(self._arrived[key])
+          self._channels[index].send(barrier=key, missing=sorted(missing))
+        case {"failed": text, "status": status}:
+          # A launcher must see a mistake of the user's whichever process it asks.
+          others = UserError.status if status == UserError.status else LOST_STATUS
+          self._report(f"{_names([index], self._hosts)} failed: {text}", False, others)
+
+  def _missing_from(self, indices: Iterable[int]) -> set[int]:
+    return set(range(self._info.count)) - set(indices)
+
+  def _report(self, reason: str, died: bool, status: int) -> None:
+    if not self._ending:
+      self._ending = True
+      self._broadcast(lost=reason, died=died, status=status)
+
+  def _broadcast(self, **message: Any) -> None:
+    for index in sorted(self._channels, reverse=True):  # process 0 last: it may end the hub
+      self._channels[index].send(**message)
+
+  def wait_for_others(self) -> None:
+    """Lets the others end first: JAX aborts them with a stack dump when process 0, its coordinator, is gone."""
+    with self._changed:
+      self._changed.wait_for(lambda: self._channels.keys() <= {0}, GRACE + 2)
 
 
 class Peers:
-  """What process 0 and the others have in common."""
+  """The connection of this process to the others.
 
-  def __init__(self, place: ProcessInfo, timeout: float, heartbeat: int):
-    self.place, self.timeout, self.heartbeat = place, timeout, heartbeat
-    self.hosts = [""] * place.count
-    self.token = ""  # of this start of the run, the same for all; process 0 makes it up
-    self.stopped = threading.Event()  # another process is gone
-    self.leaving = False  # or about to: nobody's end is news any more
+  Attributes:
+    info: the identity of this process.
+    hosts: name of the host of each process.
+    start_id: random identifier of this start of the run, the same on all processes.
+    stopped: set when another process is gone; this one then ends soon.
+    leaving: whether this process is about to end, so that the end of others is no longer reported.
+  """
+
+  def __init__(self, info: ProcessInfo, timeout: float, heartbeat: int):
+    """Connects to all other processes; returns when all have connected.
+
+    Args:
+      info: the identity of this process.
+      timeout: seconds to wait for the others.
+      heartbeat: seconds after which a silent connection counts as broken.
+
+    Raises:
+      TransientError: some processes did not connect in time, or the port is in use.
+      UserError: two processes have the same number, or the processes disagree on their count.
+    """
+    self.info, self.stopped, self.leaving = info, threading.Event(), False
+    self._hub = _Hub(info, timeout, heartbeat) if info.index == 0 else None
     self._changed = threading.Condition()
-    self._passed: set[str] = set()
-    self._calls: dict[str, int] = {}
+    self._calls: collections.Counter[str] = collections.Counter()
+    self._released: set[str] = set()  # barriers that all processes have reached
+    self._missing: dict[str, list[int]] = {}  # barriers that the hub was asked about -> missing processes
+    self._channel, welcome = self._connect(timeout, heartbeat)
+    self.hosts, self.start_id = welcome["hosts"], welcome["start_id"]
+    threading.Thread(target=self._listen, name="listen", daemon=True).start()
 
-  def barrier(self, name: str, timeout: float) -> None:
-    self._calls[name] = self._calls.get(name, 0) + 1
-    key = f"{name} {self._calls[name]}"
-    self._arrive(key)
-    with self._changed:
-      if self._changed.wait_for(lambda: key in self._passed, timeout):
-        self._passed.discard(key)
-        return
-    missing = self._names(self._missing(key))
-    raise TransientError(f"{self.place}: after {timeout:g} s at {name!r} there is no sign of {missing}")
-
-  def _names(self, indices) -> str:
-    return ", ".join(
-      f"process {i}" + (f" ({self.hosts[i]})" if self.hosts[i] else "") for i in sorted(indices)
+  def _connect(self, timeout: float, heartbeat: int) -> tuple[_Channel, dict[str, Any]]:
+    host, _, port = self.info.coordinator.rpartition(":")
+    address = ("localhost" if self._hub else host.strip("[]"), int(port))
+    end, reason = time.monotonic() + timeout, ""
+    while time.monotonic() < end:
+      try:
+        with contextlib.ExitStack() as stack:
+          sock = socket.create_connection(address, timeout=5)
+          channel = stack.enter_context(contextlib.closing(_Channel(sock, heartbeat)))
+          channel.send(hello=self.info.index, count=self.info.count, host=socket.gethostname())
+          sock.settimeout(timeout + 30)  # process 0 may have started to wait later than this one
+          answer = channel.receive()
+          if "refused" in answer:
+            error = TransientError if answer["status"] == LOST_STATUS else UserError
+            raise error(answer["refused"])
+          sock.settimeout(None)
+          stack.pop_all()  # keeps the connection open
+          return channel, answer
+      except OSError as error:
+        reason = str(error)
+        time.sleep(RETRY)
+    raise TransientError(
+      f"process 0 did not answer {self.info} at {self.info.coordinator} within {timeout:g} s: {reason}. Check that "
+      "it is running, that this is its address as seen from here, and that the port is open"
     )
 
-  def _stop(self, text: str, died: bool, status: int) -> None:
-    """Ends this process, which cannot go on alone; where another failed, its own words come first."""
+  def _listen(self) -> None:
+    try:
+      while True:
+        self._handle(self._channel.receive())
+    except OSError:
+      self._channel.close()
+      self._stop(f"{_names([0], self.hosts)} died", True, LOST_STATUS)
+
+  def _handle(self, message: dict[str, Any]) -> None:
+    with self._changed:
+      match message:
+        case {"released": key}:
+          self._released.add(key)
+          self.leaving = self.leaving or key == END
+        case {"barrier": key, "missing": missing}:
+          self._missing[key] = missing
+        case {"lost": reason, "died": died, "status": status}:
+          self._stop(reason, died, status)
+      self._changed.notify_all()
+
+  def _stop(self, reason: str, died: bool, status: int) -> None:
+    """Ends this process, which cannot continue alone."""
     if self.leaving or self.stopped.is_set():
       return
     self.stopped.set()
+    message = f"error: {reason}; {self.info} ends too"
+    if status == LOST_STATUS:
+      message += ". The same command resumes from the last checkpoint."
 
-    def end():
-      message = f"error: {text}; {self.place} ends too"
-      if status == LOST:
-        message += ". The same command goes on from the last checkpoint."
+    def end() -> None:
       if not died:
-        time.sleep(GRACE)
+        time.sleep(GRACE)  # the message of the failed process comes first, or this process ends by itself
       print(message, file=sys.stderr, flush=True)
       if died:
         time.sleep(GRACE)
@@ -136,220 +304,29 @@ class Peers:
 
     threading.Thread(target=end, name="end", daemon=True).start()
 
-
-class Coordinator(Peers):
-  """Process 0: it counts the others."""
-
-  def __init__(self, *args):
-    super().__init__(*args)
-    self.hosts[0], self.token = socket.gethostname(), uuid.uuid4().hex
-    self._selector = selectors.DefaultSelector()
-    self._members: dict[int, Channel] = {}
-    self._arrived: dict[str, set[int]] = {}
-    self._gone: set[int] = set()  # in good order
-    self._alone = threading.Event()
-
-  def call_roll(self) -> None:
-    server = self._listen()
-    self._selector.register(server, selectors.EVENT_READ)
-    end, refused = time.monotonic() + self.timeout, None
-    while len(self._members) < self.place.count - 1 and not refused:
-      for key, _ in self._selector.select(RETRY):
-        if key.fileobj is server:
-          sock = server.accept()[0]
-          sock.settimeout(10)
-          self._selector.register(Channel(sock, self.heartbeat), selectors.EVENT_READ)
-        else:
-          refused = refused or self._hear(key.fileobj)
-      if time.monotonic() > end and not refused:
-        here, count = len(self._members) + 1, self.place.count
-        refused = TransientError(
-          f"{self._names(set(range(1, count)) - self._members.keys())} did not come to {self.place.coordinator} within "
-          f"{self.timeout:g} s; {here} of {count} are there. Look at the missing one's own log; is this address that "
-          "of process 0 as seen from there, and the port open?"
-        )
-    self._selector.unregister(server)
-    server.close()
-    for key in list(self._selector.get_map().values()):
-      if refused:
-        key.fileobj.send(refused=str(refused), status=refused.status)
-      else:
-        key.fileobj.send(hosts=self.hosts, token=self.token)
-      if refused or key.fileobj not in self._members.values():
-        self._close(key.fileobj)
-    if refused:
-      raise refused
-
-  def _listen(self) -> socket.socket:
-    """JAX will listen on the same port, while the connections made here go on."""
-    port, both = int(self.place.coordinator.rsplit(":", 1)[1]), socket.has_dualstack_ipv6()
-    end = time.monotonic() + min(self.timeout, 30)  # an earlier run may be about to end
-    while True:
-      try:
-        family = socket.AF_INET6 if both else socket.AF_INET
-        return socket.create_server(("", port), family=family, backlog=4096, dualstack_ipv6=both)
-      except OSError as error:
-        if time.monotonic() > end:
-          raise TransientError(
-            f"port {port} of {self.hosts[0]}: {error}; is an earlier run alive there?"
-          ) from None
-        time.sleep(RETRY)
-
-  def _hear(self, channel: Channel) -> UserError | None:
-    """Takes a process into the roll; strangers are sent away. Returns why there can be no run, if so."""
-    try:
-      message = (channel.receive() or [None])[0]
-      if message is None:
-        return None
-      index, count, host = int(message["hello"]), int(message["count"]), str(message["host"])
-    except (OSError, KeyError, TypeError, ValueError, OverflowError):
-      for index in [i for i, member in self._members.items() if member is channel]:
-        del self._members[index]  # it may come again
-      self._close(channel)
-      return None
-    if count != self.place.count or not 0 < index < count:
-      return UserError(
-        f"process {index} on {host} counts {count} processes, {self.place} counts {self.place.count}"
-      )
-    if index in self._members:
-      return UserError(f"two processes say they are number {index}: on {self.hosts[index]} and on {host}")
-    self._members[index], self.hosts[index] = channel, host
-    return None
-
-  def _close(self, channel: Channel) -> None:
-    self._selector.unregister(channel)
-    channel.socket.close()
-
-  def watch(self) -> None:
-    index_of = {channel: index for index, channel in self._members.items()}
-    while index_of:
-      for key, _ in self._selector.select():
-        channel = key.fileobj
-        index = index_of[channel]
-        try:
-          for message in channel.receive():
-            self._take(index, channel, message)
-        except OSError:
-          del index_of[channel]
-          self._close(channel)
-          if index not in self._gone:
-            self._lose(f"process {index} of {self.place.count} ({self.hosts[index]}) died", True, LOST)
-    self._alone.set()
-
-  def _take(self, index: int, channel: Channel, message: dict) -> None:
-    if "at" in message:
-      self._arrive(message["at"], index)
-    elif "who" in message:
-      channel.send(key=message["who"], missing=sorted(self._missing(message["who"])))
-    else:
-      self._gone.add(index)
-      if "failed" in message:
-        name = f"process {index} of {self.place.count} ({self.hosts[index]})"
-        self._lose(f"{name} failed: {message['failed']}", False, _of_the_others(message.get("status")))
-
-  def _lose(self, text: str, died: bool, status: int) -> None:
-    if not self.leaving and not self.stopped.is_set():
-      self._send_all(lost=text, died=died, status=status)
-      self._stop(text, died, status)
-
-  def _send_all(self, **message) -> None:
-    for channel in list(self._members.values()):
-      channel.send(**message)
-
-  def _arrive(self, key: str, index: int = 0) -> None:
+  def barrier(self, name: str, timeout: float) -> None:
+    """Waits until all processes have called this; raises a TransientError that names the missing ones."""
+    self._calls[name] += 1
+    key = name if name == END else f"{name} {self._calls[name]}"
+    self._channel.send(arrived=key)
     with self._changed:
-      here = self._arrived.setdefault(key, set())
-      here.add(index)
-      if len(here) == self.place.count:
-        del self._arrived[key]
-        self._passed.add(key)
-        self._changed.notify_all()
-        self._send_all(passed=key)
-
-  def _missing(self, key: str) -> set[int]:
-    return set(range(self.place.count)) - self._arrived.get(key, set())
-
-  def fail(self, text: str, status: int) -> None:
-    """The others go first: JAX aborts them with a stack dump when process 0, its coordinator, is gone."""
-    self.leaving = True
-    self._send_all(lost=f"{self.place} failed: {text}", died=False, status=_of_the_others(status))
-    self._alone.wait(GRACE + 2)
-
-  def leave(self) -> None:
-    self.leaving = True
-    self._send_all(bye=True)
-
-
-class Worker(Peers):
-  """Every process but number 0."""
-
-  def call_roll(self) -> None:
-    host, port = self.place.coordinator.rsplit(":", 1)
-    end, why, self._inbox = time.monotonic() + self.timeout, "", []
-    while time.monotonic() < end:
-      try:
-        with contextlib.ExitStack() as stack:
-          sock = stack.enter_context(socket.create_connection((host.strip("[]"), int(port)), timeout=5))
-          self._channel = Channel(sock, self.heartbeat)
-          self._channel.send(hello=self.place.index, count=self.place.count, host=socket.gethostname())
-          sock.settimeout(self.timeout + 30)  # the clock of process 0 may have started later
-          while not self._inbox:
-            self._inbox = self._channel.receive()
-          answer = self._inbox.pop(0)
-          if "refused" in answer:
-            raise (TransientError if answer["status"] == LOST else UserError)(answer["refused"])
-          self.hosts, self.token = answer["hosts"], answer["token"]
-          sock.settimeout(None)
-          stack.pop_all()
+      if self._changed.wait_for(lambda: key in self._released, timeout):
+        self._released.discard(key)
         return
-      except (OSError, KeyError) as error:
-        why = str(error)
-        time.sleep(RETRY)
-    raise TransientError(
-      f"process 0 did not answer {self.place} at {self.place.coordinator} within {self.timeout:g} s: {why}. Is it "
-      "running, is the address its own as seen from here, is the port open?"
-    )
-
-  def watch(self) -> None:
-    try:
-      while True:
-        for message in self._inbox:
-          self._take(message)
-        self._inbox = self._channel.receive()
-    except OSError:
-      self._channel.socket.close()
-      self._stop(f"process 0 of {self.place.count} ({self.hosts[0]}) died", True, LOST)
-
-  def _take(self, message: dict) -> None:
-    if "passed" in message:
-      with self._changed:
-        self._passed.add(message["passed"])
-        self._changed.notify_all()
-    elif "missing" in message:
-      with self._changed:
-        self._answer = message
-        self._changed.notify_all()
-    elif "lost" in message:
-      self._stop(message["lost"], message["died"], message["status"])
-    elif "bye" in message:
-      self.leaving = True
-
-  def _arrive(self, key: str) -> None:
-    self._channel.send(at=key)
-
-  def _missing(self, key: str) -> set[int]:
-    self._answer = {}
-    self._channel.send(who=key)
-    with self._changed:
-      self._changed.wait_for(lambda: self._answer.get("key") == key, 10)
-    return set(self._answer.get("missing", [0]))
+      self._channel.send(query=key)
+      self._changed.wait_for(lambda: key in self._missing, 10)
+    missing = _names(self._missing.get(key, [0]), self.hosts)
+    raise TransientError(f"{self.info}: after {timeout:g} s at {name!r} there is no sign of {missing}")
 
   def fail(self, text: str, status: int) -> None:
+    """Notifies the others that this process ends with an error."""
     self.leaving = True
     self._channel.send(failed=text, status=status)
+    if self._hub:
+      self._hub.wait_for_others()
 
-  def leave(self) -> None:
-    self.leaving = True
-    self._channel.send(bye=True)
+  def leave(self, timeout: float) -> None:
+    """Waits until all processes call this, and disconnects."""
+    self.barrier(END, timeout)
     with contextlib.suppress(OSError):
       self._channel.socket.shutdown(socket.SHUT_WR)

@@ -1,7 +1,7 @@
-"""The mesh, where parameters live on it, and how a host batch becomes a global array.
+"""The mesh of devices, the sharding of parameters, and global arrays from the batches of each host.
 
-Axes: "data" and "fsdp". The batch is spread over both, parameters over "fsdp" only. Written for `jax.jit` +
-`NamedSharding`; axis types are Auto, since Linen does not work with JAX's default, Explicit.
+The mesh has the axes "data" and "fsdp". The batch is sharded over both, parameters over "fsdp" only. The axis types are
+Auto, since Linen does not work with JAX's default, Explicit.
 """
 
 import math
@@ -18,7 +18,7 @@ from beit_jax.errors import UserError
 AXES = ("data", "fsdp")
 MIN_FSDP_SIZE = 2**14  # smaller parameters are cheaper to copy than to gather
 
-# First match wins; searched in parameter paths, and so in those of the Adam moments, which end alike.
+# The first regular expression that is found in a parameter's path wins. Paths of Adam's moments have the same ends.
 PARAM_RULES = (
   (r"(kernel|relative_position_bias_table|pos_embed)$", "fsdp"),
   (r".*", "replicate"),
@@ -26,10 +26,19 @@ PARAM_RULES = (
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
-  """Mesh of shape (data, fsdp) over all devices, or those given; -1 for `data` means all that are left."""
+  """Creates a mesh of shape (data, fsdp).
+
+  Args:
+    data: size of the axis "data"; -1 means as many as the devices allow.
+    fsdp: size of the axis "fsdp".
+    devices: the devices to use; default: all.
+
+  Raises:
+    UserError: the sizes do not fit the devices, or a process would have no device in the mesh.
+  """
   devices = jax.devices() if devices is None else list(devices)
   if fsdp < 1 or len(devices) % fsdp:
-    raise UserError(f"mesh.fsdp={fsdp} does not divide the {len(devices)} devices there are")
+    raise UserError(f"mesh.fsdp={fsdp} does not divide the number of devices, {len(devices)}")
   data = len(devices) // fsdp if data == -1 else data
   if not 0 < data * fsdp <= len(devices):
     raise UserError(
@@ -39,20 +48,22 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[Any] | None = Non
   if len(used) < jax.process_count():
     raise UserError(
       f"a mesh of data={data} x fsdp={fsdp} uses devices of {len(used)} of the {jax.process_count()} processes; every "
-      "process needs one in it (mesh.data=-1 uses all)"
+      "process needs at least one (mesh.data=-1 uses all)"
     )
-  devices = np.asarray(devices[: data * fsdp]).reshape(data, fsdp)
-  return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+  return _mesh(devices[: data * fsdp], data, fsdp)
 
 
 def local_mesh() -> Mesh:
-  """A mesh of one device of this process: for what a process does by itself."""
-  devices = np.asarray(jax.local_devices()[:1]).reshape(1, 1)
-  return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+  """A mesh of one device of this process, for work that a process does alone."""
+  return _mesh(jax.local_devices()[:1], 1, 1)
+
+
+def _mesh(devices: Sequence[Any], data: int, fsdp: int) -> Mesh:
+  return Mesh(np.asarray(devices).reshape(data, fsdp), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Axis 0 over every device of the mesh."""
+  """Shards axis 0 over all devices of the mesh."""
   return NamedSharding(mesh, PartitionSpec(AXES))
 
 
@@ -61,28 +72,32 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def param_shardings(mesh: Mesh, shapes: Any) -> Any:
-  """A NamedSharding per leaf of a tree of shapes: `PARAM_RULES`, then the largest axis that "fsdp" divides."""
+  """A NamedSharding for each leaf of a tree of shapes.
+
+  `PARAM_RULES` decide whether a leaf is sharded; then its largest axis that "fsdp" divides is.
+  """
   fsdp = mesh.shape["fsdp"]
 
-  def leaf_sharding(name, leaf):
+  def leaf_sharding(name: str, leaf: Any) -> NamedSharding:
     rule = trees.first_match(PARAM_RULES, name)
     axes = [i for i, n in enumerate(leaf.shape) if n % fsdp == 0]
     if rule == "replicate" or fsdp == 1 or math.prod(leaf.shape) < MIN_FSDP_SIZE or not axes:
       return replicated(mesh)
     axis = max(axes, key=lambda i: (leaf.shape[i], i))
-    return NamedSharding(mesh, PartitionSpec(*(["fsdp" if i == axis else None for i in range(leaf.ndim)])))
+    names = ["fsdp" if i == axis else None for i in range(leaf.ndim)]
+    return NamedSharding(mesh, PartitionSpec(*names))
 
   return trees.named_map(leaf_sharding, shapes)
 
 
 def by_rows(function: Callable[..., Any]) -> Callable[..., Any]:
-  """`function` of arrays [B, ...], run by every device on its own rows; without a mesh it is `function`.
+  """Runs a function of arrays [B, ...] on every device with the device's own rows; without a mesh, as it is.
 
-  For what treats rows apart but XLA would not: a loop that goes on until the last row is ready asks all devices each
-  time round, and `top_k` gathers the whole batch.
+  Some functions treat rows independently, but XLA does not see that: a loop that runs until the last row is ready
+  would synchronize all devices in each iteration, and `top_k` would gather the whole batch.
   """
 
-  def run(*args):
+  def run(*args: jax.Array) -> Any:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or not set(AXES) <= set(mesh.axis_names):
       return function(*args)
@@ -93,7 +108,7 @@ def by_rows(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
-  """Which rows of a global batch the devices of this process hold: sorted int64 indices."""
+  """The rows of a global batch that the devices of this process hold: sorted int64 indices."""
   if batch_size % mesh.size:
     raise UserError(f"batch_size={batch_size} must be a multiple of the {mesh.size} devices of the mesh")
   indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
@@ -101,12 +116,12 @@ def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
 
 
 def put_batch(mesh: Mesh, batch: dict[str, np.ndarray], batch_size: int) -> dict[str, jax.Array]:
-  """This process's rows of a global batch -> global arrays, axis 0 spread over the mesh."""
+  """Makes global arrays, axis 0 sharded over the mesh, from this process's rows of a global batch."""
   sharding = batch_sharding(mesh)
   row_of = {row: i for i, row in enumerate(local_rows(mesh, batch_size))}
 
-  def put(local):
-    def shard(index):
+  def put(local: np.ndarray) -> jax.Array:
+    def shard(index: Any) -> np.ndarray:
       start, stop, _ = index[0].indices(batch_size)
       return local[row_of[start] : row_of[stop - 1] + 1]
 
@@ -116,8 +131,9 @@ def put_batch(mesh: Mesh, batch: dict[str, np.ndarray], batch_size: int) -> dict
 
 
 def local_part(array: jax.Array) -> np.ndarray:
-  """The rows of a batch that this process holds, in order."""
-  shards = {
-    (shard.index[0].start or 0) if shard.index else 0: shard.data for shard in array.addressable_shards
-  }
+  """The rows of a global array that this process holds, in order."""
+  shards = {}
+  for shard in array.addressable_shards:
+    start = shard.index[0].start if shard.index else 0
+    shards[start or 0] = shard.data
   return np.concatenate([np.atleast_1d(np.asarray(shards[start])) for start in sorted(shards)])

@@ -330,12 +330,12 @@ def _foreign(bucket, name):
 
 def test_a_lock_without_a_sign_of_life_is_taken_over(bucket, monkeypatch, caplog):
   monkeypatch.setattr(lock, "LEASE", 3.0)
-  monkeypatch.setattr(lock, "BEAT", 0.1)
+  monkeypatch.setattr(lock, "RENEW_INTERVAL", 0.1)
   _foreign(bucket, "stale")
   workdir = storage.path("gs://bucket/stale")
   assert lock.held(workdir)
   with lock.exclusive_lock(workdir):
-    assert "process 77 on elsewhere was left behind" in caplog.text
+    assert "process 77 on elsewhere ended without releasing its lock" in caplog.text
     first = bucket.objects["stale/lock.json"][1]
     assert lock.holder(workdir)["pid"] == os.getpid() and lock.held(workdir)
     with pytest.raises(UserError, match=f"another run writes here: process {os.getpid()}"):
@@ -349,7 +349,7 @@ def test_a_lock_without_a_sign_of_life_is_taken_over(bucket, monkeypatch, caplog
 
 def test_a_lock_with_signs_of_life_is_respected(bucket, monkeypatch):
   monkeypatch.setattr(lock, "LEASE", 2.0)
-  monkeypatch.setattr(lock, "BEAT", 0.1)
+  monkeypatch.setattr(lock, "RENEW_INTERVAL", 0.1)
   _foreign(bucket, "living")
   over = threading.Event()
 
@@ -372,7 +372,7 @@ def test_a_lock_with_signs_of_life_is_respected(bucket, monkeypatch):
 def test_who_is_to_be_replaced_has_time_to_end(killed, bucket, monkeypatch):
   """A sign of life, and then the end, in good order or by a kill: the replacement goes on instead of ending."""
   monkeypatch.setattr(lock, "LEASE", 2.0)
-  monkeypatch.setattr(lock, "BEAT", 0.1)
+  monkeypatch.setattr(lock, "RENEW_INTERVAL", 0.1)
   _foreign(bucket, "replaced")
   workdir = storage.path("gs://bucket/replaced")
   timers = [threading.Timer(0.5, _foreign, (bucket, "replaced"))]
@@ -402,7 +402,8 @@ def test_all_is_uploaded_before_the_lock_is_let_go(bucket, monkeypatch):
 
 def test_who_has_lost_the_lock_ends(bucket, tmp_path):
   script = (
-    "import sys, time\nfrom beit_jax.runtime import bucket as storage, lock, logs\nlock.BEAT = 0.2\nlogs.setup()\n"
+    "import sys, time\nfrom beit_jax.runtime import bucket as storage, lock, logs\n"
+    "lock.RENEW_INTERVAL = 0.2\nlogs.setup()\n"
     "with lock.exclusive_lock(storage.path('gs://bucket/lost')):\n  print('held', flush=True)\n  time.sleep(600)\n"
   )
   command = [sys.executable, "-c", script]
@@ -422,7 +423,7 @@ def test_who_has_lost_the_lock_ends(bucket, tmp_path):
   [
     (("--workdir=gs://other/run",), ("gs://other: there is no such bucket",)),
     (("--workdir=gs://bucket",), ("gs://bucket: expected gs://BUCKET/FOLDER",)),
-    (("--workdir=s3://bucket/run",), ("s3://bucket/run", "nothing is known of s3://")),
+    (("--workdir=s3://bucket/run",), ("s3://bucket/run", "s3:// is not supported")),
     (("--config.data.data_dir=gs://bucket/data",), ("'data.data_dir'", "gcsfuse BUCKET", "--bucket")),
     (("--config.init_from=gs://other/run",), ("gs://other: there is no such bucket",)),
   ],

@@ -55,11 +55,11 @@ def test_one_process_whatever_the_environment_says():
     (FLAGS[1:], "--coordinator missing"),
     ((*FLAGS[:2], "--process_id=4"), "must lie in 0 to 3"),
     ((*FLAGS[:2], "--process_id=-2"), "must lie in 0 to 3"),
-    ((*FLAGS[:2], "--process_id=two"), "--process_id=two: not an integer"),
+    ((*FLAGS[:2], "--process_id=two"), "--process_id: invalid int value: 'two'"),
     ((*FLAGS[1:], "--coordinator=host"), "must be HOST:PORT"),
     (("--num_processes=0",), "must be more than 0"),
     (("--heartbeat_timeout=0",), "must be more than 0"),
-    (("--initialization_timeout=long",), "not a number"),
+    (("--initialization_timeout=long",), "invalid float value"),
   ],
 )
 def test_flags_that_cannot_be(argv, fact):
@@ -217,9 +217,9 @@ def test_initialize_calls_jax_only_for_several(environ, count, monkeypatch):
     monkeypatch.delenv(name)
   for name, value in environ.items():
     monkeypatch.setenv(name, value)
-  monkeypatch.setattr(rendezvous, "join", lambda *args: Peers())
+  monkeypatch.setattr(distributed, "Peers", lambda *args: Peers())
   monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **kwargs: calls.append((args, kwargs)))
-  monkeypatch.setattr(distributed, "_crew", None)
+  monkeypatch.setattr(distributed, "_peers", None)
   place = distributed.initialize(distributed.Flags())
   assert len(calls) == count and (place is not None) == bool(count) == distributed.active()
   if calls:
@@ -237,14 +237,14 @@ def test_cpu_collectives_between_processes():
 
 
 def _one_of_two(monkeypatch, index, barrier=lambda *_: None):
-  crew = SimpleNamespace(
-    place=ProcessInfo("flags", "a:1", 2, index), hosts=["h0", "h1"], token="t", barrier=barrier
+  peers = SimpleNamespace(
+    info=ProcessInfo("flags", "a:1", 2, index), hosts=["h0", "h1"], start_id="t", barrier=barrier
   )
-  monkeypatch.setattr(distributed, "_crew", crew)
+  monkeypatch.setattr(distributed, "_peers", peers)
 
 
 def test_a_folder_that_this_process_does_not_see(tmp_path, monkeypatch):
-  monkeypatch.setattr(distributed, "PATIENCE", 0.1)
+  monkeypatch.setattr(distributed, "VISIBILITY_TIMEOUT", 0.1)
   _one_of_two(monkeypatch, 1)
   for flag, more in (("--workdir", "share, or gs://BUCKET/RUN"), ("--out", "share")):
     with pytest.raises(UserError) as error:
@@ -319,14 +319,14 @@ def main(argv):
     if what == "stopped":
       return 143
     if what in ("shared", "apart"):
-      distributed.PATIENCE = 2
+      distributed.VISIBILITY_TIMEOUT = 2
       mine = Path(sys.argv[0]).parent / ("there" if what == "apart" and me == 2 else "here")
       mine.mkdir(exist_ok=True)
       distributed.check_shared("--workdir", mine)
     time.sleep(0 if what in ("fine", "twice", "shared") else 30)
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)
-    distributed.tell(str(error), error.status)
+    distributed.notify_peers(str(error), error.status)
     return error.status
   return 0
 
@@ -370,13 +370,13 @@ SLOW = pytest.mark.slow
 @pytest.mark.parametrize(
   "what, statuses, fact",
   [
-    ("kill", (75, -9, 75), "process 1 of 3 ({host}) died"),
+    ("kill", (75, -9, 75), "process 1 ({host}) died"),
     pytest.param("fine", (0, 0, 0), "", marks=SLOW),
     pytest.param("twice", (0, 0, 0), "", marks=SLOW),
     pytest.param("stopped", (143, 143, 143), "", marks=SLOW),
-    pytest.param("raise", (75, 1, 75), "process 1 of 3 ({host}) failed: ValueError: boom", marks=SLOW),
-    pytest.param("mistake0", (2, 2, 2), "process 0 of 3 ({host}) failed: no such key", marks=SLOW),
-    pytest.param("mistake1", (2, 2, 2), "process 1 of 3 ({host}) failed: no such key", marks=SLOW),
+    pytest.param("raise", (75, 1, 75), "process 1 ({host}) failed: ValueError: boom", marks=SLOW),
+    pytest.param("mistake0", (2, 2, 2), "process 0 ({host}) failed: no such key", marks=SLOW),
+    pytest.param("mistake1", (2, 2, 2), "process 1 ({host}) failed: no such key", marks=SLOW),
     pytest.param("late", (75, 75, 75), "no sign of process 1 ({host})", marks=SLOW),
     pytest.param("shared", (0, 0, 0), "", marks=SLOW),
     pytest.param(
@@ -396,14 +396,14 @@ def test_three_processes(what, statuses, fact, tmp_path):
     if what != f"mistake{i}" and status in (2, 75):
       assert fact.format(host=socket.gethostname()) in error, (i, error)
       assert "Check failure stack trace" not in error
-    assert ("goes on from the last checkpoint" in error) == (status == 75 and "ends too" in error), (i, error)
+    assert ("resumes from the last checkpoint" in error) == (status == 75 and "ends too" in error), (i, error)
   assert not [path for folder in ("here", "there") for path in (tmp_path / folder).glob("*")]
 
 
 @pytest.mark.parametrize(
   "ids, missing",
   [
-    ((0, 2), "process 1, process 3 did not come"),
+    ((0, 2), "process 1, process 3 did not connect"),
     pytest.param((3,), "process 0 did not answer process 3 of 4", marks=SLOW),
   ],
 )
@@ -418,7 +418,7 @@ def test_the_missing_are_named(ids, missing, tmp_path):
 
 def _join(place, timeout, results):
   try:
-    results[place.index] = rendezvous.join(place, timeout, 60)
+    results[place.index] = rendezvous.Peers(place, timeout, 60)
   except UserError as error:
     results[place.index] = error
 
@@ -434,10 +434,13 @@ def _roll(places, timeout=20.0):
 
 
 def _leave(results):
-  for index in sorted(results):
-    results[index].leave()
+  threads = [threading.Thread(target=peers.leave, args=(10,)) for peers in results.values()]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
   end = time.monotonic() + 10
-  while any(results[i]._channel.socket.fileno() != -1 for i in results if i) and time.monotonic() < end:
+  while any(p._channel.socket.fileno() != -1 for p in results.values()) and time.monotonic() < end:
     time.sleep(0.01)
 
 
@@ -472,23 +475,23 @@ def test_one_number_twice_and_different_counts():
   assert str(results[2]) == str(results[1]) == str(results[0])
   assert {type(result) for result in results.values()} == {UserError}
   address = f"localhost:{_port()}"
-  crews = {}
+  both = {}
   threads = [
     threading.Thread(target=_join, args=(ProcessInfo("flags", address, 3, i), 8, results))
-    for results, i in ((crews, 0), ({}, 1), (crews, 1))
+    for results, i in ((both, 0), ({}, 1), (both, 1))
   ]
   for thread in threads:
     thread.start()
   for thread in threads:
     thread.join()
-  assert "two processes say they are number 1" in str(crews[0]) and type(crews[0]) is UserError
+  assert "two processes have the number 1" in str(both[0]) and type(both[0]) is UserError
 
 
 def test_a_late_process_is_nobodys_mistake():
   """Launchers try again, on whichever host they look."""
   address = f"localhost:{_port()}"
   results = _roll([ProcessInfo("flags", address, 3, i) for i in range(2)], timeout=2.0)
-  assert "process 2 did not come" in str(results[0]) and str(results[1]) == str(results[0])
+  assert "process 2 did not connect" in str(results[0]) and str(results[1]) == str(results[0])
   assert {type(result) for result in results.values()} == {TransientError}
   results = _roll([ProcessInfo("flags", address, 3, 2)], timeout=0.1)
   assert "process 0 did not answer" in str(results[2]) and type(results[2]) is TransientError
@@ -526,7 +529,7 @@ def test_a_process_may_come_again_while_the_roll_is_called():
 def test_port_in_use_is_said():
   with socket.create_server(("", 0)) as taken:
     results = _roll([ProcessInfo("flags", f"localhost:{taken.getsockname()[1]}", 2, 0)], timeout=1.0)
-  assert "is an earlier run alive there?" in str(results[0]) and type(results[0]) is TransientError
+  assert "check that no earlier run is alive there" in str(results[0]) and type(results[0]) is TransientError
 
 
 CONFIG = """
@@ -634,5 +637,5 @@ def test_a_run_ends_when_one_of_its_processes_is_killed(tmp_path):
     for process in both:
       process.kill()
       process.communicate()
-  assert both[0].returncode == rendezvous.LOST
-  assert f"error: process 1 of 2 ({socket.gethostname()}) died" in error
+  assert both[0].returncode == rendezvous.LOST_STATUS
+  assert f"error: process 1 ({socket.gethostname()}) died" in error

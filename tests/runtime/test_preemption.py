@@ -11,8 +11,7 @@ import time
 import pytest
 
 from beit_jax.run import checkpoint
-from beit_jax.runtime import maintenance_events as notices
-from beit_jax.runtime import preemption
+from beit_jax.runtime import maintenance_events, preemption
 from tests import kills
 
 SLOW = pytest.mark.slow
@@ -39,7 +38,8 @@ def metadata(monkeypatch):
   thread = threading.Thread(target=server.serve_forever)
   thread.start()
   monkeypatch.setenv("GCE_METADATA_IP", f"localhost:{server.server_port}")
-  monkeypatch.setattr(preemption, "Notices", functools.partial(notices.Notices, every=0.05))
+  events = functools.partial(maintenance_events.MaintenanceEvents, interval=0.05)
+  monkeypatch.setattr(preemption, "MaintenanceEvents", events)
   yield values
   server.shutdown()
   thread.join()
@@ -92,12 +92,12 @@ def test_a_server_without_these_keys_and_no_server(metadata, monkeypatch, caplog
 
 
 def test_machines_that_are_not_googles_ask_nobody(monkeypatch, tmp_path):
-  monkeypatch.setattr(notices, "PRODUCT", tmp_path / "product_name")
-  assert notices.server({}) is None
+  monkeypatch.setattr(maintenance_events, "PRODUCT", tmp_path / "product_name")
+  assert maintenance_events.metadata_server({}) is None
   (tmp_path / "product_name").write_text("Standard PC\n")
-  assert notices.server({}) is None
+  assert maintenance_events.metadata_server({}) is None
   (tmp_path / "product_name").write_text("Google Compute Engine\n")
-  assert notices.server({}) == "metadata.google.internal"
+  assert maintenance_events.metadata_server({}) == "metadata.google.internal"
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def two(monkeypatch):
 def test_the_first_ctrl_c_to_one_of_several_lets_a_compilation_end(two, monkeypatch):
   _, handed = two
   left = []
-  monkeypatch.setattr(preemption.Watch, "_leave", lambda self, number: left.append(number))
+  monkeypatch.setattr(preemption.Watch, "_exit", lambda self, number: left.append(number))
   with preemption.Watch() as watch:
     assert watch.nothing_to_save
     signal.raise_signal(signal.SIGINT)
