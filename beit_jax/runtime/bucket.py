@@ -1,8 +1,8 @@
 """Runs in a bucket: `gs://BUCKET/RUN` as a workdir, and models that are read from there (docs/scaling.md, "Buckets").
 
 Paths on disk are `pathlib.Path`; the functions here return them unchanged. A path in a bucket is an `etils.epath.Path`,
-which Orbax accepts, and through which whole files are read and written. An object cannot be appended to. Files that grow
-(log.txt, metrics.jsonl, TensorBoard) are therefore written to a local folder, `local(path)`, and uploaded by `push`.
+which Orbax accepts, and through which whole files are read and written. Since an object cannot be appended to, files
+that grow (log.txt, metrics.jsonl, TensorBoard) are written to a local folder, `local(path)`, and uploaded by `push`.
 """
 
 import atexit
@@ -71,7 +71,7 @@ def check_local(key: str, value: Any) -> None:
   if remote(value):
     raise UserError(
       f"config key '{key}': {value!r} is in a bucket, which only init_from and resume can be. Mount the bucket "
-      "(gcsfuse BUCKET /mnt/bucket, as launch/tpu_pod.sh and launch/gke/gke.sh do with --bucket) and give the folder there"
+      "(gcsfuse BUCKET /mnt/bucket, as launch/tpu_pod.sh and launch/gke/gke.sh do with --bucket) and give that folder"
     )
 
 

@@ -115,7 +115,7 @@ def two(monkeypatch):
 def test_the_first_ctrl_c_to_one_of_several_lets_a_compilation_end(two, monkeypatch):
   _, handed = two
   left = []
-  monkeypatch.setattr(preemption.Watch, "_exit", lambda self, number: left.append(number))
+  monkeypatch.setattr(preemption.Watch, "_exit", lambda self, number, reason: left.append(number))
   with preemption.Watch() as watch:
     assert watch.nothing_to_save
     signal.raise_signal(signal.SIGINT)
