@@ -1,4 +1,7 @@
-"""Contact sheets and class colours with Pillow. Images in: float [B, H, W, 3] in [0, 1]; pictures: uint8 [H, W, 3]."""
+"""Contact sheets, overlays and class colors, drawn with Pillow.
+
+Unless stated otherwise, functions take images as float [B, H, W, 3] in [0, 1] and return uint8 [H, W, 3].
+"""
 
 import functools
 from collections.abc import Sequence
@@ -7,9 +10,13 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-CELL = 96  # pixels; images are scaled to about this
-HIDDEN = 0.5  # grey of a masked patch
-# Colours of a data set's classes, in the order of their numbers.
+CELL_HEIGHT = 96  # pixels of an image on a contact sheet
+TITLE_HEIGHT = 16  # pixels of a line of text on a contact sheet
+GAP = 4  # pixels between the images of a contact sheet
+MASK_GRAY = 0.5
+OVERLAY_OPACITY = 0.6  # of the class colors over an image
+IGNORED = 255  # class number of pixels without a class
+# Colors of the classes of known data sets, by class number.
 PALETTES: dict[str, tuple[tuple[int, int, int], ...]] = {
   "camvid": (
     (128, 128, 128),  # sky
@@ -27,40 +34,48 @@ PALETTES: dict[str, tuple[tuple[int, int, int], ...]] = {
 }
 
 
-def hide(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-  """Greys out the masked patches. mask: bool [B, h, w], True = masked."""
+def gray_out(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+  """Paints the masked patches gray.
+
+  Args:
+    image: float [B, H, W, 3].
+    mask: bool [B, h, w], True = masked.
+
+  Returns:
+    float [B, H, W, 3].
+  """
   image, mask = np.asarray(image), np.asarray(mask)
-  ph, pw = image.shape[1] // mask.shape[1], image.shape[2] // mask.shape[2]
-  return np.where(mask.repeat(ph, 1).repeat(pw, 2)[..., None], HIDDEN, image)
+  patch_height, patch_width = image.shape[1] // mask.shape[1], image.shape[2] // mask.shape[2]
+  return np.where(mask.repeat(patch_height, 1).repeat(patch_width, 2)[..., None], MASK_GRAY, image)
 
 
 @functools.cache
 def palette(count: int) -> np.ndarray:
-  """Colours far apart, uint8 [count, 3], neither near black nor near white nor grey; count <= 256.
+  """Generates up to 256 colors that are easy to tell apart: uint8 [count, 3].
 
-  Each is the one of a grid that is farthest from all before it, as the eye sees it: the first n of more are the same n.
+  Colors are picked greedily from a grid: each is the one farthest from all colors before it, in a color space where
+  distances match perception. The first n colors are therefore the same for every `count`. Near-black, near-white and
+  gray colors are left out.
   """
   levels = np.linspace(0, 255, 9).round()
   grid = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), -1).reshape(-1, 3)
-  places = _oklab(grid)
-  lightness, chroma = places[:, 0], np.hypot(places[:, 1], places[:, 2])
-  good = (lightness > 0.3) & (lightness < 0.93) & (chroma > 0.03)
-  grid, places = grid[good], places[good]
-  chosen, distance = (
-    [],
-    -np.linalg.norm(places - _oklab(np.array([220.0, 32, 32])), axis=1),
-  )  # red comes first
-  for i in range(count):
+  points = _oklab(grid)
+  lightness, chroma = points[:, 0], np.hypot(points[:, 1], points[:, 2])
+  usable = (lightness > 0.3) & (lightness < 0.93) & (chroma > 0.03)
+  grid, points = grid[usable], points[usable]
+  red = _oklab(np.array([220.0, 32, 32]))
+  chosen = [np.linalg.norm(points - red, axis=1).argmin()]  # the first color is red
+  distance = np.full(len(points), np.inf)
+  while len(chosen) < count:
+    distance = np.minimum(distance, np.linalg.norm(points - points[chosen[-1]], axis=1))
     chosen.append(distance.argmax())
-    new = np.linalg.norm(places - places[chosen[-1]], axis=1)
-    distance = np.minimum(distance, new) if i else new
-  colours = grid[chosen].astype(np.uint8)
-  colours.flags.writeable = False  # others get the same array
-  return colours
+  colors = grid[chosen[:count]].astype(np.uint8)
+  colors.flags.writeable = False  # the cache returns the same array to every caller
+  return colors
 
 
 def _oklab(rgb: np.ndarray) -> np.ndarray:
-  """[..., 3] of 0..255 -> Ottosson's Oklab, where distances are those that people see; gamma 2.2 for sRGB's."""
+  """Converts [..., 3] in 0 to 255 to Oklab (Ottosson, 2020); a gamma of 2.2 approximates that of sRGB."""
   cones = (rgb / 255.0) ** 2.2 @ np.array(
     [[0.4122, 0.2119, 0.0883], [0.5363, 0.6807, 0.2817], [0.0514, 0.1074, 0.6300]]
   )
@@ -69,56 +84,78 @@ def _oklab(rgb: np.ndarray) -> np.ndarray:
   )
 
 
-def class_colours(chosen: str | Sequence[Any], count: int) -> np.ndarray:
-  """A colour for each of `count` classes, uint8 [count, 3].
+def class_colors(chosen: str | Sequence[Any], count: int) -> np.ndarray:
+  """Returns a color for each class.
 
   Args:
-    chosen: a name in `PALETTES`, (red, green, blue) in 0..255 for every class, or nothing: `palette(count)`.
+    chosen: a name in `PALETTES`, a (red, green, blue) triple in 0 to 255 for every class, or empty: `palette(count)`.
+    count: number of classes.
+
+  Returns:
+    uint8 [count, 3].
 
   Raises:
-    ValueError: it is none of these; the message says what is wrong.
+    ValueError: `chosen` is none of these; the message says what is wrong.
   """
   if isinstance(chosen, str) and chosen and chosen not in PALETTES:
-    raise ValueError(f"{chosen!r} is unknown; there are {', '.join(map(repr, PALETTES))}")
-  rows = PALETTES[chosen] if isinstance(chosen, str) and chosen else chosen
-  if not isinstance(rows, str | Sequence):
-    raise ValueError(f"{rows!r} is neither a name nor a list of colours")
-  if not rows:
+    raise ValueError(f"{chosen!r} is unknown; known palettes are {', '.join(map(repr, PALETTES))}")
+  colors = PALETTES[chosen] if isinstance(chosen, str) and chosen else chosen
+  if not isinstance(colors, str | Sequence):
+    raise ValueError(f"{colors!r} is neither a name nor a list of colors")
+  if not colors:
     return palette(count)
-  whole = lambda n: isinstance(n, int) and not isinstance(n, bool) and 0 <= n <= 255
-  wrong = [row for row in rows if not (isinstance(row, Sequence) and len(row) == 3 and all(map(whole, row)))]
-  if wrong:
-    raise ValueError(f"{wrong[0]!r} is no colour; expected (red, green, blue) from 0 to 255")
-  if len(rows) != count:
-    raise ValueError(f"{len(rows)} colours for {count} classes")
-  return np.array(rows, np.uint8)
+  for color in colors:
+    if not (isinstance(color, Sequence) and len(color) == 3 and all(map(_is_byte, color))):
+      raise ValueError(f"{color!r} is not a color; expected (red, green, blue) from 0 to 255")
+  if len(colors) != count:
+    raise ValueError(f"{len(colors)} colors for {count} classes")
+  return np.array(colors, np.uint8)
 
 
-def overlay(
-  image: np.ndarray, classes: np.ndarray, colours: np.ndarray | None = None, strength: float = 0.6
-) -> np.ndarray:
-  """Colours of the classes laid over images [..., H, W, 3]; classes [..., H, W], 255 = none. colours: uint8 [C, 3]."""
-  table = (palette(256) if colours is None else np.resize(colours, (256, 3))) / 255.0
-  mixed = (1 - strength) * image + strength * table[classes]
-  return np.where((classes == 255)[..., None], image * 0.4, mixed)
+def _is_byte(value: Any) -> bool:
+  return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 255
 
 
-def legend(picture: np.ndarray, entries: Sequence[tuple[np.ndarray, str]]) -> np.ndarray:
-  """A picture uint8 [H, W, 3] with squares of colour and their texts below, in columns, the first one downwards."""
-  size = min(max(picture.shape[1] // 50, 13), 32)  # of the letters
-  font, gap, line = ImageFont.load_default(size), size // 2, size + size // 2
+def overlay(image: np.ndarray, classes: np.ndarray, colors: np.ndarray | None = None) -> np.ndarray:
+  """Blends class colors over images and darkens the pixels without a class.
+
+  Args:
+    image: float [..., H, W, 3] in [0, 1].
+    classes: class numbers [..., H, W]; `IGNORED` (255) = no class.
+    colors: uint8 [C, 3]; default: `palette`.
+
+  Returns:
+    float [..., H, W, 3] in [0, 1].
+  """
+  table = (palette(256) if colors is None else np.resize(colors, (256, 3))) / 255.0
+  mixed = (1 - OVERLAY_OPACITY) * image + OVERLAY_OPACITY * table[classes]
+  return np.where((classes == IGNORED)[..., None], image * 0.4, mixed)
+
+
+def add_legend(image: np.ndarray, entries: Sequence[tuple[np.ndarray, str]]) -> np.ndarray:
+  """Draws a legend below an image: colored squares with texts, filled column by column.
+
+  Args:
+    image: uint8 [H, W, 3].
+    entries: (color uint8 [3], text) in the order of the legend.
+
+  Returns:
+    uint8 [H + legend, W or wider, 3].
+  """
+  font_size = min(max(image.shape[1] // 50, 13), 32)
+  font, gap, line = ImageFont.load_default(font_size), font_size // 2, font_size + font_size // 2
   texts = [_one_line(text) for _, text in entries]
   column = max([round(font.getlength(text)) for text in texts], default=0) + line + 2 * gap
-  width = max(picture.shape[1], column + gap)
+  width = max(image.shape[1], column + gap)
   columns = min(max((width - gap) // column, 1), max(len(texts), 1))
   rows = -(-len(texts) // columns)
-  sheet = Image.new("RGB", (width, picture.shape[0] + rows * line + 2 * gap), "white")
-  sheet.paste(Image.fromarray(picture), ((width - picture.shape[1]) // 2, 0))
+  sheet = Image.new("RGB", (width, image.shape[0] + rows * line + 2 * gap), "white")
+  sheet.paste(Image.fromarray(image), ((width - image.shape[1]) // 2, 0))
   draw = ImageDraw.Draw(sheet)
-  for i, ((colour, _), text) in enumerate(zip(entries, texts, strict=True)):
-    x, y = gap + i // rows * column, picture.shape[0] + gap + i % rows * line
-    draw.rectangle((x, y, x + size, y + size), fill=tuple(map(int, colour)), outline="grey")
-    draw.text((x + line, y + size // 2), text, fill="black", font=font, anchor="lm")
+  for i, ((color, _), text) in enumerate(zip(entries, texts, strict=True)):
+    x, y = gap + i // rows * column, image.shape[0] + gap + i % rows * line
+    draw.rectangle((x, y, x + font_size, y + font_size), fill=tuple(map(int, color)), outline="gray")
+    draw.text((x + line, y + font_size // 2), text, fill="black", font=font, anchor="lm")
   return np.asarray(sheet)
 
 
@@ -128,40 +165,41 @@ def _one_line(text: str, limit: int = 48) -> str:
 
 
 def _cell(image: np.ndarray) -> Image.Image:
-  picture = Image.fromarray((image.clip(0, 1) * 255).round().astype(np.uint8))
-  width = max(round(CELL * image.shape[1] / image.shape[0]), 1)
-  enlarging = width >= picture.width
-  return picture.resize((width, CELL), Image.Resampling.NEAREST if enlarging else Image.Resampling.LANCZOS)
+  """Scales float [H, W, 3] to the height of a cell; enlarged pixels stay squares."""
+  cell = Image.fromarray((image.clip(0, 1) * 255).round().astype(np.uint8))
+  width = max(round(CELL_HEIGHT * image.shape[1] / image.shape[0]), 1)
+  resample = Image.Resampling.NEAREST if width >= cell.width else Image.Resampling.LANCZOS
+  return cell.resize((width, CELL_HEIGHT), resample)
 
 
-def table(rows: dict[str, np.ndarray], columns: int = 8) -> np.ndarray:
-  """One row of pictures per entry, its name above it."""
-  title, gap = 16, 4
+def labeled_rows(rows: dict[str, np.ndarray], columns: int = 8) -> np.ndarray:
+  """Draws one row of images per entry, with its name above it; at most `columns` images a row."""
   cells = {name: [_cell(image) for image in images[:columns]] for name, images in rows.items()}
-  width = max(sum(c.width + gap for c in row) for row in cells.values()) + gap
-  sheet = Image.new("RGB", (width, len(cells) * (CELL + title + gap) + gap), "white")
+  width = max(sum(cell.width + GAP for cell in row) for row in cells.values()) + GAP
+  sheet = Image.new("RGB", (width, len(cells) * (CELL_HEIGHT + TITLE_HEIGHT + GAP) + GAP), "white")
   draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
-  y = gap
+  y = GAP
   for name, row in cells.items():
-    draw.text((gap, y), name, fill="black", font=font)
-    x = gap
+    draw.text((GAP, y), name, fill="black", font=font)
+    x = GAP
     for cell in row:
-      sheet.paste(cell, (x, y + title))
-      x += cell.width + gap
-    y += CELL + title + gap
+      sheet.paste(cell, (x, y + TITLE_HEIGHT))
+      x += cell.width + GAP
+    y += CELL_HEIGHT + TITLE_HEIGHT + GAP
   return np.asarray(sheet)
 
 
-def captioned(images: np.ndarray, captions: list[str], columns: int = 8) -> np.ndarray:
-  """A grid of images with a line of text under each."""
-  title, gap = 16, 4
+def captioned_grid(images: np.ndarray, captions: list[str], columns: int = 8) -> np.ndarray:
+  """Draws up to two rows of images with a caption below each; captions that contain "(is" are red."""
   cells = [_cell(image) for image in images[: 2 * columns]]
-  width = max(c.width for c in cells) + gap
+  width = max(cell.width for cell in cells) + GAP
   rows = -(-len(cells) // columns)
-  sheet = Image.new("RGB", (columns * width + gap, rows * (CELL + title + gap) + gap), "white")
+  height = CELL_HEIGHT + TITLE_HEIGHT + GAP
+  sheet = Image.new("RGB", (columns * width + GAP, rows * height + GAP), "white")
   draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
   for i, (cell, caption) in enumerate(zip(cells, captions, strict=False)):
-    x, y = gap + i % columns * width, gap + i // columns * (CELL + title + gap)
+    x, y = GAP + i % columns * width, GAP + i // columns * height
     sheet.paste(cell, (x, y))
-    draw.text((x, y + CELL + 1), caption[:18], fill="black" if "(is" not in caption else "red", font=font)
+    color = "red" if "(is" in caption else "black"
+    draw.text((x, y + CELL_HEIGHT + 1), caption[:18], fill=color, font=font)
   return np.asarray(sheet)

@@ -1,4 +1,4 @@
-"""Pictures as users name and keep them: files, folders, patterns; read whatever they hold."""
+"""Finds and reads the image files that a user names on a command line."""
 
 import glob
 import os
@@ -9,59 +9,67 @@ import numpy as np
 from PIL import Image
 
 from beit_jax.data import images
-from beit_jax.data.sources import IMAGE_SUFFIXES
+from beit_jax.data.sources import IMAGE_SUFFIXES, list_images
 from beit_jax.errors import UserError
 
-MAX_ASPECT = 1000  # the short side is resized to the model's: a thinner picture would fill the memory
+MAX_ASPECT = 1000  # models resize the short side: a narrower image would fill the memory
 
 
 def find_images(names: list[str]) -> list[Path]:
-  """Files, folders (searched recursively) and patterns (`**` too) -> files, each once, in the order given.
+  """Expands files, folders (searched recursively) and glob patterns (`**` included).
+
+  Returns:
+    The files in the order given, each once.
 
   Raises:
-    UserError: one of the names stands for no file.
+    UserError: one of the names matches no file.
   """
   found: dict[str, Path] = {}
   for name in names:
     text = os.path.expanduser(name)
     matches = [text] if os.path.exists(text) else sorted(glob.glob(text, recursive=True))
-    files = [file for match in matches for file in _inside(Path(match))]
+    files = [file for match in matches for file in _files_in(Path(match))]
     if not files and os.path.isdir(text):
       endings = ", ".join(sorted(IMAGE_SUFFIXES))
-      raise UserError(f"{name}: no images in this folder; known endings are {endings}")
+      raise UserError(f"{name}: no images in this folder; known file extensions are {endings}")
     if not files:
-      raise UserError(f"{name!r}: no such file or folder, and no pattern that matches any")
+      raise UserError(f"{name!r}: no such file or folder, and no match for it as a pattern")
     for file in files:
       found.setdefault(os.path.abspath(file), file)
   return list(found.values())
 
 
-def _inside(path: Path) -> list[Path]:
-  if not os.path.isdir(path):
-    return [path]
-  return sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and os.path.isfile(p))
+def _files_in(path: Path) -> list[Path]:
+  return list_images(path) if path.is_dir() else [path]
 
 
 def read_image(path: Path) -> np.ndarray:
-  """A picture file of any kind -> uint8 [H, W, 3], upright.
+  """Reads an image file of any supported format: uint8 [H, W, 3], turned upright.
 
   Raises:
-    ValueError: it cannot be read; the message says why, without the name.
+    ValueError: the file cannot be read; the message gives the reason without the file's name.
   """
   data = b""
   try:
     with warnings.catch_warnings():
-      warnings.simplefilter(
-        "ignore"
-      )  # Pillow refuses from 179 million pixels on, and warns from half of that
+      warnings.simplefilter("ignore")  # Pillow warns of large images before it refuses them
       data = path.read_bytes()
       image = images.decode(data)
   except Image.UnidentifiedImageError:
-    raise ValueError("not a picture that Pillow can read" if data else "the file is empty") from None
+    raise ValueError("not an image in a supported format" if data else "the file is empty") from None
   except OSError as error:
     raise ValueError(error.strerror or str(error)) from None
-  except Exception as error:  # Pillow's readers let through whatever a damaged file leads to
+  except Exception as error:  # Pillow's decoders raise errors of many types on damaged files
     raise ValueError(str(error) or type(error).__name__) from None
-  if max(image.size) > MAX_ASPECT * min(image.size):
-    raise ValueError(f"{image.width}x{image.height} pixels are too narrow a picture")
+  check_aspect(image.width, image.height, MAX_ASPECT)
   return np.asarray(image)
+
+
+def check_aspect(width: int, height: int, limit: int) -> None:
+  """Checks that no side is more than `limit` times the other.
+
+  Raises:
+    ValueError: the image is too narrow.
+  """
+  if max(width, height) > limit * min(width, height):
+    raise ValueError(f"an image of {width}x{height} pixels is too narrow")

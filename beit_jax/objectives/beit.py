@@ -192,11 +192,11 @@ class MaskedImageModeling(EncoderObjective):
 
     rows = {
       "image": augment.to_float(batch["image"]),
-      "masked": drawing.hide(augment.to_float(batch["image"]), mask),
+      "masked": drawing.gray_out(augment.to_float(batch["image"]), mask),
       "predicted tokens, decoded": decode(predicted),
       "true tokens, decoded": decode(targets),
     }
-    return {"masked_image_modelling": drawing.table({k: np.asarray(v) for k, v in rows.items()})}
+    return {"masked_image_modelling": drawing.labeled_rows({k: np.asarray(v) for k, v in rows.items()})}
 
   def describe(self) -> dict[str, Any]:
     tokenizer = self.tokenizer.description

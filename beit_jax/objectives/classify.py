@@ -185,7 +185,7 @@ class Classification(EncoderObjective):
       names[guess] if guess == true else f"{names[guess]} (is {names[true]})"
       for guess, true in zip(logits.argmax(-1), np.asarray(batch["label"]), strict=True)
     ]
-    return {"predictions": drawing.captioned(np.asarray(augment.to_float(batch["image"])), captions)}
+    return {"predictions": drawing.captioned_grid(np.asarray(augment.to_float(batch["image"])), captions)}
 
   def adapt(self, pretrained: Pretrained, shapes: base.PyTree) -> dict[str, Any]:
     labels, ours = list(pretrained.description.get("labels") or ()), list(self.source.class_names)

@@ -180,7 +180,9 @@ class TokenizerTraining(base.Objective):
     grid = tuple(side // self.module.stride for side in self.token_image_size)
     decoded = self.module.apply(variables, ids, grid, method="decode")
     return {
-      "reconstructions": drawing.table({"image": np.asarray(image), "from its tokens": np.asarray(decoded)})
+      "reconstructions": drawing.labeled_rows(
+        {"image": np.asarray(image), "from its tokens": np.asarray(decoded)}
+      )
     }
 
   def describe(self) -> dict[str, Any]:

@@ -256,7 +256,7 @@ class Segmentation(EncoderObjective):
       "prediction": drawing.overlay(image, guess, self.colors),
       "label map": drawing.overlay(image, label, self.colors),
     }
-    return {"segmentation": drawing.table(rows)}
+    return {"segmentation": drawing.labeled_rows(rows)}
 
   def load_collections(self, path: str) -> base.Variables:
     return weights_io.load(path).collections
@@ -285,7 +285,7 @@ def _names_and_colors(options: Any, source: Any, count: int) -> tuple[tuple[str,
     )
   own = source.map_class_names
   try:
-    colors = drawing.class_colours(options.palette, count)
+    colors = drawing.class_colors(options.palette, count)
   except ValueError as error:
     raise UserError(f"config key 'segment.palette': {error}") from None
   return names or (own if len(own) == count else ()), colors

@@ -367,7 +367,9 @@ class Pretrained:
     """
     self._check_tokenizer("decode")
     if "decoder" not in self.params:
-      raise UserError("this tokenizer was loaded without its decoder, so it cannot turn tokens into images")
+      raise UserError(
+        "this tokenizer was loaded without its decoder, so it cannot turn tokens into images; load a folder with both"
+      )
     assert isinstance(self.module, Dvae)
     grid_size = tuple(side // self.module.stride for side in self.preprocessing["image_size"])
     return self._decode(self.params, jnp.asarray(ids), grid_size)

@@ -1,4 +1,4 @@
-"""`python -m beit_jax.predict`: every kind of model, every kind of picture, and what cannot be read."""
+"""`python -m beit_jax.predict`: all formats of models but segmenters, image formats, and files that cannot be read."""
 
 import dataclasses
 import io
@@ -15,6 +15,7 @@ from PIL import Image, PngImagePlugin
 
 import beit_jax
 from beit_jax.data import images
+from beit_jax.data.image_files import find_images, read_image
 from beit_jax.models import dvae
 from beit_jax.models.beit import Beit, BeitForImageClassification, BeitForMaskedImageModeling
 from beit_jax.predict import __main__ as predict
@@ -34,20 +35,20 @@ LABELS = ["disc", "square", "ring"]
 ORIENTATION = 0x0112
 
 
-def _random(kind, module, **description):
-  """A model whose parameters are all drawn, large enough for pictures to differ."""
+def _random_model(kind, module, **description):
+  """A model with random parameters, large enough for its outputs to differ between images."""
   params = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]
   rng = np.random.default_rng(0)
-  draw = lambda p: (rng.normal(size=p.shape) * 0.3).astype(np.float32)
-  return Pretrained(kind, jax.tree.map(draw, params), module, PREPROCESSING, description)
+  params = jax.tree.map(lambda p: (rng.normal(size=p.shape) * 0.3).astype(np.float32), params)
+  return Pretrained(kind, params, module, PREPROCESSING, description)
 
 
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory):
-  """Five classes, three of them with a name."""
+  """Five classes; three of them have names."""
   path = tmp_path_factory.mktemp("classifier") / "model"
   beit_jax.save(
-    _random("classifier", BeitForImageClassification(ENCODER, 5), labels=LABELS), path, format="orbax"
+    _random_model("classifier", BeitForImageClassification(ENCODER, 5), labels=LABELS), path, format="orbax"
   )
   return path
 
@@ -58,47 +59,49 @@ def tokenizer(tmp_path_factory):
   path = tmp_path_factory.mktemp("tokenizer") / "model"
   module = dvae.Dvae(n_hid=8, n_init=8, n_blk_per_group=1, group_count=2, vocab_size=16)
   pixels = {**PREPROCESSING, "mean": (-0.125,) * 3, "std": (1.25,) * 3}
-  beit_jax.save(dataclasses.replace(_random("tokenizer", module), preprocessing=pixels), path, format="orbax")
+  beit_jax.save(
+    dataclasses.replace(_random_model("tokenizer", module), preprocessing=pixels), path, format="orbax"
+  )
   return path
 
 
 def _mim(path, *, vocab_size=16, **description):
-  model = _random("mim", BeitForMaskedImageModeling(ENCODER, vocab_size), **description)
+  model = _random_model("mim", BeitForMaskedImageModeling(ENCODER, vocab_size), **description)
   beit_jax.save(model, path, format="orbax")
   return path
 
 
-def _picture(seed, height=20, width=30):
-  """Smooth, so that JPEG keeps it."""
+def _image(seed, height=20, width=30):
+  """A smooth image: JPEG changes it little."""
   small = np.random.default_rng(seed).integers(0, 256, (3, 4, 3), np.uint8)
   return Image.fromarray(small).resize((width, height), Image.Resampling.BILINEAR)
 
 
 @pytest.fixture
-def kinds(tmp_path):
-  """A folder with one picture of every kind that can be read."""
-  folder = tmp_path / "kinds"
+def formats(tmp_path):
+  """A folder with one image of every format and mode."""
+  folder = tmp_path / "formats"
   (folder / "deeper").mkdir(parents=True)
-  picture = _picture(1)
-  picture.save(folder / "a.jpg")
-  picture.convert("CMYK").save(folder / "cmyk.jpg")
-  picture.convert("L").save(folder / "grey.png")
-  picture.convert("P").save(folder / "palette.gif")
-  Image.fromarray(np.asarray(picture.convert("L")).astype(np.uint16) * 257).save(folder / "deep.png")
-  rgba = np.dstack([np.asarray(picture), np.full((20, 30), 7, np.uint8)])
+  image = _image(1)
+  image.save(folder / "a.jpg")
+  image.convert("CMYK").save(folder / "cmyk.jpg")
+  image.convert("L").save(folder / "grey.png")
+  image.convert("P").save(folder / "palette.gif")
+  Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257).save(folder / "deep.png")
+  rgba = np.dstack([np.asarray(image), np.full((20, 30), 7, np.uint8)])
   Image.fromarray(rgba).save(folder / "deeper" / "ALPHA.PNG")
-  (folder / "notes.txt").write_text("no picture")
+  (folder / "notes.txt").write_text("not an image")
   return folder
 
 
 @pytest.fixture
 def broken(tmp_path):
-  """A folder of files that cannot be read, and the reasons to be given."""
+  """A folder of files that cannot be read, and the reason that the command gives for each."""
   folder = tmp_path / "broken"
   folder.mkdir()
   (folder / "empty.png").write_bytes(b"")
-  (folder / "text.jpg").write_text("not a picture")
-  _picture(2, 200, 300).save(folder / "cut.jpg")
+  (folder / "text.jpg").write_text("not an image")
+  _image(2, 200, 300).save(folder / "cut.jpg")
   whole = (folder / "cut.jpg").read_bytes()
   (folder / "cut.jpg").write_bytes(whole[: len(whole) // 2])
   Image.new("1", (20_000, 20_000)).save(folder / "huge.png")
@@ -108,7 +111,7 @@ def broken(tmp_path):
     "cut.jpg": "truncated",
     "empty.png": "the file is empty",
     "huge.png": "exceeds limit",
-    "text.jpg": "not a picture",
+    "text.jpg": "not an image",
     "thin.png": "too narrow",
     "gone.png": "No such file",
   }
@@ -133,77 +136,80 @@ def _upright_pixels(path):
   return np.asarray(Image.open(path).convert("RGB"))
 
 
-def test_probabilities_are_those_of_the_model(classifier, kinds, capsys):
+def test_classifier_probabilities(classifier, formats, capsys):
   for i in range(5):
-    _picture(i).save(kinds / f"{i}.png")
-  status, out, _ = _run(capsys, classifier, *(kinds / f"{i}.png" for i in range(5)), "--json", "--top=9")
+    _image(i).save(formats / f"{i}.png")
+  status, out, _ = _run(capsys, classifier, *(formats / f"{i}.png" for i in range(5)), "--json", "--top=9")
   assert status == 0
   model, results = beit_jax.load(classifier), json.loads(out)
-  expected = jax.nn.softmax(model([_upright_pixels(kinds / f"{i}.png") for i in range(5)]))
-  assert [r["file"] for r in results] == [str(kinds / f"{i}.png") for i in range(5)]
+  expected = jax.nn.softmax(model([_upright_pixels(formats / f"{i}.png") for i in range(5)]))
+  assert [r["file"] for r in results] == [str(formats / f"{i}.png") for i in range(5)]
   for result, row in zip(results, np.asarray(expected), strict=True):
     found = result["predictions"]
-    assert [p["class"] for p in found] == np.argsort(-row).tolist()  # --top is capped by the five classes
+    assert [p["class"] for p in found] == np.argsort(-row).tolist()  # --top=9 is more than the five classes
     np.testing.assert_allclose([p["probability"] for p in found], np.sort(row)[::-1], atol=1e-5)
     names = {p["class"]: p["label"] for p in found}
     assert names == {0: "disc", 1: "square", 2: "ring", 3: "class 3", 4: "class 4"}
   assert len({tuple(p["class"] for p in r["predictions"]) for r in results}) > 1
 
 
-def test_every_kind_of_picture_in_a_folder(classifier, kinds, capsys):
-  status, out, err = _run(capsys, classifier, kinds, "--top=2", "--batch_size=4")
+def test_folder_with_all_formats(classifier, formats, capsys):
+  status, out, err = _run(capsys, classifier, formats, "--top=2", "--batch_size=4")
   names = ["a.jpg", "cmyk.jpg", "deep.png", "deeper/ALPHA.PNG", "grey.png", "palette.gif"]
   lines = out.splitlines()
   assert status == 0 and "skipped" not in err
-  assert lines[::3] == [str(kinds / name) for name in names]
+  assert lines[::3] == [str(formats / name) for name in names]
   assert all(line.startswith("  ") and "%  " in line for i, line in enumerate(lines) if i % 3)
   grey, deep = (lines[3 * names.index(name) + 1 :][:2] for name in ("grey.png", "deep.png"))
   assert grey == deep
 
 
-def test_transparency_is_dropped(kinds):
-  data = (kinds / "deeper" / "ALPHA.PNG").read_bytes()
-  np.testing.assert_array_equal(np.asarray(images.decode(data)), np.asarray(_picture(1)))
+def test_transparency_is_dropped(formats):
+  data = (formats / "deeper" / "ALPHA.PNG").read_bytes()
+  np.testing.assert_array_equal(np.asarray(images.decode(data)), np.asarray(_image(1)))
 
 
-def test_patterns_and_duplicates(kinds, monkeypatch):
-  monkeypatch.chdir(kinds)
-  find = lambda *names: [str(path) for path in predict.find_images(list(names))]
-  assert find("*.png", "./grey.png", str(kinds / "deep.png")) == ["deep.png", "grey.png"]
+def test_patterns_and_duplicates(formats, monkeypatch):
+  monkeypatch.chdir(formats)
+
+  def find(*names):
+    return [str(path) for path in find_images(list(names))]
+
+  assert find("*.png", "./grey.png", str(formats / "deep.png")) == ["deep.png", "grey.png"]
   assert find("**/*.PNG") == ["deeper/ALPHA.PNG"]
   assert find("a.jpg", "deeper", "**/*a*.*g") == ["a.jpg", "deeper/ALPHA.PNG"]
-  (kinds / "x[1].png").write_bytes((kinds / "grey.png").read_bytes())
+  (formats / "x[1].png").write_bytes((formats / "grey.png").read_bytes())
   assert find("x[1].png") == ["x[1].png"]
-  assert find("notes.txt") == ["notes.txt"]  # asked for by name
+  assert find("notes.txt") == ["notes.txt"]  # named explicitly
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
-def test_broken_pictures_cost_nothing_else(batch_size, classifier, kinds, broken, capsys):
+def test_broken_images_do_not_affect_the_others(batch_size, classifier, formats, broken, capsys):
   folder, reasons = broken
-  status, out, err = _run(capsys, classifier, kinds, folder, "--json", f"--batch_size={batch_size}")
+  status, out, err = _run(capsys, classifier, formats, folder, "--json", f"--batch_size={batch_size}")
   results = {r["file"]: r for r in json.loads(out)}
-  assert status == 1 and list(results) == [*map(str, predict.find_images([str(kinds), str(folder)]))]
+  assert status == 1 and list(results) == [*map(str, find_images([str(formats), str(folder)]))]
   assert sum("predictions" in r for r in results.values()) == 6
   for name in set(reasons) - {"gone.png"}:
     assert reasons[name] in results[str(folder / name)]["error"]
     assert f"skipped {folder / name}: " in err
-  alone = json.loads(_run(capsys, classifier, kinds / "grey.png", "--json")[1])[0]
-  both = [r["predictions"] for r in (alone, results[str(kinds / "grey.png")])]
+  alone = json.loads(_run(capsys, classifier, formats / "grey.png", "--json")[1])[0]
+  both = [r["predictions"] for r in (alone, results[str(formats / "grey.png")])]
   assert [p["class"] for p in both[0]] == [p["class"] for p in both[1]]
   np.testing.assert_allclose(*([p["probability"] for p in r] for r in both), atol=1e-6)
 
 
-def test_nothing_but_broken_pictures(classifier, broken, capsys):
+def test_only_broken_images(classifier, broken, capsys):
   folder, reasons = broken
   status, out, err = _run(capsys, classifier, f"{folder}/*", "--json")
-  assert status == 2 and "error: none of the 6 pictures could be read" in err
+  assert status == 2 and "error: none of the 6 images could be read" in err
   errors = {os.path.basename(r["file"]): r["error"] for r in json.loads(out)}
   assert errors.keys() == reasons.keys()
   for name, reason in reasons.items():
     assert reason in errors[name]
 
 
-# Orientation -> what turns an upright picture into the stored one.
+# EXIF orientation -> the transposition that turns an upright image into the stored one.
 STORED = {
   2: Image.Transpose.FLIP_LEFT_RIGHT,
   3: Image.Transpose.ROTATE_180,
@@ -215,29 +221,29 @@ STORED = {
 }
 
 
-def _encoded(picture, format, orientation, **options):
+def _encoded(image, format, orientation, **options):
   exif = Image.Exif()
   exif[ORIENTATION] = orientation
   buffer = io.BytesIO()
-  picture.save(buffer, format, exif=exif.tobytes(), **options)
+  image.save(buffer, format, exif=exif.tobytes(), **options)
   return buffer.getvalue()
 
 
 @pytest.mark.parametrize("format", ["png", "tiff", "webp", "jpeg"])
 @pytest.mark.parametrize("orientation", STORED)
-def test_pictures_are_turned_upright(format, orientation):
-  picture = _picture(3)
-  stored = picture.transpose(STORED[orientation])
+def test_images_are_turned_upright(format, orientation):
+  image = _image(3)
+  stored = image.transpose(STORED[orientation])
   options = {"png": {}, "tiff": {}, "webp": dict(lossless=True), "jpeg": dict(quality=100, subsampling=0)}
   found = np.asarray(images.decode(_encoded(stored, format, orientation, **options[format])), np.int32)
-  np.testing.assert_allclose(found, np.asarray(picture), atol=8 if format == "jpeg" else 0)
+  np.testing.assert_allclose(found, np.asarray(image), atol=8 if format == "jpeg" else 0)
 
 
-def test_prediction_of_a_turned_picture(classifier, tmp_path, capsys):
-  picture = _picture(3)
-  picture.save(tmp_path / "upright.png")
-  (tmp_path / "turned.png").write_bytes(_encoded(picture.transpose(STORED[6]), "png", 6))
-  picture.transpose(STORED[6]).save(tmp_path / "without.png")
+def test_prediction_of_a_rotated_image(classifier, tmp_path, capsys):
+  image = _image(3)
+  image.save(tmp_path / "upright.png")
+  (tmp_path / "turned.png").write_bytes(_encoded(image.transpose(STORED[6]), "png", 6))
+  image.transpose(STORED[6]).save(tmp_path / "without.png")
   files = (tmp_path / f"{name}.png" for name in ("upright", "turned", "without"))
   upright, turned, without = (
     r["predictions"] for r in json.loads(_run(capsys, classifier, *files, "--json")[1])
@@ -257,22 +263,22 @@ def test_prediction_of_a_turned_picture(classifier, tmp_path, capsys):
     b"Exif\0\0MM\0*\xff\xff\xff\xff",
   ],
 )
-def test_damaged_exif_loses_no_picture(exif, tmp_path):
+def test_images_with_damaged_exif_are_read(exif, tmp_path):
   for format in ("jpeg", "png", "webp"):
-    _picture(3).save(tmp_path / "picture", format, exif=exif)
-    assert predict.read_image(tmp_path / "picture").shape == (20, 30, 3)
+    _image(3).save(tmp_path / "image", format, exif=exif)
+    assert read_image(tmp_path / "image").shape == (20, 30, 3)
 
 
-def test_exif_in_a_text_chunk_that_is_no_hexadecimal():
+def test_exif_text_chunk_that_is_not_hexadecimal():
   text = PngImagePlugin.PngInfo()
   text.add_text("Raw profile type exif", "\nexif\n  8\nnot hexadecimal")
   buffer = io.BytesIO()
-  _picture(3).save(buffer, "png", pnginfo=text)
+  _image(3).save(buffer, "png", pnginfo=text)
   assert images.decode(buffer.getvalue()).size == (30, 20)
 
 
-def test_truncated_pictures_are_still_errors():
-  data = _encoded(_picture(2, 200, 300), "jpeg", 6)
+def test_truncated_image_is_an_error():
+  data = _encoded(_image(2, 200, 300), "jpeg", 6)
   with pytest.raises(OSError, match="truncated"):
     images.decode(data[: len(data) // 2])
 
@@ -283,10 +289,10 @@ def _sheet(path):
   return sheet
 
 
-def test_a_tokenizer_draws_reconstructions(tokenizer, tmp_path, capsys):
+def test_tokenizer_draws_reconstructions(tokenizer, tmp_path, capsys):
   paths = [tmp_path / f"{i:02d}.png" for i in range(18)]
   for i, path in enumerate(paths):
-    _picture(i).save(path)
+    _image(i).save(path)
   (tmp_path / "03.png").write_text("broken")
   out_folder = tmp_path / "a" / "sheets"
   arguments = (tokenizer, tmp_path / "*.png", f"--out={out_folder}", "--batch_size=5")
@@ -311,97 +317,99 @@ def test_a_tokenizer_draws_reconstructions(tokenizer, tmp_path, capsys):
   assert f"mean absolute error {errors[0]:.4f}, " in lines[1]
 
 
-def test_a_tokenizer_without_decoder(tokenizer, kinds, tmp_path, capsys, monkeypatch):
+def test_tokenizer_without_decoder(tokenizer, formats, tmp_path, capsys, monkeypatch):
   loaded = beit_jax.load(tokenizer)
   half = dataclasses.replace(loaded, params={"encoder": loaded.params["encoder"]})
   monkeypatch.setattr(predict.weights_io, "load", lambda path, **_: half)
-  _fails(capsys, ["without its decoder", "give a folder with both"], "encoder.pkl", kinds)
+  _fails(capsys, ["without its decoder", "load a folder with both"], "encoder.pkl", formats)
 
 
-def test_a_masked_image_model_fills_in(tokenizer, kinds, tmp_path, capsys):
+def test_masked_image_model_predicts_masked_tokens(tokenizer, formats, tmp_path, capsys):
   loaded = beit_jax.load(tokenizer)
   recorded = {name: loaded.description[name] for name in ("path", "sha256")}
   model = _mim(tmp_path / "mim", tokenizer=recorded)
   out_folder = tmp_path / "sheets"
-  status, out, err = _run(capsys, model, kinds, f"--out={out_folder}")
+  status, out, err = _run(capsys, model, formats, f"--out={out_folder}")
   assert status == 0 and "other weights" not in err
   lines = out.splitlines()
-  assert len(lines) == 12 and lines[0] == str(kinds / "a.jpg")
-  assert all(" of 25 masked tokens predicted" in line for line in lines[1::2])
+  assert len(lines) == 12 and lines[0] == str(formats / "a.jpg")
+  assert all("masked patches 25, tokens right " in line for line in lines[1::2])
   sheet = _sheet(out_folder / "masked_image_modelling_001.png")
-  rows = [sheet[y : y + 96, 4:100].astype(float) for y in (20, 136, 252, 368)]  # the first picture's column
+  rows = [
+    sheet[y : y + 96, 4:100].astype(float) for y in (20, 136, 252, 368)
+  ]  # the column of the first image
   assert (rows[1] == 128).all(-1).mean() == 25 / 64 and not (rows[0] == 128).all(-1).any()
   different = (rows[2] != rows[3]).any(-1)
   assert different[~(rows[1] == 128).all(-1)].mean() < different.mean() > 0.1
-  # The same again, with the tokenizer given; the file's place decides its mask.
-  again = _run(capsys, model, kinds, f"--out={out_folder}", f"--tokenizer={tokenizer}")
-  assert again[:2] == (0, out)
+  # The same with --tokenizer: masks depend on the position of the file only.
+  second = _run(capsys, model, formats, f"--out={out_folder}", f"--tokenizer={tokenizer}")
+  assert second[:2] == (0, out)
   np.testing.assert_array_equal(_sheet(out_folder / "masked_image_modelling_001.png"), sheet)
 
 
-def test_masks_do_not_depend_on_broken_neighbours(tokenizer_run, kinds, tmp_path, capsys):
-  path = beit_jax.load(tokenizer_run).description["path"]  # what a run of `beit` records
+def test_masks_do_not_depend_on_broken_images(tokenizer_run, formats, tmp_path, capsys):
+  path = beit_jax.load(tokenizer_run).description["path"]  # as a pre-training run records it
   model = _mim(tmp_path / "mim", tokenizer={"path": path, "sha256": "0" * 64})
-  arguments = (model, kinds, f"--out={tmp_path / 'sheets'}", "--json", "--batch_size=2")
+  arguments = (model, formats, f"--out={tmp_path / 'sheets'}", "--json", "--batch_size=2")
   status, out, err = _run(capsys, *arguments)
   assert status == 0 and "not the tokenizer that the model was trained with" in err
   first = json.loads(out)
-  (kinds / "cmyk.jpg").write_text("broken")
+  (formats / "cmyk.jpg").write_text("broken")
   second = json.loads(_run(capsys, *arguments)[1])
   assert "error" in second[1] and second[2:] == first[2:] and second[0] == first[0]
 
 
-def test_tokenizers_that_do_not_fit(tokenizer, classifier, kinds, tmp_path, capsys):
+def test_unsuitable_tokenizers(tokenizer, classifier, formats, tmp_path, capsys):
   nowhere = _mim(tmp_path / "nowhere", tokenizer={"path": str(tmp_path / "deleted")})
-  _fails(capsys, ["deleted", "not there any more", "--tokenizer=PATH"], nowhere, kinds)
+  _fails(capsys, ["deleted", "no longer exists", "--tokenizer=PATH"], nowhere, formats)
   unnamed = _mim(tmp_path / "unnamed")
-  _fails(capsys, ["does not say where its tokenizer is", "--tokenizer=PATH"], unnamed, kinds)
-  _fails(capsys, ["no such file"], unnamed, kinds, "--tokenizer=missing")
-  _fails(capsys, ["holds a classifier"], unnamed, kinds, f"--tokenizer={classifier}")
+  _fails(capsys, ["does not say where its tokenizer is", "--tokenizer=PATH"], unnamed, formats)
+  _fails(capsys, ["no such file"], unnamed, formats, "--tokenizer=missing")
+  _fails(capsys, ["is a classifier, not a tokenizer"], unnamed, formats, f"--tokenizer={classifier}")
   words = _mim(tmp_path / "words", vocab_size=32, tokenizer={"path": str(tokenizer)})
-  _fails(capsys, ["16 words", "predicts 32"], words, kinds)
-  _fails(capsys, ["--tokenizer", "a classifier"], classifier, kinds, f"--tokenizer={tokenizer}")
+  _fails(capsys, ["16 words", "predicts 32"], words, formats)
+  _fails(capsys, ["--tokenizer", "a classifier"], classifier, formats, f"--tokenizer={tokenizer}")
 
 
-def test_a_backbone_predicts_nothing(kinds, tmp_path, capsys):
-  beit_jax.save(_random("backbone", Beit(**ENCODER)), tmp_path / "model", format="orbax")
-  _fails(capsys, ["predicts nothing", "fine-tune", "beit_jax.load"], tmp_path / "model", kinds)
+def test_backbone_has_no_output_to_show(formats, tmp_path, capsys):
+  beit_jax.save(_random_model("backbone", Beit(**ENCODER)), tmp_path / "model", format="orbax")
+  _fails(capsys, ["no output to show", "fine-tune", "beit_jax.load"], tmp_path / "model", formats)
 
 
 @pytest.mark.parametrize(
   ("arguments", "facts"),
   [
     (["nowhere.jpg"], ["'nowhere.jpg'", "no such file"]),
-    (["kinds", "kinds/*.bmp"], ["kinds/*.bmp'", "no pattern"]),
+    (["formats", "formats/*.bmp"], ["formats/*.bmp'", "no match"]),
     ([""], ["''"]),
     (["void"], ["void: no images in this folder", ".jpeg"]),
-    (["kinds", "--top=0"], ["--top=0"]),
-    (["kinds", "--batch_size=-1"], ["--batch_size=-1"]),
-    (["kinds", "--ema"], ["no averaged weights"]),
+    (["formats", "--top=0"], ["--top=0"]),
+    (["formats", "--batch_size=-1"], ["--batch_size=-1"]),
+    (["formats", "--ema"], ["no averaged weights"]),
   ],
 )
-def test_mistakes(arguments, facts, classifier, kinds, capsys, monkeypatch):
-  monkeypatch.chdir(kinds.parent)
-  (kinds.parent / "void").mkdir()
+def test_mistakes(arguments, facts, classifier, formats, capsys, monkeypatch):
+  monkeypatch.chdir(formats.parent)
+  (formats.parent / "void").mkdir()
   _fails(capsys, facts, classifier, *arguments)
 
 
-def test_more_mistakes(tokenizer, kinds, capsys, tmp_path):
-  _fails(capsys, ["no such file"], tmp_path / "nothing", kinds)
+def test_more_mistakes(tokenizer, formats, capsys, tmp_path):
+  _fails(capsys, ["no such file"], tmp_path / "nothing", formats)
   (tmp_path / "file").write_text("")
-  status, _, err = _run(capsys, tokenizer, kinds, f"--out={tmp_path / 'file'}")
+  status, _, err = _run(capsys, tokenizer, formats, f"--out={tmp_path / 'file'}")
   assert status == 2 and "error: --out: " in err
   with pytest.raises(SystemExit, match="2"):
     predict.main(["checkpoint", "image", "--frobnicate"])
 
 
-def test_the_command(classifier, kinds):
-  """Standard output is JSON alone, and a mistake is one line."""
+def test_the_command(classifier, formats):
+  """Standard output holds nothing but JSON; a mistake gives one line on standard error."""
   command = [sys.executable, "-m", "beit_jax.predict", str(classifier)]
   options = dict(cwd=ROOT, capture_output=True, text=True, timeout=600)
   env = {**os.environ, "JAX_PLATFORMS": "cpu"}
-  (kinds / "broken.png").write_text("broken")
-  done = subprocess.run([*command, str(kinds), "--json", "--top=1"], env=env, **options)
+  (formats / "broken.png").write_text("broken")
+  done = subprocess.run([*command, str(formats), "--json", "--top=1"], env=env, **options)
   assert done.returncode == 1, done.stderr
   assert len(json.loads(done.stdout)) == 7 and done.stderr.count("skipped") == 1
   assert "Traceback" not in done.stderr
