@@ -1,5 +1,6 @@
 """The jitted training step, and the optimizer and schedules that the config describes."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -87,7 +88,7 @@ def make_train_step(
     ema = train_state.update_ema(state.ema, params, ema_decay)
     is_finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
     new = TrainState(state.step + 1, params, collections, opt_state, ema)
-    old = state.replace(step=state.step + 1)
+    old = dataclasses.replace(state, step=state.step + 1)
     return jax.tree.map(lambda n, o: jnp.where(is_finite, n, o), new, old), metrics
 
   return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))

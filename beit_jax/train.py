@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import time
@@ -208,7 +209,18 @@ def _train(
     only_file(f"{name}: config {json.dumps(config.to_dict(), default=str)}")
     _log_plan(config, name, plan, start_step, mesh)
     loop = _Loop(
-      config, workdir, name, mesh, plan, frozen, description, saver, best, watch, start_step, stack
+      config,
+      workdir,
+      name,
+      mesh,
+      plan=plan,
+      frozen=frozen,
+      description=description,
+      saver=saver,
+      best=best,
+      watch=watch,
+      start_step=start_step,
+      stack=stack,
     )
     state, metrics = loop.run(state, shardings)
     if config.figures:
@@ -246,6 +258,7 @@ class _Loop:
     workdir: Path,
     name: str,
     mesh: jax.sharding.Mesh,
+    *,
     plan: Plan,
     frozen: PyTree,
     description: dict[str, Any],
@@ -319,13 +332,15 @@ class _Loop:
     return metrics
 
   def _is_due(self, step: int, every: int | None) -> bool:
-    return bool(every) and step % every == 0 and step < self._plan.total_steps
+    return every is not None and step % every == 0 and step < self._plan.total_steps
 
   def _evaluates_at(self, step: int) -> bool:
     return self._plan.eval_source is not None and self._is_due(step, self._config.eval.every_steps)
 
   def _evaluate(self, step: int, state: TrainState) -> dict[str, float]:
-    objective, metrics = self._plan.objective, {}
+    objective, source = self._plan.objective, self._plan.eval_source
+    assert source is not None
+    metrics: dict[str, float] = {}
     for prefix, params in (("", state.params), ("ema_", state.ema)):
       if params is not None:
         variables = {"params": params, **state.collections}
@@ -335,7 +350,7 @@ class _Loop:
           self._eval_step,
           variables,
           self._frozen,
-          self._plan.eval_source,
+          source,
           self._mesh,
         )
         metrics |= {prefix + key: value for key, value in values.items()}
@@ -435,7 +450,7 @@ def _init_from(path: str, objective: Objective, state: TrainState, shardings: Tr
     return jax.device_put(np.asarray(found[name]), leaf_sharding) if name in found else leaf
 
   params = trees.named_map(replace, state.params, shardings.params)
-  return state.replace(params=params, ema=state.ema and jax.tree.map(jnp.copy, params))
+  return dataclasses.replace(state, params=params, ema=state.ema and jax.tree.map(jnp.copy, params))
 
 
 def _log_plan(config: ConfigDict, name: str, plan: Plan, start_step: int, mesh: jax.sharding.Mesh) -> None:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.errors import FlaxError
+from jax import Array
 from ml_collections import ConfigDict
 
 from beit_jax import trees
@@ -30,15 +31,15 @@ MAX_PARAMETERS = 2**35  # 128 GiB of float32; a larger value is almost certainly
 
 PyTree = Any
 Variables = dict[str, Any]  # Linen variables: "params" and other collections
-Batch = dict[str, jax.Array]
+Batch = dict[str, Array]
 Loader = Callable[[str], Pretrained]
 
 
 class Metric(NamedTuple):
   """A sum over examples and their number, both float32 scalars (or arrays of one shape)."""
 
-  total: jax.Array
-  n: jax.Array
+  total: Array
+  n: Array
 
 
 Metrics = dict[str, Metric]
@@ -69,7 +70,7 @@ class EvalOutput(NamedTuple):
   """
 
   metrics: Metrics
-  rows: dict[str, jax.Array] = {}
+  rows: dict[str, Array] = {}
 
 
 class Objective(abc.ABC):
@@ -124,13 +125,11 @@ class Objective(abc.ABC):
     """The images that the objective uses of each example: name -> ((H, W), interpolation)."""
 
   @abc.abstractmethod
-  def init(self, key: jax.Array) -> Variables:
+  def init(self, key: Array) -> Variables:
     """Fresh Linen variables. Pure."""
 
   @abc.abstractmethod
-  def loss(
-    self, variables: Variables, frozen: PyTree, batch: Batch, key: jax.Array, step: jax.Array
-  ) -> LossOutput:
+  def loss(self, variables: Variables, frozen: PyTree, batch: Batch, key: Array, step: Array) -> LossOutput:
     """The loss of a training batch. Pure.
 
     Args:
@@ -180,7 +179,7 @@ class Objective(abc.ABC):
     return {}
 
   def after_update(
-    self, params: PyTree, collections: Variables, statistics: PyTree, step: jax.Array
+    self, params: PyTree, collections: Variables, statistics: PyTree, step: Array
   ) -> Variables:
     """The collections after an optimizer update, such as moving averages of the new parameters. Pure.
 
@@ -269,7 +268,7 @@ class Objective(abc.ABC):
     """`preprocessing` of a description, as the config's `data` section says."""
     return image_preprocessing(self.config.data, self.image_size)
 
-  def _init_module(self, key: jax.Array, size: tuple[int, int]) -> Variables:
+  def _init_module(self, key: Array, size: tuple[int, int]) -> Variables:
     """Variables of `module` for images of `size`."""
     with user_errors_of_model():
       return self.module.init(key, jnp.zeros((1, *size, 3)))

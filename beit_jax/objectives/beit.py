@@ -16,6 +16,17 @@ from beit_jax.data.sources import Source
 from beit_jax.errors import UserError
 from beit_jax.models.beit import BeitForMaskedImageModeling, masked_slots
 from beit_jax.objectives import base, masked
+from beit_jax.objectives.base import (
+  Array,
+  Batch,
+  EvalOutput,
+  Loader,
+  LossOutput,
+  Metric,
+  Metrics,
+  PyTree,
+  Variables,
+)
 from beit_jax.objectives.encoder import EncoderObjective, encoder_fields, encoder_schema
 from beit_jax.runtime.logs import log
 from beit_jax.weights.pretrained import Pretrained
@@ -30,9 +41,10 @@ class MaskedImageModeling(EncoderObjective):
   frozen_sections = ("tokenizer",)
   value_ranges = masked.RANGES
 
-  def __init__(self, config: ConfigDict, source: Source, load: base.Loader | None = None) -> None:
+  def __init__(self, config: ConfigDict, source: Source, load: Loader | None = None) -> None:
     super().__init__(config, source, load)
     self.tokenizer = self._load_tokenizer(config.tokenizer.init_from)
+    self._tokenizer: Any = self.tokenizer.module
     encoder = encoder_fields(config.model, self.image_size, pretrain=True)
     self.module = BeitForMaskedImageModeling(encoder, self.tokenizer.module.vocab_size)
     self.grid_size = tuple(side // encoder["patch_size"] for side in self.image_size)
@@ -113,12 +125,12 @@ class MaskedImageModeling(EncoderObjective):
     num_tokens = self.grid_size[0] * self.grid_size[1]
     return token_cache.cache_key(self.config, self.tokenizer, num_tokens, self.source)
 
-  def frozen_params(self, mesh: jax.sharding.Mesh) -> base.PyTree:
+  def frozen_params(self, mesh: jax.sharding.Mesh) -> PyTree:
     del mesh
     needs_tokenizer = self.cache is None or self.config.eval.split or self.config.figures
     return self.tokenizer.params if needs_tokenizer else {}
 
-  def _pixels(self, batch: base.Batch, *, train: bool) -> dict[str, jax.Array]:
+  def _pixels(self, batch: Batch, *, train: bool) -> dict[str, Array]:
     """The views in a batch, float32 [B, H, W, 3] in [0, 1]. In training all get the same color jitter."""
     views = {name: augment.to_float(batch[name]) for name in self.views() if name in batch}
     jitter = self.config.data.color_jitter
@@ -127,17 +139,15 @@ class MaskedImageModeling(EncoderObjective):
       views = dict(zip(views, augment.color_jitter(keys, list(views.values()), jitter), strict=True))
     return views
 
-  def tokenize(self, frozen: base.PyTree, batch: base.Batch) -> jax.Array:
+  def tokenize(self, frozen: PyTree, batch: Batch) -> Array:
     """The targets of a training batch: int32 [B, N]. Pure."""
     return self._tokens(frozen, self._pixels(batch, train=True)["token_image"])
 
-  def _tokens(self, frozen: base.PyTree, token_image: jax.Array) -> jax.Array:
-    ids = self.tokenizer.module.apply({"params": frozen}, token_image, method="tokenize")
+  def _tokens(self, frozen: PyTree, token_image: Array) -> Array:
+    ids = self._tokenizer.apply({"params": frozen}, token_image, method="tokenize")
     return jax.lax.stop_gradient(ids)
 
-  def _inputs(
-    self, frozen: base.PyTree, batch: base.Batch, *, train: bool
-  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+  def _inputs(self, frozen: PyTree, batch: Batch, *, train: bool) -> tuple[Array, Array, Array]:
     """(normalized images [B, H, W, 3], masks bool [B, h, w], targets int32 [B, N])."""
     data = self.config.data
     views = self._pixels(batch, train=train)
@@ -150,49 +160,41 @@ class MaskedImageModeling(EncoderObjective):
 
   def _metrics(
     self,
-    variables: base.Variables,
-    frozen: base.PyTree,
-    batch: base.Batch,
+    variables: Variables,
+    frozen: PyTree,
+    batch: Batch,
     *,
     train: bool,
-    rngs: dict[str, jax.Array] | None = None,
-  ) -> base.Metrics:
+    rngs: dict[str, Array] | None = None,
+  ) -> Metrics:
     image, mask, targets = self._inputs(frozen, batch, train=train)
     slots, weight = masked_slots(mask, self.config.mask.num_masked)
     logits = self.module.apply(variables, image, mask, slots=slots, train=train, rngs=rngs)
     weight = weight * batch["valid"][:, None]
     targets = jnp.take_along_axis(targets, slots, 1)
     loss, correct, count = losses.masked_cross_entropy(logits, targets, weight)
-    return {"loss": base.Metric(loss, count), "mim_acc": base.Metric(correct, count)}
+    return {"loss": Metric(loss, count), "mim_acc": Metric(correct, count)}
 
-  def loss(
-    self,
-    variables: base.Variables,
-    frozen: base.PyTree,
-    batch: base.Batch,
-    key: jax.Array,
-    step: jax.Array,
-  ) -> base.LossOutput:
+  def loss(self, variables: Variables, frozen: PyTree, batch: Batch, key: Array, step: Array) -> LossOutput:
     del step
-    return base.LossOutput(self._metrics(variables, frozen, batch, train=True, rngs={"drop_path": key}))
+    return LossOutput(self._metrics(variables, frozen, batch, train=True, rngs={"drop_path": key}))
 
-  def eval_step(self, variables: base.Variables, frozen: base.PyTree, batch: base.Batch) -> base.EvalOutput:
-    return base.EvalOutput(self._metrics(variables, frozen, batch, train=False))
+  def eval_step(self, variables: Variables, frozen: PyTree, batch: Batch) -> EvalOutput:
+    return EvalOutput(self._metrics(variables, frozen, batch, train=False))
 
-  def figures(
-    self, variables: base.Variables, frozen: base.PyTree, batch: base.Batch
-  ) -> dict[str, np.ndarray]:
+  def figures(self, variables: Variables, frozen: PyTree, batch: Batch) -> dict[str, np.ndarray]:
     """Rows: the image, what the encoder sees of it, and the predicted and true tokens, both decoded to pixels."""
     image, mask, targets = self._inputs(frozen, batch, train=False)
     logits = self.module.apply(variables, image, mask)
     predicted = jnp.where(mask.reshape(len(mask), -1), logits.argmax(-1), targets)
 
-    def decode(ids: jax.Array) -> jax.Array:
-      return self.tokenizer.module.apply({"params": frozen}, ids, self.grid_size, method="decode")
+    def decode(ids: Array) -> Array:
+      return self._tokenizer.apply({"params": frozen}, ids, self.grid_size, method="decode")
 
+    visible = np.asarray(augment.to_float(batch["image"]))
     rows = {
-      "image": augment.to_float(batch["image"]),
-      "masked": drawing.gray_out(augment.to_float(batch["image"]), mask),
+      "image": visible,
+      "masked": drawing.gray_out(visible, np.asarray(mask)),
       "predicted tokens, decoded": decode(predicted),
       "true tokens, decoded": decode(targets),
     }

@@ -17,6 +17,7 @@ from beit_jax.data.sources import Source
 from beit_jax.errors import UserError
 from beit_jax.models.beit import BeitForImageClassification
 from beit_jax.objectives import base
+from beit_jax.objectives.base import Array, Batch, EvalOutput, Loader, LossOutput, Metric, PyTree, Variables
 from beit_jax.objectives.encoder import EncoderObjective, encoder_fields, head_schema
 from beit_jax.runtime.logs import log
 from beit_jax.weights.pretrained import Pretrained
@@ -40,7 +41,7 @@ class Classification(EncoderObjective):
     (r"loss\.(label_smoothing|mix_prob|mix_switch_prob)", ranges.fraction()),
   )
 
-  def __init__(self, config: ConfigDict, source: Source, load: base.Loader | None = None) -> None:
+  def __init__(self, config: ConfigDict, source: Source, load: Loader | None = None) -> None:
     super().__init__(config, source, load)
     self.multi_label = source.multi_label
     self.eval_metrics = ("loss", "mAP") if self.multi_label else ("loss", "acc1", "acc5")
@@ -89,7 +90,7 @@ class Classification(EncoderObjective):
     labels = ((self.module.num_classes,), jnp.float32) if self.multi_label else ((), jnp.int32)
     return {**super().batch_shapes(batch_size), **base.with_common_arrays({"label": labels}, batch_size)}
 
-  def _image(self, batch: base.Batch, *, train: bool) -> jax.Array:
+  def _image(self, batch: Batch, *, train: bool) -> Array:
     """Normalized pixels. In training with color jitter (unless RandAugment did that on the host) and random erasing."""
     data = self.config.data
     image = augment.to_float(batch["image"])
@@ -102,23 +103,16 @@ class Classification(EncoderObjective):
       image = augment.random_erasing(keys, image, data.random_erasing)
     return image
 
-  def _targets(self, label: jax.Array, smoothing: float) -> jax.Array:
+  def _targets(self, label: Array, smoothing: float) -> Array:
     """float32 [B, C]. With several labels per image, `_nll` does the smoothing."""
     return label if self.multi_label else losses.smooth_labels(label, self.module.num_classes, smoothing)
 
-  def _nll(self, logits: jax.Array, targets: jax.Array, smoothing: float) -> jax.Array:
+  def _nll(self, logits: Array, targets: Array, smoothing: float) -> Array:
     if self.multi_label:
       return losses.binary_cross_entropy(logits, targets, smoothing)
     return losses.soft_target_cross_entropy(logits, targets)
 
-  def loss(
-    self,
-    variables: base.Variables,
-    frozen: base.PyTree,
-    batch: base.Batch,
-    key: jax.Array,
-    step: jax.Array,
-  ) -> base.LossOutput:
+  def loss(self, variables: Variables, frozen: PyTree, batch: Batch, key: Array, step: Array) -> LossOutput:
     del frozen, step
     options, image = self.config.loss, self._image(batch, train=True)
     targets = self._targets(batch["label"], options.label_smoothing)
@@ -135,29 +129,29 @@ class Classification(EncoderObjective):
     logits = self.module.apply(variables, image, train=True, rngs={"drop_path": key})
     loss = self._nll(logits, targets, options.label_smoothing).sum()
     count = jnp.asarray(len(logits), jnp.float32)
-    sums = {"loss": base.Metric(loss, count)}
+    sums = {"loss": Metric(loss, count)}
     if not self.multi_label and not self.mixes:  # a mixed image has no single true class
       correct = (logits.argmax(-1) == batch["label"]).sum().astype(jnp.float32)
-      sums["acc1"] = base.Metric(correct, count)
-    return base.LossOutput(sums)
+      sums["acc1"] = Metric(correct, count)
+    return LossOutput(sums)
 
-  def eval_step(self, variables: base.Variables, frozen: base.PyTree, batch: base.Batch) -> base.EvalOutput:
+  def eval_step(self, variables: Variables, frozen: PyTree, batch: Batch) -> EvalOutput:
     del frozen
     logits = self.module.apply(variables, self._image(batch, train=False))
     valid, label = batch["valid"].astype(jnp.float32), batch["label"]
     nll, count = self._nll(logits, self._targets(label, 0.0), 0.0), valid.sum()
-    sums = {"loss": base.Metric((nll * valid).sum(), count)}
+    sums = {"loss": Metric((nll * valid).sum(), count)}
     if self.multi_label:
-      return base.EvalOutput(sums, dict(score=logits, label=label, valid=batch["valid"]))
+      return EvalOutput(sums, dict(score=logits, label=label, valid=batch["valid"]))
     # The rank of the true class; ties count as errors.
     true = jnp.take_along_axis(logits, label[:, None], 1)
     rank = ((logits >= true) & (jnp.arange(logits.shape[-1]) != label[:, None])).sum(1)
     for name, k in (("acc1", 1), ("acc5", 5)):
-      sums[name] = base.Metric(((rank < k) * valid).sum(), count)
+      sums[name] = Metric(((rank < k) * valid).sum(), count)
     if not self.config.eval_only:
-      return base.EvalOutput(sums)
+      return EvalOutput(sums)
     probability, top = jax.lax.top_k(jax.nn.softmax(logits), min(TOP_CLASSES, logits.shape[-1]))
-    return base.EvalOutput(sums, dict(probability=probability, top=top, label=label, valid=batch["valid"]))
+    return EvalOutput(sums, dict(probability=probability, top=top, label=label, valid=batch["valid"]))
 
   def summarize_rows(self, rows: dict[str, np.ndarray]) -> dict[str, float]:
     return {"mAP": metrics.mean_average_precision(rows["score"], rows["label"])} if self.multi_label else {}
@@ -173,9 +167,7 @@ class Classification(EncoderObjective):
       files.append(metrics.write_jsonl(folder / "predictions.jsonl", predictions))
     return files
 
-  def figures(
-    self, variables: base.Variables, frozen: base.PyTree, batch: base.Batch
-  ) -> dict[str, np.ndarray]:
+  def figures(self, variables: Variables, frozen: PyTree, batch: Batch) -> dict[str, np.ndarray]:
     """Images with their predicted class and, where that is wrong, the true one."""
     if self.multi_label:
       return {}
@@ -187,7 +179,7 @@ class Classification(EncoderObjective):
     ]
     return {"predictions": drawing.captioned_grid(np.asarray(augment.to_float(batch["image"])), captions)}
 
-  def adapt(self, pretrained: Pretrained, shapes: base.PyTree) -> dict[str, Any]:
+  def adapt(self, pretrained: Pretrained, shapes: PyTree) -> dict[str, Any]:
     labels, ours = list(pretrained.description.get("labels") or ()), list(self.source.class_names)
     if labels != ours and sorted(labels) == sorted(ours):
       raise UserError(
@@ -213,7 +205,7 @@ class Classification(EncoderObjective):
 def _report_scores(rows: Rows, names: list[str], folder: Path) -> list[Path]:
   """per_class.csv for several labels per image."""
   score, label = rows["score"], rows["label"]
-  table = [("class", "positives", "average_precision")]
+  table: list[tuple[Any, ...]] = [("class", "positives", "average_precision")]
   for c, name in enumerate(names):
     table.append((name, int(label[:, c].sum()), metrics.average_precision(score[:, c], label[:, c])))
   return [metrics.write_csv(folder / "per_class.csv", table)]

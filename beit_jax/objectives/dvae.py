@@ -16,6 +16,7 @@ from beit_jax.data.sources import Source
 from beit_jax.errors import CollapseError, UserError
 from beit_jax.models.dvae import Dvae, map_pixels, unmap_pixels
 from beit_jax.objectives import base
+from beit_jax.objectives.base import Array, Batch, EvalOutput, Loader, LossOutput, Metric, PyTree, Variables
 from beit_jax.runtime.logs import log
 from beit_jax.weights.pretrained import Pretrained
 
@@ -39,7 +40,7 @@ class TokenizerTraining(base.Objective):
     (r"collapse\.min_usage", ranges.fraction()),
   )
 
-  def __init__(self, config: ConfigDict, source: Source, load: base.Loader | None = None) -> None:
+  def __init__(self, config: ConfigDict, source: Source, load: Loader | None = None) -> None:
     super().__init__(config, source, load)
     self.module = Dvae(**dict(config.model))
     stride = self.module.stride
@@ -77,10 +78,10 @@ class TokenizerTraining(base.Objective):
   def views(self) -> ViewSizes:
     return {"token_image": (self.token_image_size, self.config.data.token_interpolation)}
 
-  def init(self, key: jax.Array) -> base.Variables:
+  def init(self, key: Array) -> Variables:
     return self._init_module(key, self.token_image_size)
 
-  def schedules(self, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+  def schedules(self, step: Array) -> tuple[Array, Array]:
     """(temperature, KL weight) at `step`: cosine annealing, and a linear rise from 0."""
     loss = self.config.loss
     done = jnp.minimum(step / max(loss.temperature_steps, 1), 1.0)
@@ -89,21 +90,14 @@ class TokenizerTraining(base.Objective):
     )
     return temperature, loss.kl_weight * jnp.minimum(step / max(loss.kl_warmup_steps, 1), 1.0)
 
-  def _reconstruction(self, mean: jax.Array, log_scale: jax.Array, target: jax.Array) -> jax.Array:
+  def _reconstruction(self, mean: Array, log_scale: Array, target: Array) -> Array:
     """Loss per element, [B, H, W, 3]; `target` is map_pixels'd."""
     if self.config.loss.reconstruction == "logit_laplace":
       return losses.logit_laplace(mean, log_scale, target)
     difference = jax.nn.sigmoid(mean) - target
     return jnp.abs(difference) if self.config.loss.reconstruction == "l1" else difference**2
 
-  def loss(
-    self,
-    variables: base.Variables,
-    frozen: base.PyTree,
-    batch: base.Batch,
-    key: jax.Array,
-    step: jax.Array,
-  ) -> base.LossOutput:
+  def loss(self, variables: Variables, frozen: PyTree, batch: Batch, key: Array, step: Array) -> LossOutput:
     del frozen
     image = augment.to_float(batch["token_image"])
     if self.config.data.color_jitter:
@@ -121,16 +115,16 @@ class TokenizerTraining(base.Objective):
     count = jnp.asarray(len(image), jnp.float32)
     mae = jnp.abs(unmap_pixels(jax.nn.sigmoid(out["mean"])) - image).mean((1, 2, 3))
     sums = {
-      "loss": base.Metric(loss.sum(), count),
-      "reconstruction_loss": base.Metric(reconstruction.sum(), count),
-      "kl": base.Metric(kl.sum(), count),
-      "mae": base.Metric(mae.sum(), count),
-      "temperature": base.Metric(temperature * count, count),
-      "kl_weight": base.Metric(kl_weight * count, count),
+      "loss": Metric(loss.sum(), count),
+      "reconstruction_loss": Metric(reconstruction.sum(), count),
+      "kl": Metric(kl.sum(), count),
+      "mae": Metric(mae.sum(), count),
+      "temperature": Metric(temperature * count, count),
+      "kl_weight": Metric(kl_weight * count, count),
     }
-    return base.LossOutput(sums)
+    return LossOutput(sums)
 
-  def eval_step(self, variables: base.Variables, frozen: base.PyTree, batch: base.Batch) -> base.EvalOutput:
+  def eval_step(self, variables: Variables, frozen: PyTree, batch: Batch) -> EvalOutput:
     del frozen
     image, valid = augment.to_float(batch["token_image"]), batch["valid"].astype(jnp.float32)
     logits = self.module.apply(variables, map_pixels(image), method="logits")
@@ -140,12 +134,12 @@ class TokenizerTraining(base.Objective):
     error = unmap_pixels(jax.nn.sigmoid(mean)) - image
     count = valid.sum()
     sums = {
-      "loss": base.Metric((loss * valid).sum(), count),
-      "mae": base.Metric((jnp.abs(error).mean((1, 2, 3)) * valid).sum(), count),
-      "mse": base.Metric(((error**2).mean((1, 2, 3)) * valid).sum(), count),
-      "token_counts": base.Metric((hard.sum((1, 2)) * valid[:, None]).sum(0), count),
+      "loss": Metric((loss * valid).sum(), count),
+      "mae": Metric((jnp.abs(error).mean((1, 2, 3)) * valid).sum(), count),
+      "mse": Metric(((error**2).mean((1, 2, 3)) * valid).sum(), count),
+      "token_counts": Metric((hard.sum((1, 2)) * valid[:, None]).sum(0), count),
     }
-    return base.EvalOutput(sums)
+    return EvalOutput(sums)
 
   def summarize(self, sums: dict[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
     counts, _ = sums.pop("token_counts")
@@ -171,9 +165,7 @@ class TokenizerTraining(base.Objective):
       raise CollapseError(message)
     log.error(message)
 
-  def figures(
-    self, variables: base.Variables, frozen: base.PyTree, batch: base.Batch
-  ) -> dict[str, np.ndarray]:
+  def figures(self, variables: Variables, frozen: PyTree, batch: Batch) -> dict[str, np.ndarray]:
     """Rows: image, its reconstruction from hard tokens."""
     image = augment.to_float(batch["token_image"])
     ids = self.module.apply(variables, image, method="tokenize")

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
-import jax
 from ml_collections import ConfigDict
 
 from beit_jax import transfer
@@ -14,7 +13,7 @@ from beit_jax.config.defaults import OptionalOf
 from beit_jax.data.images import ViewSizes
 from beit_jax.errors import UserError
 from beit_jax.models import attention, beit
-from beit_jax.objectives.base import Objective, PyTree, Variables, module_fields
+from beit_jax.objectives.base import Array, Objective, PyTree, Variables, module_fields
 from beit_jax.runtime.logs import log
 from beit_jax.weights.pretrained import Pretrained
 
@@ -35,7 +34,7 @@ class EncoderObjective(Objective):
   def depth(self) -> int:
     return self.module.encoder["depth"]
 
-  def init(self, key: jax.Array) -> Variables:
+  def init(self, key: Array) -> Variables:
     return self._init_module(key, self.image_size)
 
   def adapt(self, pretrained: Pretrained, shapes: PyTree) -> dict[str, Any]:

@@ -22,6 +22,17 @@ from beit_jax.errors import UserError
 from beit_jax.models.beit import Beit
 from beit_jax.models.heads import LinearProbes, block_features
 from beit_jax.objectives import base
+from beit_jax.objectives.base import (
+  Array,
+  Batch,
+  EvalOutput,
+  Loader,
+  LossOutput,
+  Metric,
+  Metrics,
+  PyTree,
+  Variables,
+)
 from beit_jax.objectives.encoder import encoder_fields, encoder_schema, normalization_problems
 from beit_jax.run import checkpoint
 from beit_jax.runtime import sharding
@@ -39,7 +50,7 @@ class Probe(base.Objective):
   labels = "class"
   frozen_sections = ("encoder",)
 
-  def __init__(self, config: ConfigDict, source: Source, load: base.Loader | None = None) -> None:
+  def __init__(self, config: ConfigDict, source: Source, load: Loader | None = None) -> None:
     super().__init__(config, source, load)
     if source.multi_label or not source.num_classes:
       raise UserError(f"config key 'data': probes need data with one label per image ({source.description})")
@@ -62,7 +73,7 @@ class Probe(base.Objective):
     return dict(model=model, encoder=dict(init_from=""))  # "" = a random encoder, as `model` says
 
   @functools.cached_property
-  def encoder_params(self) -> base.PyTree:
+  def encoder_params(self) -> PyTree:
     """The parameters of the frozen encoder, without those that only pre-training or a head uses."""
     if self._loaded_encoder is None:
       log.info("encoder: random, %d parameters", trees.num_params(self._shapes))
@@ -71,7 +82,7 @@ class Probe(base.Objective):
     found = transfer.encoder_params(params, {"encoder": self._shapes}, grid, grid, log.info)
     return trees.unflatten(found)["encoder"]
 
-  def _init_encoder(self) -> base.PyTree:
+  def _init_encoder(self) -> PyTree:
     key = jax.random.fold_in(jax.random.key(self.config.seed), 7)
     with base.user_errors_of_model():
       return self.encoder.init(key, jnp.zeros((1, *self.image_size, 3)))["params"]
@@ -96,18 +107,18 @@ class Probe(base.Objective):
     label = base.with_common_arrays({"label": ((), jnp.int32)}, batch_size)
     return {**super().batch_shapes(batch_size), **label}
 
-  def features(self, frozen: base.PyTree, batch: base.Batch) -> jax.Array:
+  def features(self, frozen: PyTree, batch: Batch) -> Array:
     """float32 [L, B, 2D], L = number of `blocks`."""
     data = self.config.data
     image = augment.normalize(augment.to_float(batch["image"]), data.mean, data.std)
     out = self.encoder.apply({"params": frozen["encoder"]}, image)[1]
     return jax.lax.stop_gradient(block_features({f"{i:02d}": out[f"block_{i:02d}"] for i in self.blocks}))
 
-  def frozen_params(self, mesh: jax.sharding.Mesh) -> base.PyTree:
+  def frozen_params(self, mesh: jax.sharding.Mesh) -> PyTree:
     del mesh
     return {"encoder": self.encoder_params}
 
-  def _sums(self, logits: jax.Array, batch: base.Batch) -> base.Metrics:
+  def _sums(self, logits: Array, batch: Batch) -> Metrics:
     """The cross-entropy summed over blocks, and acc1 of every block. logits [L, B, C]."""
     valid = batch["valid"].astype(jnp.float32)
     count = valid.sum()
@@ -115,9 +126,9 @@ class Probe(base.Objective):
     nll = jax.vmap(losses.soft_target_cross_entropy, (0, None))(
       logits, jax.nn.one_hot(batch["label"], self.num_classes)
     )
-    sums = {"loss": base.Metric((nll * valid).sum(), count)}
+    sums = {"loss": Metric((nll * valid).sum(), count)}
     for i, block in enumerate(self.blocks):
-      sums[f"acc1_{block:02d}"] = base.Metric(right[i].sum(), count)
+      sums[f"acc1_{block:02d}"] = Metric(right[i].sum(), count)
     return sums
 
   def summarize(self, sums: dict[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
@@ -151,32 +162,25 @@ class LinearProbe(Probe):
 
   kind = "linear_probe"
 
-  def __init__(self, config: ConfigDict, source: Source, load: base.Loader | None = None) -> None:
+  def __init__(self, config: ConfigDict, source: Source, load: Loader | None = None) -> None:
     super().__init__(config, source, load)
     self.module = LinearProbes(self.num_classes)
 
-  def init(self, key: jax.Array) -> base.Variables:
+  def init(self, key: Array) -> Variables:
     features = jnp.zeros((self.encoder.depth, 1, 2 * self.encoder.width))
     return self.module.init(key, features)
 
-  def loss(
-    self,
-    variables: base.Variables,
-    frozen: base.PyTree,
-    batch: base.Batch,
-    key: jax.Array,
-    step: jax.Array,
-  ) -> base.LossOutput:
+  def loss(self, variables: Variables, frozen: PyTree, batch: Batch, key: Array, step: Array) -> LossOutput:
     del key, step
-    return base.LossOutput(self._classify(variables, frozen, batch))
+    return LossOutput(self._classify(variables, frozen, batch))
 
-  def eval_step(self, variables: base.Variables, frozen: base.PyTree, batch: base.Batch) -> base.EvalOutput:
-    return base.EvalOutput(self._classify(variables, frozen, batch))
+  def eval_step(self, variables: Variables, frozen: PyTree, batch: Batch) -> EvalOutput:
+    return EvalOutput(self._classify(variables, frozen, batch))
 
-  def _classify(self, variables: base.Variables, frozen: base.PyTree, batch: base.Batch) -> base.Metrics:
+  def _classify(self, variables: Variables, frozen: PyTree, batch: Batch) -> Metrics:
     return self._sums(self.module.apply(variables, self.features(frozen, batch)), batch)
 
-  def load_params(self, path: str, shapes: base.PyTree) -> tuple[dict[str, Any], str]:
+  def load_params(self, path: str, shapes: PyTree) -> tuple[dict[str, Any], str]:
     folder, ema = checkpoint.find(path), self.config.eval.ema
     description = checkpoint.read_description(folder)
     for key, mine in (("encoder", self.describe()["encoder"]), ("labels", list(self.source.class_names))):
@@ -192,7 +196,7 @@ class LinearProbe(Probe):
       raise UserError(f"eval_only: {folder} holds no linear probe of this encoder and these classes")
     return found, str(folder)
 
-  def adapt(self, pretrained: Pretrained, shapes: base.PyTree) -> dict[str, Any]:
+  def adapt(self, pretrained: Pretrained, shapes: PyTree) -> dict[str, Any]:
     raise UserError("init_from: a linear probe starts fresh; the frozen encoder is encoder.init_from")
 
 
@@ -207,7 +211,7 @@ class Knn(Probe):
     (r"knn\.blocks", ranges.block_numbers()),
   )
 
-  def __init__(self, config: ConfigDict, source: Source, load: base.Loader | None = None) -> None:
+  def __init__(self, config: ConfigDict, source: Source, load: Loader | None = None) -> None:
     super().__init__(config, source, load)
     if config.knn.k > len(source):
       raise UserError(f"config key 'knn.k': {config.knn.k} is more than the {len(source)} training images")
@@ -222,21 +226,14 @@ class Knn(Probe):
     # k and temperature are DINO's; blocks: () = all.
     return {**super().config_section(), "knn": dict(k=20, temperature=0.07, blocks=())}
 
-  def init(self, key: jax.Array) -> base.Variables:
+  def init(self, key: Array) -> Variables:
     del key
     return {"params": {}}
 
-  def loss(
-    self,
-    variables: base.Variables,
-    frozen: base.PyTree,
-    batch: base.Batch,
-    key: jax.Array,
-    step: jax.Array,
-  ) -> base.LossOutput:
+  def loss(self, variables: Variables, frozen: PyTree, batch: Batch, key: Array, step: Array) -> LossOutput:
     raise NotImplementedError("k-NN trains nothing")
 
-  def frozen_params(self, mesh: jax.sharding.Mesh) -> base.PyTree:
+  def frozen_params(self, mesh: jax.sharding.Mesh) -> PyTree:
     """The encoder, and the features of all training images, scaled to length 1: float32 [L, N, 2D] on every device."""
     frozen = jax.device_put(super().frozen_params(mesh), sharding.replicated(mesh))
     size = -(-self.config.eval.batch_size // mesh.size) * mesh.size
@@ -260,7 +257,7 @@ class Knn(Probe):
     log.info("k-NN: %d training images, %.1f MB of features", valid.sum(), features.nbytes / 1e6)
     return {**frozen, "bank": features[:, valid], "label": labels[valid]}
 
-  def eval_step(self, variables: base.Variables, frozen: base.PyTree, batch: base.Batch) -> base.EvalOutput:
+  def eval_step(self, variables: Variables, frozen: PyTree, batch: Batch) -> EvalOutput:
     del variables
     vote = functools.partial(
       knn_vote,
@@ -273,16 +270,16 @@ class Knn(Probe):
     votes = jax.lax.map(lambda pair: vote(*pair), (query, frozen["bank"]))  # one block at a time: [L, B, C]
     sums = self._sums(votes, batch)
     del sums["loss"]  # votes are not logits
-    return base.EvalOutput(sums)
+    return EvalOutput(sums)
 
 
-def _unit(x: jax.Array) -> jax.Array:
+def _unit(x: Array) -> Array:
   return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
 def knn_vote(
-  query: jax.Array, bank: jax.Array, *, label: jax.Array, num_classes: int, k: int, temperature: float
-) -> jax.Array:
+  query: Array, bank: Array, *, label: Array, num_classes: int, k: int, temperature: float
+) -> Array:
   """The vote of the k nearest neighbors: each adds exp(cosine / temperature) to its class.
 
   Args:

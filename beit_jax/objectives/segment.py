@@ -25,6 +25,7 @@ from beit_jax.errors import BadImage, UserError
 from beit_jax.models.resampling import resize_bilinear
 from beit_jax.models.upernet import OUT_INDICES, BeitForSemanticSegmentation
 from beit_jax.objectives import base, sliding
+from beit_jax.objectives.base import Array, Batch, EvalOutput, Loader, LossOutput, Metric, PyTree, Variables
 from beit_jax.objectives.encoder import EncoderObjective, encoder_fields, head_schema
 from beit_jax.runtime import sharding
 from beit_jax.weights import io as weights_io
@@ -53,7 +54,7 @@ class Segmentation(EncoderObjective):
     (r"segment\.programs", ranges.integer(1, 1000)),
   )
 
-  def __init__(self, config: ConfigDict, source: Source, load: base.Loader | None = None) -> None:
+  def __init__(self, config: ConfigDict, source: Source, load: Loader | None = None) -> None:
     super().__init__(config, source, load)
     model, options = config.model, config.segment
     self.num_classes = model.num_classes or config.data.num_classes
@@ -124,17 +125,10 @@ class Segmentation(EncoderObjective):
     label_map = base.with_common_arrays({"label_map": (self.image_size, jnp.uint8)}, batch_size)
     return {**super().batch_shapes(batch_size), **label_map}
 
-  def _image(self, pixels: jax.Array) -> jax.Array:
+  def _image(self, pixels: Array) -> Array:
     return self.sliding.normalize(pixels)
 
-  def loss(
-    self,
-    variables: base.Variables,
-    frozen: base.PyTree,
-    batch: base.Batch,
-    key: jax.Array,
-    step: jax.Array,
-  ) -> base.LossOutput:
+  def loss(self, variables: Variables, frozen: PyTree, batch: Batch, key: Array, step: Array) -> LossOutput:
     del frozen, step
     rngs = {"drop_path": key, "dropout": jax.random.fold_in(key, 1)}
     out, collections = self.module.apply(
@@ -142,20 +136,20 @@ class Segmentation(EncoderObjective):
     )
     label = batch["label_map"]
 
-    def entropy(logits: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def entropy(logits: Array) -> tuple[Array, ...]:
       return losses.segmentation_cross_entropy(resize_bilinear(logits, self.image_size), label)
 
     total, count, correct = entropy(out["logits"])
     aux = out["aux"] if isinstance(out["aux"], tuple) else (out["aux"],)
     aux_total = sum(entropy(logits)[0] for logits in aux)
     sums = {
-      "loss": base.Metric(total + self.config.segment.aux_weight * aux_total, count),
-      "decode_loss": base.Metric(total, count),
-      "pixel_acc": base.Metric(correct, count),
+      "loss": Metric(total + self.config.segment.aux_weight * aux_total, count),
+      "decode_loss": Metric(total, count),
+      "pixel_acc": Metric(correct, count),
     }
-    return base.LossOutput(sums, dict(collections))
+    return LossOutput(sums, dict(collections))
 
-  def eval_step(self, variables: base.Variables, frozen: base.PyTree, batch: base.Batch) -> base.EvalOutput:
+  def eval_step(self, variables: Variables, frozen: PyTree, batch: Batch) -> EvalOutput:
     """Metrics of crops; `evaluate_images` gives those of whole images."""
     del frozen
     logits = resize_bilinear(
@@ -163,7 +157,7 @@ class Segmentation(EncoderObjective):
     )
     label = jnp.where(batch["valid"][:, None, None], batch["label_map"], segmentation.IGNORE)
     total, count, correct = losses.segmentation_cross_entropy(logits, label)
-    return base.EvalOutput({"loss": base.Metric(total, count), "pixel_acc": base.Metric(correct, count)})
+    return EvalOutput({"loss": Metric(total, count), "pixel_acc": Metric(correct, count)})
 
   # Evaluation of whole images.
 
@@ -191,7 +185,7 @@ class Segmentation(EncoderObjective):
 
   def _evaluate_bucket(
     self,
-    variables: base.Variables,
+    variables: Variables,
     source: Source,
     reader: segmentation.LabelMapReader,
     indices: np.ndarray,
@@ -226,7 +220,7 @@ class Segmentation(EncoderObjective):
   def _histogram(self) -> Any:
     """(scores [B, H, W, C], labels [B, H, W]) -> int32 [3, C]: valid pixels that are right, predicted, labelled."""
 
-    def run(scores: jax.Array, label: jax.Array) -> jax.Array:
+    def run(scores: Array, label: Array) -> Array:
       classes = jnp.arange(self.num_classes)
       guess = jnp.where(label == segmentation.IGNORE, segmentation.IGNORE, scores.argmax(-1))
       guess, label = guess[..., None] == classes, label[..., None] == classes
@@ -236,14 +230,12 @@ class Segmentation(EncoderObjective):
     return jax.jit(run)
 
   def report(self, rows: dict[str, np.ndarray], results: dict[str, float], folder: Path) -> list[Path]:
-    table = [("class", "IoU", "Acc", "pixels")]
-    names = self.class_names or range(self.num_classes)
+    table: list[tuple[Any, ...]] = [("class", "IoU", "Acc", "pixels")]
+    names = self.class_names or tuple(map(str, range(self.num_classes)))
     table += list(zip(names, rows["IoU"], rows["Acc"], rows["labelled"], strict=True))
     return [metrics.write_csv(folder / "per_class.csv", table)]
 
-  def figures(
-    self, variables: base.Variables, frozen: base.PyTree, batch: base.Batch
-  ) -> dict[str, np.ndarray]:
+  def figures(self, variables: Variables, frozen: PyTree, batch: Batch) -> dict[str, np.ndarray]:
     """Rows: image, the prediction laid over it, the label map laid over it."""
     image = np.asarray(augment.to_float(batch["image"]))
     logits = resize_bilinear(
@@ -258,7 +250,7 @@ class Segmentation(EncoderObjective):
     }
     return {"segmentation": drawing.labeled_rows(rows)}
 
-  def load_collections(self, path: str) -> base.Variables:
+  def load_collections(self, path: str) -> Variables:
     return weights_io.load(path).collections
 
   def describe(self) -> dict[str, Any]:
