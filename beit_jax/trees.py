@@ -58,5 +58,10 @@ def match_rules(rules: Sequence[tuple[str, Any]], tree: Any) -> Any:
 
 
 def num_params(tree: Any) -> int:
-  """How many numbers the leaves hold; works on arrays and on `jax.ShapeDtypeStruct`s."""
+  """Number of values in all leaves, which are arrays or `jax.ShapeDtypeStruct`s."""
   return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def num_bytes(tree: Any) -> int:
+  """Size of all leaves, which are arrays or `jax.ShapeDtypeStruct`s."""
+  return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

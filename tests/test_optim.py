@@ -1,4 +1,4 @@
-"""Schedules, weight-decay rule, layer decay: golden tables and hand formulas."""
+"""Schedules, weight-decay rule, layer decay: golden tables and formulas written by hand."""
 
 import json
 
@@ -39,7 +39,7 @@ def test_schedules_golden(name):
 
 
 def test_schedule_is_exact_over_a_full_run():
-  """500,000 steps in float32 stay within 1e-6 of the peak of the float64 values."""
+  """Over 500,000 steps float32 values differ from float64 ones by at most 1e-6 of the peak."""
   arguments = dict(peak=1.5e-3, end=1e-5, warmup_steps=6250, total_steps=500_000)
   steps = np.linspace(0, 499_999, 997).astype(np.int32)
   found = jax.jit(lambda s: optim.warmup_cosine(s, xp=jnp, **arguments))(steps)
@@ -72,7 +72,7 @@ def _shapes(name):
   "name", ["beit_base_patch16_224", "beit_large_patch16_224", "beit_base_patch16_224_8k_vocab"]
 )
 def test_layer_decay_table_golden(name):
-  """Every parameter by name: layer id, lr scale and weight decay."""
+  """Compares layer, learning-rate scale and weight decay of every parameter."""
   table, config, params = _shapes(name)
   wanted = {reference.beit_name(key): value for key, value in table["params"].items()}
   decays = trees.flatten(optim.weight_decay_tree(params))
@@ -86,7 +86,7 @@ def test_layer_decay_table_golden(name):
 
 
 def test_layer_decay_of_segmentation_golden():
-  """As mmseg's constructor in unilm, but for the cls token, which it decays since its exceptions lack the prefix."""
+  """Equals mmseg's constructor in unilm except for the cls token, which that decays because its rule lacks a prefix."""
   table = json.loads((reference.HERE / "layer_decay.json").read_text())["segmentation_constructor"]
   fields = dict(width=16, depth=12, num_heads=2, patch_size=16, image_size=(64, 64), rel_pos="per_block")
   module = upernet.BeitForSemanticSegmentation(
@@ -106,7 +106,7 @@ def test_layer_decay_of_segmentation_golden():
 
 
 def test_layer_decay_works_without_weight_decay():
-  """The reference drops layer decay silently when weight decay is 0."""
+  """The reference silently ignores layer decay when weight decay is 0."""
   params = {"encoder": {"patch_embed": {"kernel": jnp.ones((2, 2))}}, "head": {"kernel": jnp.ones((2, 2))}}
   tx = optim.make_optimizer(params, schedule=lambda _: 1.0, weight_decay=0.0, layer_decay=0.5, depth=3)
   updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
@@ -114,7 +114,7 @@ def test_layer_decay_works_without_weight_decay():
   np.testing.assert_allclose(updates["encoder"]["patch_embed"]["kernel"], -(0.5**4), rtol=1e-4)
 
 
-def test_weight_decay_is_scheduled_and_spares_what_is_named():
+def test_weight_decay_follows_its_schedule_and_no_decay():
   params = {"a": {"kernel": jnp.ones(3)}, "b": {"kernel": jnp.ones(3)}, "c": {"bias": jnp.ones(3)}}
   weight_decay = lambda step: jnp.asarray([0.1, 0.3])[step]
   tx = optim.make_optimizer(params, schedule=lambda _: 1.0, weight_decay=weight_decay, no_decay=("^b/",))
@@ -130,8 +130,8 @@ def test_a_parameter_without_a_rule_is_an_error():
     optim.weight_decay_tree({"head": {"strange": jnp.ones(2)}})
 
 
-def test_clipping_is_of_the_global_norm():
-  """After Adam's first step the scale is lost, so clipping is seen in the second moment."""
+def test_clipping_uses_the_global_norm():
+  """Adam's first update does not depend on the scale of the gradient, so the test reads the first moment."""
   params = {"a": {"kernel": jnp.zeros(2)}}
   grads = {"a": {"kernel": jnp.array([30.0, 40.0])}}
   tx = optim.make_optimizer(params, schedule=lambda _: 1.0, weight_decay=0.0, clip_norm=5.0)

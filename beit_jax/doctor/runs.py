@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from beit_jax import trees
 from beit_jax.config import parse as config_lib
+from beit_jax.config import ranges
 from beit_jax.data import examples
 from beit_jax.doctor.findings import FAIL, OK, WARN, Found, Skip, unless_worse
 from beit_jax.doctor.machine import Machine, Run, each_run
@@ -18,6 +20,7 @@ from beit_jax.models.dvae import Dvae
 from beit_jax.objectives.encoder import encoder_fields
 from beit_jax.run import checkpoint, record
 from beit_jax.runtime import bucket, lock, sharding
+from beit_jax.step import make_optimizer, make_schedules
 from beit_jax.weights import io as weights_io
 
 SAMPLE = 8  # examples that are tried, besides the first and the last
@@ -101,11 +104,11 @@ def _shapes(machine: Machine, run: Run) -> dict[str, Any]:
 
 
 def state_bytes(machine: Machine, run: Run) -> int:
-  """Of one checkpoint: parameters, Adam's two moments, averages where there are any, collections."""
+  """Size of one checkpoint: parameters, optimizer state, averaged parameters if there are any, and collections."""
   variables = _shapes(machine, run)
-  size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-  params = size(variables.pop("params"))
-  return params * (3 + (run.config.optimizer.ema_decay > 0)) + size(variables)
+  tx = make_optimizer(run.config, make_schedules(run.config, 1, ranges.STEPS), variables["params"], depth=0)
+  averages = variables["params"] if run.config.optimizer.ema_decay else {}
+  return trees.num_bytes((variables, jax.eval_shape(tx.init, variables["params"]), averages))
 
 
 def _amount(count: int) -> str:

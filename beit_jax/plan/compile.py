@@ -130,6 +130,9 @@ def compile_step(
     mesh_data=config.mesh.data,
     model={key: config.model.get(key) for key in ("remat", "scan", "dtype")},
     parameters=trees.num_params(step.plan.param_shapes),
+    state_bytes=trees.num_bytes(
+      (step.state, step.state.params)
+    ),  # the gradients are as large as the parameters
     examples=len(step.plan.source),
     total_steps=step.plan.total_steps,
     flops_per_image=per_image(config, stages, step, traced, examples),

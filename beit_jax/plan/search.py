@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from typing import Any
 
 Setting = dict[str, Any]  # dotted config key of the stage -> value
-STATE_BYTES = 16  # of a parameter: itself, its gradient, and two moments, float32
 ROOM = 0.9  # of the memory, which the state alone may take for a setting to be tried
 
 
@@ -36,7 +35,7 @@ def settings(found: dict[str, Any], hbm: float) -> Iterator[Setting]:
   most = found["batch_size"] // num_devices
   ladder += [last | {"microbatches": parts * 2**n} for n in range(1, 6) if most % (parts * 2**n) == 0]
   for setting in ladder:
-    if found["parameters"] * STATE_BYTES / setting.get("mesh.fsdp", fsdp) < ROOM * hbm:
+    if found["state_bytes"] / setting.get("mesh.fsdp", fsdp) < ROOM * hbm:
       yield setting
 
 

@@ -214,9 +214,13 @@ def check_same_data(folder: Path, description: dict[str, Any]) -> None:
     )
 
 
+# Keys of later versions, with what a run did before it had them.
+ADDED = {"optimizer.name": "adamw", "optimizer.momentum": 0.9}
+
+
 def _differences(folder: Path, config) -> dict[str, str]:
   """Dotted key -> what a checkpoint's config and this one have for it, where they differ."""
-  before = dict(_leaves(checkpoint.read_description(folder).get("config", {})))
+  before = ADDED | dict(_leaves(checkpoint.read_description(folder).get("config", {})))
   now = dict(_leaves(json.loads(json.dumps(config.to_dict(), default=str))))
   names = [n for n in sorted(before.keys() & now.keys()) if before[n] != now[n]]
   return {n: f"{n}: {before[n]!r} in the checkpoint, {now[n]!r} in the config" for n in names}
@@ -262,7 +266,8 @@ def finished(config, workdir) -> dict[str, Any] | None:
   except (OSError, ValueError):
     return None
   now = json.loads(json.dumps(config.to_dict(), default=str))
-  return result if before == now else None
+  same = isinstance(before, dict) and ADDED | dict(_leaves(before)) == dict(_leaves(now))
+  return result if same else None
 
 
 def write_result(workdir: Path, result: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from beit_jax import trees
 from beit_jax.doctor import __main__ as doctor
 from beit_jax.doctor import host, processes, versions
 from beit_jax.doctor.machine import Machine, prepare
@@ -202,6 +203,16 @@ def test_network_mount_whose_locks_are_local(monkeypatch, tmp_path):
   assert status == "warn" and "nfs4" in what
   monkeypatch.setattr(host, "mounted", lambda path: ("nfs4", "rw,vers=4.2,local_lock=none"))
   assert _found(host.workdir, Machine(tmp_path))[0][0] == "ok"
+
+
+def test_the_state_of_each_optimizer_is_counted(flags):
+  machine = prepare(flags("classify"))
+  (run,) = machine.runs
+  params = trees.num_bytes(jax.eval_shape(machine.objective(run).init, jax.random.key(0))["params"])
+  for name, copies in (("adamw", 3), ("lamb", 3), ("lion", 2), ("sgd", 2), ("muon", 2)):
+    run.config.optimizer.name = name
+    ratio = doctor.runs.state_bytes(machine, run) / params
+    assert copies <= ratio < copies + (0.9 if name == "muon" else 0.01), name  # muon: Adam's for vectors
 
 
 def test_too_little_space(flags, monkeypatch):

@@ -270,7 +270,7 @@ def test_settings_are_tried_in_order_and_only_where_the_state_fits():
     mesh_data=-1,
     microbatches=1,
     batch_size=64,
-    parameters=1e9,
+    state_bytes=16e9,
   )
   everything = list(search.settings(found, 1e12))
   both = {"model.remat": True, "model.scan": True}

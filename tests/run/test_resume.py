@@ -125,6 +125,38 @@ def test_a_resume_with_another_optimizer(run, tmp_path):
     train.run(_config(**changes), tmp_path)
 
 
+@pytest.mark.parametrize(
+  "name", ["lion", "lamb", *(pytest.param(name, marks=pytest.mark.slow) for name in ("muon", "sgd"))]
+)
+def test_a_resume_with_an_optimizer_of_another_name(name, run, tmp_path):
+  changes = {"optimizer.name": name, "resume": str(run), "total_steps": 8}
+  with pytest.raises(UserError, match=f"optimizer.name: 'adamw' in the checkpoint, '{name}' in the config"):
+    train.run(_config(**changes), tmp_path)
+
+
+def _without_added_keys(path):
+  """Removes the keys that earlier versions did not write."""
+  text = json.loads(path.read_text())
+  for key in record.ADDED:
+    section, name = key.split(".")
+    del text.get("config", text)[section][name]
+  path.write_text(json.dumps(text))
+
+
+def test_a_run_of_an_earlier_version_goes_on(run, tmp_path):
+  """A config without `optimizer.name` stands for AdamW."""
+  shutil.copytree(run, tmp_path / "run")
+  folder = checkpoint.find(tmp_path / "run")
+  _without_added_keys(folder / "description.json")
+  _without_added_keys(tmp_path / "run" / "config.json")
+  record.check_same_run(folder, _config())
+  assert record.finished(_config(), tmp_path / "run")["step"] == 6
+  other = _config(**{"optimizer.name": "lion"})
+  with pytest.raises(UserError, match="optimizer.name: 'adamw' in the checkpoint, 'lion' in the config"):
+    record.check_same_run(folder, other)
+  assert record.finished(other, tmp_path / "run") is None
+
+
 @pytest.mark.slow
 def test_a_damaged_best_state_is_put_aside(tmp_path, caplog):
   best = {"checkpoint.best": "acc1", "eval.every_steps": 2}
