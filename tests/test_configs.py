@@ -145,16 +145,6 @@ def _trace(config, mesh):
   source = _Source(config.data)
   objective = objectives.OBJECTIVES[config.objective](config, source)
 
-  def batch(size):
-    views = {"image": (objective.image_size, None)} if config.objective == "segment" else objective.views()
-    views = {name: (size, *shape, 3) for name, (shape, _) in views.items()}
-    arrays = {name: jax.ShapeDtypeStruct(shape, jnp.uint8) for name, shape in views.items()}
-    arrays |= {"example_key": jax.ShapeDtypeStruct((size, 2), jnp.uint32)}
-    arrays |= {"valid": jax.ShapeDtypeStruct((size,), bool)}
-    if config.objective == "segment":
-      return arrays | {"label_map": jax.ShapeDtypeStruct((size, *objective.image_size), jnp.uint8)}
-    return arrays | ({"label": jax.ShapeDtypeStruct((size,), jnp.int32)} if source.num_classes else {})
-
   with jax.set_mesh(mesh):
     frozen = objective.frozen_params(mesh) if config.objective != "knn" else _bank(objective)
     frozen = jax.eval_shape(lambda: frozen) if not _abstract(frozen) else frozen
@@ -172,13 +162,15 @@ def _trace(config, mesh):
       )
       _, shapes, shardings = train_state.abstract(init, tx, mesh, ema=config.optimizer.ema_decay > 0)
       step = step_lib.make_train_step(objective, tx, config.microbatches, jax.random.key(0), shardings)
-      state, metrics = jax.eval_shape(step, shapes, frozen, batch(config.batch_size))
+      state, metrics = jax.eval_shape(step, shapes, frozen, objective.batch_shapes(config.batch_size))
       assert jax.tree.map(lambda x: x.shape, state) == jax.tree.map(lambda x: x.shape, shapes)
       assert metrics["loss"].shape == ()
-    sums = jax.eval_shape(
-      evaluate.make_eval_step(objective, mesh), variables, frozen, batch(config.eval.batch_size)
+    eval_step, batch = (
+      evaluate.make_eval_step(objective, mesh),
+      objective.batch_shapes(config.eval.batch_size),
     )
-    assert any(name.startswith(("loss", "acc1")) for name in sums)
+    output = jax.eval_shape(eval_step, variables, frozen, batch)
+    assert any(name.startswith(("loss", "acc1")) for name in output.metrics)
 
 
 def _abstract(tree):
