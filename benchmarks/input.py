@@ -1,12 +1,12 @@
-"""From encoded JPEGs to two uint8 views on one core: ours against Pillow. Images a second, ratios, PSNR.
+"""From encoded JPEGs to two uint8 views on one core: ours against Pillow. Images per second, ratios, PSNR.
 
     TFDS_DATA_DIR=DIR python benchmarks/input.py --name=imagenet2012 --split=train
 
-Three contestants cut the same box from the same picture, resize it to 224 (bicubic) and 112 (lanczos) and flip the
-same ones: ours (`images.train_views`); Pillow alone, as torchvision's loader and its
-`resized_crop` do it; Pillow with unilm's colour jitter (0.4) of the whole picture first, which here runs on the device.
-A fourth is ours with data.scaled_decode. They take turns, a block of pictures each; the median over all rounds counts.
-Reading the records is left out. `--mosaic=4` makes pictures of 4x4 pictures: as large as those of a camera.
+Four contestants cut the same box from the same image, resize it to 224 (bicubic) and 112 (lanczos), and flip the same
+images: ours (`images.train_views`); ours with data.scaled_decode; Pillow alone, with the steps of torchvision's loader
+and `resized_crop`; and Pillow after unilm's color jitter (0.4) of the whole image, which here runs on the device. They
+take turns with a block of images each, and the median over all rounds counts. Reading the records is not included.
+`--mosaic=4` tiles 4x4 images into one, as large as those of a camera.
 """
 
 import argparse
@@ -16,12 +16,12 @@ import time
 
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageEnhance
+from PIL import Image, ImageEnhance, ImageOps
 
 from beit_jax.data import images, sources
 
 VIEWS = {"image": ((224, 224), "bicubic"), "token_image": ((112, 112), "lanczos")}
-LAW = dict(scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3))
+BOXES = dict(scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3))
 JITTER = 0.4
 
 
@@ -31,27 +31,25 @@ def _rng(index):
 
 def ours(encoded, index, scaled=False):
   return images.train_views(
-    images.LazyImage(encoded), _rng(index), VIEWS, crop="random_resized", flip=True, scaled=scaled, **LAW
+    images.LazyImage(encoded), _rng(index), VIEWS, crop="random_resized", flip=True, scaled=scaled, **BOXES
   )
 
 
-def scaled(encoded, index):
+def ours_scaled(encoded, index):
   return ours(encoded, index, scaled=True)
 
 
 def _upright(encoded):
-  """What torchvision's loader does, and the turn that ours takes from EXIF."""
-  image = Image.open(io.BytesIO(encoded)).convert("RGB")
-  turn = image.getexif().get(0x0112, 1)
-  return images.ImageOps.exif_transpose(image) if turn != 1 else image
+  """What torchvision's loader does, and the EXIF rotation that ours includes."""
+  return ImageOps.exif_transpose(Image.open(io.BytesIO(encoded)).convert("RGB"))
 
 
 def _pillow_views(image, rng):
-  box = images.random_resized_box(rng, *image.size, **LAW)
+  box = images.random_resized_box(rng, *image.size, **BOXES)
   flip = rng.random() < 0.5
   result = {}
-  for name, (size, how) in VIEWS.items():
-    view = image.crop(box).resize(size[::-1], images.RESAMPLE[how])
+  for name, (size, interpolation) in VIEWS.items():
+    view = image.crop(box).resize(size[::-1], images.RESAMPLE[interpolation])
     result[name] = np.asarray(view.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else view)
   return result
 
@@ -60,7 +58,7 @@ def pillow(encoded, index):
   return _pillow_views(_upright(encoded), _rng(index))
 
 
-def jittered(encoded, index):
+def pillow_jitter(encoded, index):
   """torchvision's ColorJitter(0.4, 0.4, 0.4): brightness, contrast and saturation, in random order."""
   image, rng = _upright(encoded), np.random.default_rng((0, 0, index, 9))
   kinds = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
@@ -69,82 +67,94 @@ def jittered(encoded, index):
   return _pillow_views(image, _rng(index))
 
 
+CONTESTANTS = {
+  "ours": ours,
+  "scaled decode": ours_scaled,
+  "Pillow": pillow,
+  "Pillow, jitter": pillow_jitter,
+}
+
+
 def psnr(a, b):
   return 10 * np.log10(255**2 / max(np.mean((a.astype(np.float64) - b) ** 2), 1e-10))
 
 
 def mosaics(encoded, side):
-  """Pictures of side x side pictures, each the first's size; quality 90."""
-  made = []
+  """Images of side x side images, each resized to the first one's size; quality 90."""
+  result = []
   for start in range(0, len(encoded) - side**2 + 1, side**2):
     parts = [images.decode(data) for data in encoded[start : start + side**2]]
     width, height = parts[0].size
-    whole = Image.new("RGB", (side * width, side * height))
+    canvas = Image.new("RGB", (side * width, side * height))
     for i, part in enumerate(parts):
-      whole.paste(part.resize((width, height)), (i % side * width, i // side * height))
-    made.append(simplejpeg.encode_jpeg(np.asarray(whole), 90, "RGB", "420"))
-  return made
+      canvas.paste(part.resize((width, height)), (i % side * width, i // side * height))
+    result.append(simplejpeg.encode_jpeg(np.asarray(canvas), 90, "RGB", "420"))
+  return result
+
+
+def measure_speed(encoded, rounds, block):
+  """Prints images per second, and the ratios of ours to Pillow."""
+  for contestant in CONTESTANTS.values():
+    contestant(encoded[0], 0)
+  seconds = {name: np.zeros(rounds) for name in CONTESTANTS}
+  for turn in range(rounds):
+    for start in range(0, len(encoded), block):
+      for name, contestant in CONTESTANTS.items():
+        began = time.process_time()
+        for index in range(start, min(start + block, len(encoded))):
+          contestant(encoded[index], index)
+        seconds[name][turn] += time.process_time() - began
+  for name, times in seconds.items():
+    rates = len(encoded) / times
+    print(f"{name:15} {np.median(rates):6.0f} images/s per core ({rates.min():.0f} to {rates.max():.0f})")
+  for name in ("ours", "scaled decode"):
+    # The ratio within a round, in which all contestants had the same share of the machine.
+    for peer in ("Pillow", "Pillow, jitter"):
+      print(f"{name} / {peer}: {np.median(seconds[peer] / seconds[name]):.2f}")
+
+
+def measure_psnr(encoded):
+  """Prints how close the views of ours are to those of Pillow."""
+  found = {name: {view: [] for view in VIEWS} for name in ("ours", "scaled decode")}
+  shrunk = []
+  for index, data in enumerate(encoded):
+    wanted, exact, fewer = pillow(data, index), ours(data, index), ours_scaled(data, index)
+    shrunk.append(any((exact[view] != fewer[view]).any() for view in VIEWS))
+    for view in VIEWS:
+      found["ours"][view].append(psnr(exact[view], wanted[view]))
+      if shrunk[-1]:
+        found["scaled decode"][view].append(psnr(fewer[view], wanted[view]))
+  print(f"decoded at a lower resolution with scaled_decode: {np.mean(shrunk):.1%}")
+  for name, views in found.items():
+    for view, values in views.items():
+      if values:
+        size, interpolation = VIEWS[view]
+        print(
+          f"PSNR of {name} against Pillow, {interpolation} {size[0]}: median {np.median(values):.1f} dB, 5th "
+          f"percentile {np.percentile(values, 5):.1f} dB, over {len(values)} images"
+        )
 
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-  parser.add_argument("--name", default="imagenet_sample", help="of the TFDS data set")
+  parser.add_argument("--name", default="imagenet_sample", help="the TFDS data set")
   parser.add_argument("--split", default="train")
   parser.add_argument("--data_dir", default=os.environ.get("TFDS_DATA_DIR", ""))
-  parser.add_argument("--count", type=int, default=500, help="pictures")
+  parser.add_argument("--count", type=int, default=500, help="number of images")
   parser.add_argument("--rounds", type=int, default=7)
-  parser.add_argument("--block", type=int, default=25, help="pictures before the next one's turn")
+  parser.add_argument("--block", type=int, default=25, help="images per turn")
   parser.add_argument("--mosaic", type=int, default=0)
   flags = parser.parse_args()
-  if hasattr(os, "sched_setaffinity"):
+  if hasattr(os, "sched_setaffinity"):  # Linux only
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
   source = sources.TfdsSource(flags.name, flags.split, flags.data_dir, "image", "")
   encoded = [source[i]["image"] for i in range(min(flags.count, len(source)))]
   encoded = mosaics(encoded, flags.mosaic) if flags.mosaic else encoded
-  sizes = np.array([images.open_image(data).size for data in encoded])
-  mean = sizes.mean(0).round().astype(int)
-  print(
-    f"{len(encoded)} pictures, {mean[0]}x{mean[1]} and {np.mean([*map(len, encoded)]) / 1e3:.0f} kB on average"
-  )
-
-  contestants = {"ours": ours, "scaled decode": scaled, "Pillow": pillow, "Pillow, jitter": jittered}
-  for contestant in contestants.values():
-    contestant(encoded[0], 0)
-  seconds = {name: np.zeros(flags.rounds) for name in contestants}
-  for turn in range(flags.rounds):
-    for start in range(0, len(encoded), flags.block):
-      for name, contestant in contestants.items():
-        began = time.process_time()
-        for index in range(start, min(start + flags.block, len(encoded))):
-          contestant(encoded[index], index)
-        seconds[name][turn] += time.process_time() - began
-  rates = {name: len(encoded) / np.median(some) for name, some in seconds.items()}
-  for name, rate in rates.items():
-    spread = len(encoded) / seconds[name]
-    print(f"{name:15} {rate:6.0f} images/s a core ({spread.min():.0f} to {spread.max():.0f})")
-  for name in ("ours", "scaled decode"):
-    # Of each round, since all contestants have had the same share of the machine in it.
-    for peer in ("Pillow", "Pillow, jitter"):
-      print(f"{name} / {peer}: {np.median(seconds[peer] / seconds[name]):.2f}")
-
-  found = {name: {view: [] for view in VIEWS} for name in ("ours", "scaled decode")}
-  shrunk = []
-  for index, data in enumerate(encoded):
-    want, exact, fewer = pillow(data, index), ours(data, index), scaled(data, index)
-    shrunk.append(any((exact[view] != fewer[view]).any() for view in VIEWS))
-    for view in VIEWS:
-      found["ours"][view].append(psnr(exact[view], want[view]))
-      if shrunk[-1]:
-        found["scaled decode"][view].append(psnr(fewer[view], want[view]))
-  print(f"decoded to fewer pixels with scaled_decode: {np.mean(shrunk):.1%}")
-  for name, views in found.items():
-    for view, values in views.items():
-      if values:
-        size, how = VIEWS[view]
-        print(
-          f"PSNR of {name} against Pillow, {how} {size[0]}: median {np.median(values):.1f} dB, 5th percentile "
-          f"{np.percentile(values, 5):.1f} dB, over {len(values)} pictures"
-        )
+  width, height = np.mean([images.open_image(data).size for data in encoded], 0)
+  kilobytes = np.mean([len(data) for data in encoded]) / 1e3
+  print(f"{len(encoded)} images, {width:.0f}x{height:.0f} and {kilobytes:.0f} kB on average")
+  measure_speed(encoded, flags.rounds, flags.block)
+  measure_psnr(encoded)
 
 
 if __name__ == "__main__":

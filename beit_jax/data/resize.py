@@ -63,7 +63,7 @@ def resize(pixels: np.ndarray, box: Box, views: Iterable[View]) -> list[np.ndarr
   """
   left, top, right, bottom = box
   x, y = int(left), int(top)
-  crop = np.ascontiguousarray(pixels[y : math.ceil(bottom), x : math.ceil(right)])
+  crop = pixels[y : math.ceil(bottom), x : math.ceil(right)]
   height, width = crop.shape[:2]
   inner = (left - x, top - y, right - x, bottom - y)
   exact = inner == (0, 0, width, height)
@@ -73,7 +73,9 @@ def resize(pixels: np.ndarray, box: Box, views: Iterable[View]) -> list[np.ndarr
     source = fast.ImageData(width, height, fast.PixelType.U8x3, crop.tobytes())  # slow: shared by the views
     resize_one = _resize_with_cykooz
   return [
-    crop if exact and (height, width) == tuple(size) else resize_one(source, inner, size, interpolation)
+    np.ascontiguousarray(crop)
+    if exact and (height, width) == tuple(size)
+    else resize_one(source, inner, size, interpolation)
     for size, interpolation in views
   ]
 
