@@ -24,8 +24,8 @@ from beit_jax.runtime.logs import log
 from beit_jax.runtime.maintenance_events import MaintenanceEvents
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# JAX's service needs one growing sequence of steps for the whole process: after a signal in the last evaluation of a
-# stage, the next stage stops.
+# JAX's service chooses the number after the last one that any process asked about. There must be one growing sequence
+# for the whole process, stages included, and no other caller; Orbax's CheckpointManager, not used here, would be one.
 _steps = itertools.count(1)
 
 

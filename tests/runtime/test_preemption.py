@@ -8,9 +8,11 @@ import socket
 import threading
 import time
 
+import jax.numpy as jnp
 import pytest
 
 from beit_jax.run import checkpoint
+from beit_jax.run.state import TrainState
 from beit_jax.runtime import maintenance_events, preemption
 from tests import kills
 
@@ -134,6 +136,38 @@ def test_the_steps_of_a_later_stage_are_later_steps(two):
       for _ in range(3):
         watch.requested()
   assert asked == list(range(asked[0], asked[0] + 6))
+
+
+def test_a_save_does_not_ask_the_preemption_service(two, tmp_path):
+  """The service compares the last numbers that processes asked about: a second numbering would hide a signal."""
+  asked, handed = two
+  handed.append(1)
+  zeros = {"kernel": jnp.zeros((2, 2))}
+  state = TrainState(jnp.int32(0), zeros, {}, zeros, None)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(preemption.jax, "process_count", lambda: 1)  # no barriers with the second process
+    with contextlib.closing(checkpoint.Checkpointer(tmp_path, keep=1)) as checkpointer:
+      checkpointer.save(51, state, {})
+      assert checkpointer.wait()
+  assert checkpoint.steps(tmp_path / "checkpoints") == [51] and asked == []
+
+
+@SLOW
+def test_a_signal_during_a_save_of_a_resumed_run_stops_the_next_step(tmp_path):
+  """A run that did not begin at step 0 does not wait for a step that is as far ahead as the step it resumed from."""
+  workdir = tmp_path / "run"
+  options = dict(processes=2, workers=0, mesh=2)
+  save = workdir / "checkpoints" / "50"
+  with contextlib.ExitStack() as stack:
+    for slow, reached in ((0.0, lambda: kills.logged_steps(workdir) > 12), (1.0, save.is_dir)):
+      started = kills.start_all(workdir, "resumed", slow=slow, **options)
+      for process in started:
+        stack.callback(process.wait)
+        stack.callback(process.kill)  # first
+      assert _until(reached, 240)
+      started[1].send_signal(signal.SIGTERM)
+      assert kills.ended(started, workdir) == [143, 143]
+  assert max(checkpoint.steps(workdir / "checkpoints")) in (50, 51)
 
 
 @SLOW
