@@ -46,9 +46,7 @@ class Classification(EncoderObjective):
     self.multi_label = source.multi_label
     self.eval_metrics = ("loss", "mAP") if self.multi_label else ("loss", "acc1", "acc5")
     self.mixes = config.loss.mixup_alpha > 0 or config.loss.cutmix_alpha > 0
-    model, num_classes = config.model, self._num_classes()
-    encoder = {**encoder_fields(model, self.image_size, pretrain=False), "weight_init": "finetune"}
-    self.module = BeitForImageClassification(encoder, num_classes, model.pool, model.head_init_scale)
+    self.module = _make_module(config.model, self.image_size, self._num_classes())
 
   @classmethod
   def config_section(cls) -> dict[str, Any]:
@@ -68,9 +66,8 @@ class Classification(EncoderObjective):
 
   @classmethod
   def expected_result(cls, config: ConfigDict) -> Pretrained:
-    size, model = pair(config.data.image_size, "data.image_size"), config.model
-    encoder = encoder_fields(model, size, pretrain=False)
-    module = BeitForImageClassification(encoder, model.num_classes or 1000, model.pool, model.head_init_scale)
+    size = pair(config.data.image_size, "data.image_size")
+    module = _make_module(config.model, size, config.model.num_classes or 1000)
     return base.abstract_model(cls.kind, module, size, base.image_preprocessing(config.data, size))
 
   def _num_classes(self) -> int:
@@ -200,6 +197,13 @@ class Classification(EncoderObjective):
       labels=list(self.source.class_names),
       multi_label=self.multi_label,
     )
+
+
+def _make_module(
+  model: ConfigDict, image_size: tuple[int, int], num_classes: int
+) -> BeitForImageClassification:
+  encoder = {**encoder_fields(model, image_size, pretrain=False), "weight_init": "finetune"}
+  return BeitForImageClassification(encoder, num_classes, model.pool, model.head_init_scale)
 
 
 def _report_scores(rows: Rows, names: list[str], folder: Path) -> list[Path]:
