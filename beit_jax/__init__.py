@@ -1,18 +1,76 @@
-"""BEiT in JAX: tokenizer training, masked image modelling, fine-tuning."""
+"""BEiT in JAX: tokenizer training, masked image modeling, fine-tuning and segmentation.
+
+`load` and `save` read and write models in every supported format. `python -m beit_jax.main` trains.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+  from beit_jax.weights.pretrained import Pretrained
 
 __version__ = "0.1.0"
 
 
-def load(path, *, num_heads=None, image_size=None, step=None, ema=False, out_indices=None):
-  """Loads a model with its weights; see `beit_jax.weights.io.load`."""
+def load(
+  path: str | Path,
+  *,
+  num_heads: int | None = None,
+  image_size: int | tuple[int, int] | None = None,
+  step: int | None = None,
+  ema: bool = False,
+  out_indices: tuple[int, ...] | None = None,
+) -> Pretrained:
+  """Loads a model with its weights. The format is detected, and nothing in the file is executed.
+
+  Args:
+    path: one of
+      - a run of `beit_jax.main`, one of its checkpoints, or a folder that `save` wrote,
+      - a `.pth`, `.bin` or `.safetensors` file of unilm, mmseg or timm,
+      - a model folder of timm or Hugging Face transformers,
+      - OpenAI's `encoder.pkl`, or a folder with `encoder.pkl` and `decoder.pkl`.
+      A run may lie in a bucket (`gs://...`).
+    num_heads: number of attention heads, if a foreign file does not determine it.
+    image_size: pixels, one number or (height, width), if a foreign file does not determine it.
+    step: the checkpoint of a run; None: the newest one.
+    ema: load the averaged weights, if both are kept.
+    out_indices: the four blocks, counted from 0, that the decoder of a foreign segmentation model taps, instead of
+      those that its file states. With `(3, 5, 7, 11)` a base model of transformers gets unilm's blocks
+      (docs/weights.md).
+
+  Returns:
+    The model: `model(images)` prepares images and runs it; `model.params` and `model.module` are the Flax parts.
+
+  Raises:
+    UserError: there is nothing usable at `path`; the file contradicts an argument; or tensors are missing, unexpected
+      or mis-shaped, all of which are listed.
+
+  Example:
+    >>> model = beit_jax.load("beit_base_patch16_224_pt22k_ft22kto1k.pth")
+    >>> logits = model(images)  # uint8 [B, H, W, 3], any size
+  """
   from beit_jax.weights import io as weights_io
 
-  options = dict(num_heads=num_heads, image_size=image_size, step=step, ema=ema, out_indices=out_indices)
-  return weights_io.load(path, **options)
+  return weights_io.load(
+    path, num_heads=num_heads, image_size=image_size, step=step, ema=ema, out_indices=out_indices
+  )
 
 
-def save(pretrained, path, *, format):
-  """Writes a model as "orbax", "unilm", "timm" or "hf"; see `beit_jax.weights.io.save`."""
+def save(pretrained: Pretrained, path: str | Path, *, format: str) -> None:
+  """Saves a model. The file or folder appears when it is complete.
+
+  Args:
+    pretrained: the model, as `load` returns it.
+    path: must not exist. A folder for "orbax" and "hf". A file for "unilm" and "timm": in safetensors format if it ends
+      in `.safetensors`, otherwise in PyTorch's format. For "timm", a name without a suffix is a folder that
+      `timm.create_model("local-dir:...")` reads.
+    format: "orbax" (ours), "unilm", "timm" or "hf" (Hugging Face transformers).
+
+  Raises:
+    UserError: the format has no such kind of model, `path` exists, or it cannot be written.
+  """
   from beit_jax.weights import io as weights_io
 
   weights_io.save(pretrained, path, format=format)

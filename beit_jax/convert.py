@@ -1,4 +1,4 @@
-"""`python -m beit_jax.convert SRC DST --format={orbax,unilm,timm,hf}`: weights from any format into another."""
+"""`python -m beit_jax.convert SRC DST --format={orbax,unilm,timm,hf}`: converts weights between formats."""
 
 import argparse
 import logging
@@ -18,35 +18,45 @@ def _blocks(text: str) -> tuple[int, ...]:
   return tuple(int(number) for number in text.split(","))
 
 
-def main(argv: list[str]) -> int:
+def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(prog="python -m beit_jax.convert", description=__doc__)
   parser.add_argument(
-    "src", help="run folder, .pth, .safetensors, .pkl, or a folder of Hugging Face's or timm's"
+    "src", help="a run, a .pth, .safetensors or .pkl file, or a folder of Hugging Face or timm"
   )
-  parser.add_argument("dst", help="folder (orbax, hf) or file (unilm, timm); must not exist")
-  parser.add_argument("--format", required=True, choices=("orbax", "unilm", "timm", "hf"))
-  parser.add_argument("--num_heads", type=int, help="where the source does not say")
+  parser.add_argument("dst", help="a folder (orbax, hf) or a file (unilm, timm); must not exist")
+  parser.add_argument("--format", required=True, choices=tuple(weights_io.WRITERS))
+  parser.add_argument("--num_heads", type=int, help="if the source does not determine it")
   parser.add_argument(
-    "--image_size", type=_size, metavar="N or HxW", help="pixels, where the source does not say"
+    "--image_size", type=_size, metavar="N or HxW", help="pixels, if the source does not determine them"
   )
   parser.add_argument(
     "--out_indices",
     type=_blocks,
     metavar="A,B,C,D",
-    help="blocks that a segmentation decoder taps, from 0, instead of what the source says",
+    help="blocks that a segmentation decoder taps, counted from 0, instead of those that the source states",
   )
-  parser.add_argument("--step", type=int, help="of a run, instead of its newest checkpoint")
-  parser.add_argument("--ema", action="store_true", help="the averaged weights")
-  parser.add_argument("-v", "--verbose", action="store_true", help="a table of every tensor")
-  args = parser.parse_args(argv)
+  parser.add_argument("--step", type=int, help="the checkpoint of a run; the default is the newest")
+  parser.add_argument("--ema", action="store_true", help="convert the averaged weights")
+  parser.add_argument("-v", "--verbose", action="store_true", help="print a table of every tensor")
+  return parser
+
+
+def main(argv: list[str]) -> int:
+  """Runs the command; returns its exit status."""
+  args = _parser().parse_args(argv)
   logs.setup()
   if args.verbose:
     logs.log.setLevel(logging.DEBUG)
   try:
-    options = {
-      name: getattr(args, name) for name in ("num_heads", "image_size", "out_indices", "step", "ema")
-    }
-    weights_io.save(weights_io.load(args.src, **options), args.dst, format=args.format)
+    model = weights_io.load(
+      args.src,
+      num_heads=args.num_heads,
+      image_size=args.image_size,
+      step=args.step,
+      ema=args.ema,
+      out_indices=args.out_indices,
+    )
+    weights_io.save(model, args.dst, format=args.format)
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)
     return 2

@@ -1,21 +1,24 @@
-"""Tokenizers of other people: OpenAI's `encoder.pkl` and `decoder.pkl`, and FLAVA's image codebook (that encoder)."""
+"""Reads and writes foreign tokenizers: OpenAI's `encoder.pkl` and `decoder.pkl`, and FLAVA's image codebook.
+
+FLAVA's image codebook is the same encoder in Hugging Face transformers.
+"""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from beit_jax import trees
 from beit_jax.errors import UserError
 from beit_jax.models.dvae import Dvae
+from beit_jax.weights import hf
 from beit_jax.weights.files import lazy, torchfile
 from beit_jax.weights.pretrained import Pretrained, fingerprint
-from beit_jax.weights.unilm import read_params
+from beit_jax.weights.unilm import param_shapes, read_params
 
-# map_pixels is (x + 0.125) / 1.25; the rest is what BEiT does (unilm beit/datasets.py).
+# map_pixels is (x + 0.125) / 1.25; the rest is BEiT's preprocessing (unilm beit/datasets.py).
 PREPROCESSING = dict(
   mean=(-0.125,) * 3,
   std=(1.25,) * 3,
@@ -24,17 +27,18 @@ PREPROCESSING = dict(
   interpolation="lanczos",
   resize="short_side",
 )
+FLAVA_GROUPS = 4
 
 
 def openai_name(name: str) -> str:
-  """Our parameter's name -> OpenAI's; "encoder" and "decoder" stay, since there they are two files."""
+  """Our parameter's name -> OpenAI's, under "encoder/" or "decoder/", since theirs are two files."""
   part, _, rest = name.partition("/")
   rest = re.sub(r"/kernel$", "/w", re.sub(r"/bias$", "/b", rest)).replace("output/", "output/conv/")
   return f"{part}/blocks.{rest.replace('/', '.')}"
 
 
 def flava_name(name: str) -> str:
-  """Our parameter's name -> that of `FlavaImageCodebook`; the decoder, which that lacks, under `decoder/`."""
+  """Our parameter's name -> that of `FlavaImageCodebook`; the decoder, which it lacks, under "decoder/"."""
   part, _, rest = openai_name(name).partition("/")
   rest = re.sub(r"(group_\d+)\.", r"\1.group.", rest).replace("res_path.", "res_path.path.")
   rest = re.sub(r"\.b$", ".bias", re.sub(r"\.w$", ".weight", rest))
@@ -42,113 +46,124 @@ def flava_name(name: str) -> str:
 
 
 def is_flava(state: lazy.State) -> bool:
+  """Whether a state dict has the names of `FlavaImageCodebook`, possibly inside another model."""
   return any(name.endswith("blocks.input.weight") for name in state)
 
 
 def is_openai(state: lazy.State) -> bool:
+  """Whether a state dict has OpenAI's names."""
   return "blocks.input.w" in state
 
 
 def openai_state(path: Path, opened: lazy.State | None = None) -> lazy.State:
-  """Tensors of one pickle, or of the encoder and decoder in a folder, under `encoder/` and `decoder/`.
+  """The tensors of one pickle or of all pickles in a folder, under "encoder/" and "decoder/".
 
-  `opened`: the tensors of `path`, where they have been read already (a plain state dict).
+  Args:
+    path: a pickle, or a folder with one or two.
+    opened: the state dict of `path`, if it has been read already.
+
+  Raises:
+    UserError: a file is not a part of OpenAI's tokenizer, a part occurs twice, or there is no encoder.
   """
-  paths = sorted(path.glob("*.pkl")) if path.is_dir() else [path]
-  state: lazy.State = {}
-  seen: dict[str, Path] = {}
-  for file in paths:
+  state: dict[str, lazy.Readable] = {}
+  files: dict[str, Path] = {}
+  for file in sorted(path.glob("*.pkl")) if path.is_dir() else [path]:
     content = torchfile.load(file) if opened is None else opened
-    if isinstance(content, torchfile.Inert):
-      tensors = torchfile.module_tensors(content)
-    else:
-      tensors = content if isinstance(content, dict) else {}
+    tensors = torchfile.module_tensors(content) if isinstance(content, torchfile.Inert) else content
+    tensors = tensors if isinstance(tensors, dict) else {}
     first = tensors.get("blocks.input.w")
-    if len(getattr(first, "shape", ())) != 4:
+    if not isinstance(first, torchfile.Tensor | lazy.LazyTensor) or len(first.shape) != 4:
       raise UserError(
-        f"{file}: not a tokenizer of OpenAI's: no 'blocks.input.w' among its {len(tensors)} tensors"
+        f"{file}: not a part of OpenAI's tokenizer: no 'blocks.input.w' among its {len(tensors)} tensors"
       )
     part = "encoder" if first.shape[-1] == 7 else "decoder"
-    if part in seen:
+    if part in files:
       raise UserError(
-        f"{path}: two {part}s, {seen[part].name} and {file.name}; keep one encoder and one decoder"
+        f"{path}: two {part}s, {files[part].name} and {file.name}; keep one encoder and one decoder"
       )
-    seen[part] = file
+    files[part] = file
     state |= {f"{part}/{name}": value for name, value in tensors.items()}
-  if "encoder" not in seen:
-    raise UserError(f"{path}: a decoder alone is no tokenizer; give encoder.pkl or the folder with both")
+  if "encoder" not in files:
+    raise UserError(
+      f"{path}: a decoder without an encoder cannot tokenize; give encoder.pkl, or the folder with both"
+    )
   return state
 
 
-def import_tokenizer(state: lazy.State, naming: Any, source: lazy.Source) -> Pretrained:
-  """The tokenizer of a state dict whose names are `naming` of ours; with or without a decoder.
+def import_tokenizer(source: lazy.Source, to_foreign_name: Callable[[str], str]) -> Pretrained:
+  """Builds the tokenizer of a state dict, with or without a decoder.
+
+  Args:
+    source: the file.
+    to_foreign_name: `openai_name` or `flava_name`.
 
   Raises:
     UserError: lists every tensor that is missing, unexpected or mis-shaped.
   """
-  path = source.path
+  state, path = source.state, source.path
 
-  def shape(name):
-    there = naming(name)
-    if there not in state:
-      raise UserError(f"{path}: not a tokenizer of DALL-E's form: {there!r} is missing")
-    if len(state[there].shape) != 4 or 0 in state[there].shape:
-      raise UserError(f"{path}: {there!r} has shape {state[there].shape}, expected four axes")
-    return state[there].shape
+  def channels(name: str) -> int:
+    theirs = to_foreign_name(name)
+    if theirs not in state:
+      raise UserError(f"{path}: not a tokenizer like DALL-E's: {theirs!r} is missing")
+    if len(state[theirs].shape) != 4 or 0 in state[theirs].shape:
+      raise UserError(f"{path}: {theirs!r} has shape {state[theirs].shape}, expected four axes")
+    return state[theirs].shape[0]
 
-  stem = naming("encoder/group_1/block_1/res_path/conv_1/kernel")
-  count = lambda pattern: len({m[1] for n in state for m in [re.search(pattern, n)] if m})  # noqa: E731
-  encoder_only = "^" + re.escape(stem.split("group_1")[0])
-  fields = dict(
-    n_hid=shape("encoder/input/kernel")[0],
-    vocab_size=shape("encoder/output/kernel")[0],
-    group_count=count(encoder_only + r"(group_\d+)\."),
-    n_blk_per_group=count(encoder_only + r"group_1\..*?(block_\d+)\."),
-    **{k: v for k, v in source.fields.items() if k == "dtype"},
+  def count(pattern: str) -> int:
+    return len({match[1] for match in (re.search(pattern, name) for name in state) if match})
+
+  encoder = "^" + re.escape(to_foreign_name("encoder/group_1/kernel").split("group_1")[0])
+  fields: dict[str, Any] = dict(
+    n_hid=channels("encoder/input/kernel"),
+    vocab_size=channels("encoder/output/kernel"),
+    group_count=count(encoder + r"(group_\d+)\."),
+    n_blk_per_group=count(encoder + r"group_1\..*?(block_\d+)\."),
   )
-  with_decoder = naming("decoder/input/kernel") in state
-  if with_decoder:
-    fields["n_init"] = shape("decoder/input/kernel")[0]
+  fields |= {name: value for name, value in source.fields.items() if name == "dtype"}
+  has_decoder = to_foreign_name("decoder/input/kernel") in state
+  if has_decoder:
+    fields["n_init"] = channels("decoder/input/kernel")
   if not 1 <= fields["group_count"] <= 8 or not 1 <= fields["n_blk_per_group"] <= 64:
     raise UserError(
       f"{path}: a tokenizer of {fields['group_count']} groups x {fields['n_blk_per_group']} blocks"
     )
   module = Dvae(**fields)
-  image = jax.ShapeDtypeStruct((1, 8 * module.stride, 8 * module.stride, 3), jnp.float32)
-  shapes = {
-    n: v.shape
-    for n, v in trees.flatten(jax.eval_shape(module.init, jax.random.key(0), image)["params"]).items()
-  }
-  shapes = {n: tuple(v) for n, v in shapes.items() if with_decoder or n.startswith("encoder/")}
-  params = read_params(state, shapes, naming, path, source.left_out)
+  shapes = param_shapes(module, (8 * module.stride, 8 * module.stride))
+  shapes = {name: shape for name, shape in shapes.items() if has_decoder or name.startswith("encoder/")}
+  params = read_params(source, state, shapes, to_foreign_name, source.left_out)
   preprocessing = lazy.check_preprocessing(source.preprocessing or PREPROCESSING, path)
   description = {
     **source.described,
-    **dict(
-      kind="tokenizer", module=fields, preprocessing=preprocessing, format=source.format, path=str(path)
-    ),
+    "kind": "tokenizer",
+    "module": fields,
+    "preprocessing": preprocessing,
+    "format": source.format,
+    "path": str(path),
     "left_out": source.left_out,
+    "sha256": fingerprint(params),
   }
-  description["sha256"] = fingerprint(params)
   return Pretrained("tokenizer", params, module, preprocessing, description)
 
 
-def export_flava(tokenizer: Pretrained) -> tuple[lazy.State, lazy.State, dict[str, Any]]:
-  """(the encoder's tensors, the decoder's, config.json) of a `FlavaImageCodebook` folder.
+def export_flava(tokenizer: Pretrained) -> hf.Folder:
+  """Translates a tokenizer into a `FlavaImageCodebook`; transformers has no class for the decoder.
 
   Raises:
-    UserError: transformers' class is fixed at four groups.
+    UserError: the tokenizer does not have four groups, as transformers' class always does.
   """
   module = tokenizer.module
-  if module.group_count != 4:
+  assert isinstance(module, Dvae)
+  if module.group_count != FLAVA_GROUPS:
     raise UserError(
-      f"this tokenizer has {module.group_count} groups; transformers' FlavaImageCodebook always has 4. Save it as orbax"
+      f"this tokenizer has {module.group_count} groups; transformers' FlavaImageCodebook always has {FLAVA_GROUPS}. "
+      "Save it as orbax"
     )
   state = {flava_name(n): lazy.to_torch(v, n) for n, v in trees.flatten(tokenizer.params).items()}
   decoder = {n.removeprefix("decoder/"): np.asarray(v) for n, v in state.items() if n.startswith("decoder/")}
   encoder = {n: v for n, v in state.items() if not n.startswith("decoder/")}
   config = dict(
-    architectures=["FlavaImageCodebook"],
+    architectures=[tokenizer.spec.hf_class],
     model_type="flava_image_codebook",
     num_groups=module.group_count,
     num_blocks_per_group=module.n_blk_per_group,
@@ -156,4 +171,4 @@ def export_flava(tokenizer: Pretrained) -> tuple[lazy.State, lazy.State, dict[st
     hidden_size=module.n_hid,
     vocab_size=module.vocab_size,
   )
-  return encoder, decoder, config
+  return hf.Folder(encoder, config, decoder=decoder or None)

@@ -1,25 +1,27 @@
-"""Hugging Face folders: `BeitModel`, `BeitForMaskedImageModeling`, `BeitForImageClassification`, `FlavaImageCodebook`.
+"""Reads and writes folders of Hugging Face transformers, without that library.
 
-Names of transformers 4, which 5.23 still writes, and those that 5.23 has in memory. transformers is not needed. The
-heads of `BeitForSemanticSegmentation` are in segmentation.py.
+The classes are `BeitModel`, `BeitForMaskedImageModeling` and `BeitForImageClassification`. mmseg.py handles the heads
+of `BeitForSemanticSegmentation`, and dalle.py handles `FlavaImageCodebook`. Two generations of names are read: those
+of transformers 4, which 5.23 still writes, and those that 5.23 uses in memory.
 """
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from beit_jax.errors import UserError
 from beit_jax.runtime.logs import log
 from beit_jax.weights.files import lazy
-from beit_jax.weights.pretrained import Pretrained
+from beit_jax.weights.pretrained import KINDS, Pretrained, module_fields
 from beit_jax.weights.unilm import TABLE, export_beit
 
 RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
-# Theirs -> unilm's, in this order; both generations of names.
-NAMES = (
+# transformers' names, both generations -> unilm's.
+IMPORT_NAMES = (
   (r"^beit\.", ""),
   (r"^embeddings\.(cls_token|mask_token)$", r"\1"),
   (r"^embeddings\.position_embeddings$", "pos_embed"),
@@ -40,32 +42,61 @@ NAMES = (
   (r"^layernorm\.", "norm."),
   (r"^classifier\.", "head."),
 )
+# unilm's names -> those of transformers 4, without the prefix "beit.".
+EXPORT_NAMES = (
+  (r"^(cls_token|mask_token)$", r"embeddings.\1"),
+  (r"^pos_embed$", "embeddings.position_embeddings"),
+  (r"^patch_embed\.proj\.", "embeddings.patch_embeddings.projection."),
+  (r"^rel_pos_bias\.", "encoder.relative_position_bias."),
+  (r"^blocks\.", "encoder.layer."),
+  (r"\.gamma_([12])$", r".lambda_\1"),
+  (r"\.norm1\.", ".layernorm_before."),
+  (r"\.norm2\.", ".layernorm_after."),
+  (rf"\.attn\.{TABLE}$", rf".attention.attention.relative_position_bias.{TABLE}"),
+  (r"\.attn\.q\.", ".attention.attention.query."),
+  (r"\.attn\.v\.", ".attention.attention.value."),
+  (r"\.attn\.proj\.", ".attention.output.dense."),
+  (r"\.mlp\.fc1\.", ".intermediate.dense."),
+  (r"\.mlp\.fc2\.", ".output.dense."),
+  (r"^fc_norm\.", "pooler.layernorm."),
+  (r"^norm\.", "layernorm."),
+  (r"^head\.", "classifier."),
+)
+
+
+class Folder(NamedTuple):
+  """The files of a model: model.safetensors, config.json, preprocessor_config.json and decoder.safetensors."""
+
+  state: lazy.Arrays
+  config: dict[str, Any]
+  processor: dict[str, Any] | None = None
+  decoder: lazy.Arrays | None = None
 
 
 def is_beit(state: lazy.State) -> bool:
+  """Whether a state dict has transformers' names of a BEiT."""
   return any(name.endswith("embeddings.cls_token") for name in state)
 
 
 def to_unilm(state: lazy.State, path: Path) -> tuple[lazy.State, list[str]]:
-  """Their names -> unilm's with q, k, v fused again; and what is left out.
+  """Translates transformers' names into unilm's and joins q, k and v.
+
+  Returns:
+    (the tensors, the names of those that are left out).
 
   Raises:
-    UserError: the model norms its tokens twice, which ours does not.
+    UserError: the model has two layer norms in a row.
   """
   if "beit.layernorm.weight" in state and "layernorm.weight" in state:
     raise UserError(
-      f"{path}: this masked-image model has use_mean_pooling=false: transformers then applies two layer norms in a row "
-      "before the head, which no BEiT does; there is no module for it here"
+      f"{path}: this masked image model has use_mean_pooling=false. transformers then applies two layer norms in a row "
+      "before the head, which no other BEiT does and this version does not implement"
     )
-  result: lazy.State = {}
-  for name, value in state.items():
-    for pattern, replacement in NAMES:
-      name = re.sub(pattern, replacement, name)
-    result[name] = value
+  result = {lazy.rename(name, IMPORT_NAMES): value for name, value in state.items()}
   left_out = []
   for stem in [name.removesuffix("q.weight") for name in result if name.endswith("attn.q.weight")]:
-    parts = [result.pop(f"{stem}{x}.weight", None) for x in "qkv"]
-    if all(part is not None for part in parts):
+    parts = [result.pop(f"{stem}{x}.weight") for x in "qkv" if f"{stem}{x}.weight" in result]
+    if len(parts) == 3:
       result[f"{stem}qkv.weight"] = lazy.concatenate(parts)
     for x in "qv":
       if f"{stem}{x}.bias" in result:
@@ -76,131 +107,145 @@ def to_unilm(state: lazy.State, path: Path) -> tuple[lazy.State, list[str]]:
 
 
 def read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-  """config.json and preprocessor_config.json; the second is {} where there is none.
+  """Reads config.json and preprocessor_config.json; the second is {} if the file does not exist.
 
   Raises:
     UserError: a file is damaged, or the first is missing.
   """
-  path, prepared = folder / "config.json", folder / "preprocessor_config.json"
+  path, processor_path = folder / "config.json", folder / "preprocessor_config.json"
   try:
     config = json.loads(path.read_text())
-    processor = json.loads(prepared.read_text()) if prepared.is_file() else {}
+    processor = json.loads(processor_path.read_text()) if processor_path.is_file() else {}
   except OSError:
     raise UserError(
-      f"{folder}: no config.json beside the weights, which says how many heads the model has"
+      f"{folder}: no config.json beside the weights, which states the number of attention heads"
     ) from None
   except ValueError as error:
     raise UserError(f"{folder}: a configuration file is not JSON ({error})") from None
   if not isinstance(config, dict) or not isinstance(processor, dict):
-    raise UserError(f"{folder}: config.json and preprocessor_config.json must be tables")
+    raise UserError(f"{folder}: config.json and preprocessor_config.json must be JSON objects")
   return config, processor
 
 
+def _is_positive(value: Any) -> bool:
+  return type(value) is int and value > 0
+
+
+def _is_size(value: Any) -> bool:
+  is_pair = isinstance(value, list) and len(value) == 2 and all(map(_is_positive, value))
+  return _is_positive(value) or is_pair
+
+
 def read_config(folder: Path) -> dict[str, Any]:
-  """config.json and preprocessor_config.json as arguments of `lazy.Source`; these files win over our description.
+  """Reads config.json and preprocessor_config.json, which take precedence over our own description.
+
+  Returns:
+    Arguments of `lazy.Source`.
 
   Raises:
-    UserError: a file is damaged, or says something that our module cannot be.
+    UserError: a file is damaged, or states something that our module cannot represent.
   """
-  path, prepared = folder / "config.json", folder / "preprocessor_config.json"
   config, processor = read_files(folder)
+  path = folder / "config.json"
   if config.get("hidden_act", "gelu") != "gelu":
     raise UserError(f"{path}: hidden_act is {config['hidden_act']!r}; BEiT has the exact 'gelu'")
 
-  def value(key, default, good, expected):
+  def value(key: str, default: Any, is_valid: Callable[[Any], bool], expected: str) -> Any:
     found = config.get(key, default)
-    if not good(found):
+    if not is_valid(found):
       raise UserError(f"{path}: {key} is {found!r}, expected {expected}")
     return found
 
-  whole = lambda v: type(v) is int and v > 0  # noqa: E731
-  sides = lambda v: whole(v) or (isinstance(v, list) and len(v) == 2 and all(map(whole, v)))  # noqa: E731
-  size = value("image_size", 224, sides, "a number of pixels or [height, width]")
+  size = value("image_size", 224, _is_size, "a number of pixels or [height, width]")
   fields = dict(
     norm_eps=value("layer_norm_eps", 1e-12, lambda v: isinstance(v, float) and 0 < v < 1, "a small number"),
-    num_heads=value("num_attention_heads", 12, whole, "a positive number"),
-    image_size=(size, size) if whole(size) else tuple(size),
+    num_heads=value("num_attention_heads", 12, _is_positive, "a positive number"),
+    image_size=(size, size) if _is_positive(size) else tuple(size),
   )
   described = json.loads(config.get("beit_jax") or "{}")
   own = described.get("preprocessing")
-  # Ours is exact where the file still is the one that we wrote.
+  # Our description is exact if the processor's file is still the one that we wrote.
   shown = {key: found for key, found in processor.items() if key != "do_reduce_labels"}
-  kept = own and shown == json.loads(json.dumps(processor_config(own, processor.get("image_processor_type"))))
-  preprocessing = own if kept else _preprocessing(processor, fields["image_size"], prepared)
+  is_ours = own and shown == json.loads(
+    json.dumps(processor_config(own, shown.get("image_processor_type", "")))
+  )
   return dict(
     fields=fields,
     labels=_labels(config.get("id2label")),
-    preprocessing=preprocessing,
-    assumed=described.get("assumed", []) if kept else [],
+    preprocessing=own if is_ours else _preprocessing(processor, fields["image_size"], folder),
+    assumed=described.get("assumed", []) if is_ours else [],
     described=described,
   )
 
 
 def _labels(id2label: Any) -> list[str]:
-  """Names of the classes, [] where there are none but placeholders, or not one for each number."""
+  """The names of the classes; [] if they are placeholders or do not cover every number from 0."""
   names = {str(k): v for k, v in id2label.items()} if isinstance(id2label, dict) else {}
   labels = [names.get(str(i)) for i in range(len(names))]
   if any(not isinstance(label, str) for label in labels):
-    log.warning("id2label does not name the classes 0 to %d one by one; it is not used", len(labels) - 1)
+    log.warning("id2label does not name every class from 0 to %d; it is not used", len(labels) - 1)
     return []
   return [] if all(re.fullmatch(r"LABEL_\d+", str(label)) for label in labels) else [str(x) for x in labels]
 
 
-def _preprocessing(p: dict[str, Any], image_size: tuple[int, int], path: Path) -> dict[str, Any] | None:
-  """Our preprocessing for theirs; None, with the reason in the log, where there is none or ours cannot be like it."""
+def _preprocessing(p: dict[str, Any], image_size: tuple[int, int], folder: Path) -> dict[str, Any] | None:
+  """Translates preprocessor_config.json; None, with a warning, if beit_jax cannot prepare images in that way."""
+  path = folder / "preprocessor_config.json"
   if not p:
     return None
   off = [key for key in ("do_resize", "do_rescale") if p.get(key, True) is not True]
   if off or abs(p.get("rescale_factor", 1 / 255) - 1 / 255) > 1e-6 or p.get("resample", 3) not in RESAMPLING:
     log.warning(
-      "%s: %s", path, f"{off or 'rescale_factor or resample'} is nothing that beit_jax does; not used"
+      "%s: not used, since beit_jax does not support its %s", path, off or "rescale_factor or resample"
     )
     return None
   try:
     size = p.get("size", image_size)
-    short = isinstance(size, dict) and "shortest_edge" in size
-    if isinstance(size, dict):
-      height = size["shortest_edge"] if short else size["height"]
-    else:
-      height = size if isinstance(size, int) else size[0]
-    crop = p.get("crop_size", image_size) if p.get("do_center_crop") else None
-    crop = crop["height"] if isinstance(crop, dict) else crop[0] if isinstance(crop, tuple | list) else crop
-    target = min(image_size) if short else image_size[0]
-    if crop is None and height != target or crop is not None and crop != image_size[0]:
+    uses_short_side = isinstance(size, dict) and "shortest_edge" in size
+    resized = _first_side(size, "shortest_edge" if uses_short_side else "height")
+    crop = _first_side(p.get("crop_size", image_size), "height") if p.get("do_center_crop") else None
+    target = min(image_size) if uses_short_side else image_size[0]
+    if (resized != target) if crop is None else (crop != image_size[0]):
       log.warning("%s: it prepares images of another size than the model's %s", path, image_size)
-    normalize = p.get("do_normalize", True)
+    normalizes = p.get("do_normalize", True)
     return dict(
-      mean=tuple(p["image_mean"]) if normalize else (0.0, 0.0, 0.0),
-      std=tuple(p["image_std"]) if normalize else (1.0, 1.0, 1.0),
+      mean=tuple(p["image_mean"]) if normalizes else (0.0, 0.0, 0.0),
+      std=tuple(p["image_std"]) if normalizes else (1.0, 1.0, 1.0),
       image_size=image_size,
-      crop_pct=1.0 if crop is None else target / height,
+      crop_pct=1.0 if crop is None else target / resized,
       interpolation=RESAMPLING[p.get("resample", 3)],
-      resize="short_side" if short else "squash",
+      resize="short_side" if uses_short_side else "squash",
     )
   except (KeyError, TypeError, IndexError, ZeroDivisionError) as error:
     raise UserError(f"{path}: of a form this version does not know ({error!r})") from None
 
 
-def undo_rectangles(state: lazy.State, image_size: tuple[int, int], patch: int) -> lazy.State:
-  """The bias tables that transformers 5.23 really uses with a rectangular grid.
+def _first_side(size: Any, key: str) -> Any:
+  """The side `key` of a dict, the first of a pair, or the number itself."""
+  if isinstance(size, dict):
+    return size[key]
+  return size[0] if isinstance(size, tuple | list) else size
 
-  It reads a table as (width, height) and resizes that bilinearly to (height, width) (modeling_beit.py,
-  BeitRelativePositionBias); here the result is computed once, so that our model gives the same numbers.
+
+def resize_rectangular_tables(state: lazy.State, image_size: tuple[int, int], patch: int) -> lazy.State:
+  """Computes the bias tables that transformers 5.23 effectively uses with a rectangular grid.
+
+  It reads a table as (width, height) and resizes it bilinearly to (height, width) (modeling_beit.py,
+  BeitRelativePositionBias). Doing the same once makes our outputs equal to transformers'.
   """
   height, width = (2 * (side // patch) - 1 for side in image_size)
+  weights = _bilinear(width, height), _bilinear(height, width)
 
-  def effective(tensor):
-    def read():
+  def resized(tensor: lazy.Readable) -> lazy.LazyTensor:
+    def read() -> np.ndarray:
       table = tensor.read()
       body = table[:-3].astype(np.float64).reshape(width, height, -1)
-      body = np.einsum(
-        "yi,xj,ijk->yxk", _bilinear(width, height), _bilinear(height, width), body, optimize=True
-      )
+      body = np.einsum("yi,xj,ijk->yxk", *weights, body, optimize=True)
       return np.concatenate([body.reshape(height * width, -1).astype(table.dtype), table[-3:]])
 
     return lazy.LazyTensor(tensor.shape, read)
 
-  return {name: effective(value) if name.endswith(TABLE) else value for name, value in state.items()}
+  return {name: resized(value) if name.endswith(TABLE) else value for name, value in state.items()}
 
 
 def _bilinear(source: int, target: int) -> np.ndarray:
@@ -213,48 +258,51 @@ def _bilinear(source: int, target: int) -> np.ndarray:
   return weights
 
 
-def export(pretrained: Pretrained) -> tuple[lazy.State, dict[str, Any], dict[str, Any]]:
-  """(state dict, config.json, preprocessor_config.json)."""
-  kind, fields = pretrained.kind, pretrained.encoder_fields
-  state = their_state(export_beit(pretrained, buffers=False), kind)
-  mean_pooling = kind == "mim" or (pretrained.module.pool == "mean" if kind == "classifier" else False)
-  if kind == "backbone" and not fields["final_norm"]:
-    mean_pooling = (
-      True  # only then is there no norm over the tokens; their pooler gets a norm that does nothing yet
-    )
-    state["pooler.layernorm.weight"] = np.ones(fields["width"], np.float32)
-    state["pooler.layernorm.bias"] = np.zeros(fields["width"], np.float32)
-  names = {
-    "backbone": "BeitModel",
-    "mim": "BeitForMaskedImageModeling",
-    "classifier": "BeitForImageClassification",
-  }
+def export(pretrained: Pretrained) -> Folder:
+  """Translates a backbone, a masked image model or a classifier."""
+  spec, fields = pretrained.spec, pretrained.encoder_fields
+  own = module_fields(pretrained.module)
+  state = to_hf_names(export_beit(pretrained, buffers=False), pretrained.kind)
+  uses_mean = own["pool"] == "mean" if spec.has_pool else True
+  if spec.is_encoder:
+    uses_mean = not fields["final_norm"]  # only with mean pooling is there no norm over the tokens
+    if uses_mean:  # the norm of the pooler, as the identity
+      state["pooler.layernorm.weight"] = np.ones(fields["width"], np.float32)
+      state["pooler.layernorm.bias"] = np.zeros(fields["width"], np.float32)
   config = encoder_config(fields) | dict(
-    architectures=[names[kind]],
-    use_mask_token=kind != "classifier" and fields["use_mask_token"],
-    use_mean_pooling=mean_pooling,
+    architectures=[spec.hf_class],
+    use_mask_token=spec.takes_mask and fields["use_mask_token"],
+    use_mean_pooling=uses_mean,
   )
-  if kind == "mim":
-    config["vocab_size"] = pretrained.module.vocab_size
-  if kind == "classifier":
+  if spec.has_classes:
     config |= class_names(pretrained)
-  return state, config, processor_config(pretrained.preprocessing, "BeitImageProcessor")
+  elif spec.head_size:
+    config[spec.head_size] = own[spec.head_size]
+  return Folder(state, config, processor=processor_config(pretrained.preprocessing, "BeitImageProcessor"))
 
 
-def their_state(state: lazy.State, kind: str) -> lazy.State:
-  """unilm's names and fused tensors -> those of transformers."""
-  return {
-    _their_name(theirs, kind): part for name, value in state.items() for theirs, part in _split(name, value)
-  }
+def to_hf_names(state: lazy.Arrays, kind: str) -> lazy.Arrays:
+  """Translates unilm's names into those of transformers and splits fused tensors, as views."""
+  result = {}
+  for name, value in state.items():
+    name = lazy.rename(re.sub(r"attn\.([qv])_bias$", r"attn.\1.bias", name), EXPORT_NAMES)
+    name = name if name.startswith(KINDS[kind].hf_outside) else f"beit.{name}"
+    if name.endswith("attn.qkv.weight"):
+      stem = name.removesuffix("attn.qkv.weight") + "attention.attention."
+      for part, third in zip(("query", "key", "value"), np.split(value, 3), strict=True):
+        result[f"{stem}{part}.weight"] = third
+    else:
+      result[name] = value
+  return result
 
 
 def encoder_config(fields: dict[str, Any]) -> dict[str, Any]:
-  """The part of config.json that describes the encoder; warns of rectangles."""
+  """The part of config.json that describes the encoder; warns if the grid is rectangular."""
   size = fields["image_size"]
   if size[0] != size[1] and fields["rel_pos"] != "none":
     log.warning(
-      "the grid of %s is rectangular: transformers 5.23 reads its bias tables as (width, height), so it computes "
-      "something else with these weights than beit_jax does",
+      "the grid of %s is rectangular: transformers 5.23 reads its bias tables as (width, height), so that it computes "
+      "other outputs with these weights than beit_jax",
       tuple(side // fields["patch_size"] for side in size),
     )
   return dict(
@@ -281,7 +329,7 @@ def encoder_config(fields: dict[str, Any]) -> dict[str, Any]:
 
 def class_names(pretrained: Pretrained) -> dict[str, Any]:
   """`id2label` and `label2id` of config.json, one name for every class."""
-  count = pretrained.module.num_classes
+  count = module_fields(pretrained.module)["num_classes"]
   labels = list(pretrained.description.get("labels") or ())[:count]
   labels += [f"LABEL_{i}" for i in range(len(labels), count)]
   return dict(
@@ -290,13 +338,13 @@ def class_names(pretrained: Pretrained) -> dict[str, Any]:
   )
 
 
-def processor_config(p: dict[str, Any], kind: str) -> dict[str, Any]:
-  """preprocessor_config.json of our preprocessing."""
+def processor_config(p: dict[str, Any], processor_type: str) -> dict[str, Any]:
+  """Translates our preprocessing into preprocessor_config.json."""
   height, width = p["image_size"]
   resized = [round(side / p["crop_pct"]) for side in p["image_size"]]
   squash = p["resize"] == "squash"
   return dict(
-    image_processor_type=kind,
+    image_processor_type=processor_type,
     do_resize=True,
     size=dict(height=resized[0], width=resized[1]) if squash else dict(shortest_edge=min(resized)),
     resample={name: number for number, name in RESAMPLING.items()}[p["interpolation"]],
@@ -308,38 +356,3 @@ def processor_config(p: dict[str, Any], kind: str) -> dict[str, Any]:
     image_mean=list(p["mean"]),
     image_std=list(p["std"]),
   )
-
-
-def _split(name: str, value: np.ndarray) -> list[tuple[str, np.ndarray]]:
-  """unilm's fused tensors -> one per projection, as views."""
-  if name.endswith("attn.qkv.weight"):
-    third = len(value) // 3
-    return [(name.replace("qkv", x), value[i * third : (i + 1) * third]) for i, x in enumerate("qkv")]
-  return [(re.sub(r"attn\.([qv])_bias$", r"attn.\1.bias", name), value)]
-
-
-def _their_name(name: str, kind: str) -> str:
-  rules = (
-    (r"^(cls_token|mask_token)$", r"embeddings.\1"),
-    (r"^pos_embed$", "embeddings.position_embeddings"),
-    (r"^patch_embed\.proj\.", "embeddings.patch_embeddings.projection."),
-    (r"^rel_pos_bias\.", "encoder.relative_position_bias."),
-    (r"^blocks\.", "encoder.layer."),
-    (r"\.gamma_([12])$", r".lambda_\1"),
-    (r"\.norm1\.", ".layernorm_before."),
-    (r"\.norm2\.", ".layernorm_after."),
-    (rf"\.attn\.{TABLE}$", rf".attention.attention.relative_position_bias.{TABLE}"),
-    (r"\.attn\.q\.", ".attention.attention.query."),
-    (r"\.attn\.k\.", ".attention.attention.key."),
-    (r"\.attn\.v\.", ".attention.attention.value."),
-    (r"\.attn\.proj\.", ".attention.output.dense."),
-    (r"\.mlp\.fc1\.", ".intermediate.dense."),
-    (r"\.mlp\.fc2\.", ".output.dense."),
-    (r"^fc_norm\.", "pooler.layernorm."),
-    (r"^norm\.", "layernorm."),
-    (r"^head\.", "classifier."),
-  )
-  for pattern, replacement in rules:
-    name = re.sub(pattern, replacement, name)
-  outside = ("lm_head.", "classifier.") + (("layernorm.",) if kind == "mim" else ())
-  return name if kind == "backbone" or name.startswith(outside) else f"beit.{name}"

@@ -1,11 +1,11 @@
-"""Segmentation models: checkpoints of unilm's mmseg, and transformers' `BeitForSemanticSegmentation`.
+"""Reads and writes segmentation models: unilm's mmseg checkpoints, transformers' `BeitForSemanticSegmentation`.
 
 Both are translated into mmseg's names first, which the docstring of models/upernet.py lists.
 
-transformers counts the embedding as a stage of its own and then looks one place before the number that it is given
-(modeling_beit.py, BeitForSemanticSegmentation.forward), so that its stage i is block i - 2 counted from 0, and its last
-block has no number. Reading gives what transformers computes. Writing keeps our blocks: where the decoder taps the last
-one, another block that does nothing follows it; reading takes that away again.
+transformers counts the embedding as a stage and then looks one place before the number that it is given
+(modeling_beit.py, BeitForSemanticSegmentation.forward). Its stage i is therefore block i - 2 counted from 0, and its
+last block has no number. Reading gives what transformers computes. Writing keeps our blocks: if the decoder taps the
+last one, a further block that does nothing is appended, and reading removes it.
 """
 
 import dataclasses
@@ -20,14 +20,14 @@ import numpy as np
 from beit_jax import trees
 from beit_jax.errors import UserError
 from beit_jax.models import setr, upernet
-from beit_jax.models.upernet import OUT_INDICES
+from beit_jax.models.upernet import OUT_INDICES, BeitForSemanticSegmentation
 from beit_jax.runtime.logs import log
 from beit_jax.weights import hf, unilm
 from beit_jax.weights.files import lazy
-from beit_jax.weights.pretrained import Pretrained, make_module
+from beit_jax.weights.pretrained import Pretrained, make_module, variable_shapes
 
 BACKBONE = "backbone."
-# Ours -> mmseg's, in this order; the encoder's names are unilm.torch_name's.
+# Our names -> mmseg's; `unilm.torch_name` translates those of the encoder.
 NAMES = (
   (r"^fpn1/up_0/", "backbone.fpn1.0."),
   (r"^fpn1/bn/", "backbone.fpn1.1."),
@@ -42,7 +42,7 @@ NAMES = (
   (r"([./])(kernel|scale)$", r"\1weight"),
   (r"/", "."),
 )
-# transformers' names, as 5.23 saves them and has them in memory -> mmseg's.
+# transformers' names, as 5.23 saves them and as it has them in memory -> mmseg's.
 HF_NAMES = (
   (r"^fpn\.fpn1\.conv_transpose1\.", "fpn1.0."),
   (r"^fpn\.fpn1\.normalization\.", "fpn1.1."),
@@ -55,7 +55,7 @@ HF_NAMES = (
   (r"(_head\.)classifier\.", r"\1conv_seg."),
   (r"^(?!decode_head\.|auxiliary_head\.)", BACKBONE),
 )
-# Counters and index buffers; what an encoder of another task has and this one does not use.
+# Counters and index buffers, and what the encoder of another task has and this one does not use.
 LEFT_OUT = (
   r"\.num_batches_tracked$|relative_position_index$|attn\.k_bias$"
   r"|^backbone\.(mask_token$|(norm|fc_norm|head|lm_head)\.)"
@@ -64,7 +64,7 @@ HF_FIXED = dict(pool_scales=list(upernet.POOL_SCALES), auxiliary_num_convs=1, au
 
 
 def is_segmenter(state: lazy.State) -> bool:
-  """Whether there is a decoder of UPerNet or SETR-PUP in a state dict of mmseg or transformers."""
+  """Whether a state dict of mmseg or transformers has a decoder of UPerNet or SETR-PUP."""
   return any(re.match(r"decode_head\.(psp_modules|up_convs)\.", name) for name in state)
 
 
@@ -72,84 +72,80 @@ def mmseg_name(name: str) -> str:
   """Our parameter's or statistic's name -> mmseg's."""
   if name.startswith("encoder/"):
     return BACKBONE + unilm.torch_name(name)
-  for pattern, replacement in NAMES:
-    name = re.sub(pattern, replacement, name)
-  return name
+  return lazy.rename(name, NAMES)
 
 
 def from_hf(state: lazy.State) -> lazy.State:
-  """What `hf.to_unilm` made of transformers' state dict -> mmseg's names."""
-  result: lazy.State = {}
-  for name, value in state.items():
-    for pattern, replacement in HF_NAMES:
-      name = re.sub(pattern, replacement, name)
-    result[name] = value
-  return result
+  """Translates what `hf.to_unilm` made of transformers' state dict into mmseg's names."""
+  return {lazy.rename(name, HF_NAMES): value for name, value in state.items()}
 
 
 def read_hf(folder: Path) -> dict[str, Any]:
-  """What config.json and preprocessor_config.json say of the heads, as `lazy.Source.fields`.
+  """Reads what config.json and preprocessor_config.json say about the heads, as `lazy.Source.fields`.
 
   Raises:
-    UserError: they describe heads that ours are not.
+    UserError: they describe heads that ours cannot represent.
   """
   config, processor = hf.read_files(folder)
   for key, wanted in HF_FIXED.items():
-    used = config.get("use_auxiliary_head", True) or not key.startswith("auxiliary")
-    if used and config.get(key, wanted) != wanted:
+    is_used = config.get("use_auxiliary_head", True) or not key.startswith("auxiliary")
+    if is_used and config.get(key, wanted) != wanted:
       raise UserError(f"{folder / 'config.json'}: {key} is {config[key]!r}, expected {wanted!r}")
-  reduce = processor.get("do_reduce_labels", processor.get("reduce_labels"))
   facts = dict(stages=config.get("out_indices", config.get("segmentation_indices")))
+  reduce = processor.get("do_reduce_labels", processor.get("reduce_labels"))
   return facts | ({"reduce_zero_label": reduce} if type(reduce) is bool else {})
 
 
 def read_meta(meta: Any) -> dict[str, Any]:
-  """mmseg's `meta` as arguments of `lazy.Source`: names and colours of the classes; of its config what it needs.
+  """Reads mmseg's `meta`: names and colors of the classes, and tapped blocks and pixel statistics from its config.
 
   Args:
-    meta: whatever the file holds under that name; what is not as expected is not used.
+    meta: whatever the file holds under that name; parts of another form are ignored.
+
+  Returns:
+    Arguments of `lazy.Source`.
   """
   meta = meta if type(meta) is dict else {}
   inner = meta.get("dataset_meta")  # of mmseg 1
-  classes, palette = (
-    meta.get(name.upper(), inner.get(name) if type(inner) is dict else None)
-    for name in ("classes", "palette")
-  )
-  facts: dict[str, Any] = {"fields": {}}
+  inner = inner if type(inner) is dict else {}
+  classes, palette = (meta.get(name.upper(), inner.get(name)) for name in ("classes", "palette"))
+  fields: dict[str, Any] = {}
+  facts: dict[str, Any] = {"fields": fields}
   if type(classes) in (list, tuple) and classes and all(type(name) is str for name in classes):
     facts["labels"] = list(classes)
-  if type(palette) in (list, tuple) and palette and all(_numbers(c, 3, 0, 255) for c in palette):
-    facts["fields"]["palette"] = [list(colour) for colour in palette]
+  if type(palette) in (list, tuple) and palette and all(_are_numbers(c, 3, 0, 255) for c in palette):
+    fields["palette"] = [list(color) for color in palette]
   text = meta.get("config", meta.get("cfg"))
   text = text if type(text) is str else ""
-
-  def said(key):
-    """The lists of numbers that the text of the config gives to a key, if all of them are the same."""
-    found = {tuple(map(float, x.split(","))) for x in re.findall(rf"\b{key}=[\[(](\d[\d., ]*\d)[\])]", text)}
-    return found.pop() if len(found) == 1 else None
-
   try:
-    taps, mean, std = said("out_indices"), said("mean"), said("std")
+    taps, mean, std = (_stated_numbers(text, key) for key in ("out_indices", "mean", "std"))
   except ValueError:
     taps = mean = std = None
   if taps:
-    facts["fields"]["out_indices"] = tuple(map(int, taps))
+    fields["out_indices"] = tuple(map(int, taps))
   if mean and std and "to_rgb=False" not in text:
     pixels = {name: tuple(round(x / 255, 6) for x in value) for name, value in (("mean", mean), ("std", std))}
-    facts["preprocessing"] = {**_usual((0, 0)), **pixels}
+    facts["preprocessing"] = {**_usual_preprocessing((0, 0)), **pixels}
   zero = set(re.findall(r"\breduce_zero_label=(True|False)\b", text))
   if len(zero) == 1:
-    facts["fields"]["reduce_zero_label"] = zero == {"True"}
+    fields["reduce_zero_label"] = zero == {"True"}
   return facts
 
 
-def _numbers(value: Any, count: int, low: int, high: int) -> bool:
-  right = type(value) in (list, tuple) and len(value) == count
-  return right and all(type(n) is int and low <= n <= high for n in value)
+def _stated_numbers(config: str, key: str) -> tuple[float, ...] | None:
+  """The list of numbers that the text of a config gives to a key, if it is the same everywhere."""
+  texts = re.findall(rf"\b{key}=[\[(](\d[\d., ]*\d)[\])]", config)
+  found = {tuple(map(float, text.split(","))) for text in texts}
+  return found.pop() if len(found) == 1 else None
 
 
-def _usual(image_size: tuple[int, int]) -> dict[str, Any]:
-  """unilm's pixel statistics and mmcv's resampling; the whole image in the model's size."""
+def _are_numbers(value: Any, count: int, low: int, high: int) -> bool:
+  is_list = type(value) in (list, tuple) and len(value) == count
+  return is_list and all(type(n) is int and low <= n <= high for n in value)
+
+
+def _usual_preprocessing(image_size: tuple[int, int]) -> dict[str, Any]:
+  """unilm's pixel statistics and mmcv's resampling; the whole image is squashed to the model's size."""
   return {
     **unilm.IMAGENET,
     **dict(image_size=image_size, crop_pct=1.0, interpolation="bilinear", resize="squash"),
@@ -157,60 +153,66 @@ def _usual(image_size: tuple[int, int]) -> dict[str, Any]:
 
 
 def check_taps(taps: Any, depth: int, where: str) -> tuple[int, ...]:
-  """Blocks counted from 0 as a tuple, or a UserError that says where they come from."""
+  """Returns valid block numbers, counted from 0, as a tuple.
+
+  Raises:
+    UserError: they are not four rising numbers below `depth`; the message starts with `where`.
+  """
   taps = tuple(taps) if isinstance(taps, list | tuple) else taps
-  if not _numbers(taps, 4, 0, depth - 1) or list(taps) != sorted(set(taps)):
+  if not _are_numbers(taps, 4, 0, depth - 1) or list(taps) != sorted(set(taps)):
     raise UserError(f"{where}: expected four rising numbers of blocks from 0 to {depth - 1}")
   return taps
 
 
 def _hf_taps(stages: Any, layers: int, path: Path) -> tuple[int, ...]:
-  """transformers' `out_indices` of a model of so many blocks -> blocks counted from 0."""
-  given = list(stages) if isinstance(stages, list | tuple) else stages
-  taps = None
-  if _numbers(given, 4, -layers, layers):
-    taps = [(i - 1) % (layers + 1) - 1 for i in given]
-  if taps is None or taps != sorted(set(taps)) or taps[0] < 0:
+  """transformers' `out_indices` for a model of so many blocks -> blocks counted from 0."""
+  stages = list(stages) if isinstance(stages, list | tuple) else stages
+  taps = [(i - 1) % (layers + 1) - 1 for i in stages] if _are_numbers(stages, 4, -layers, layers) else []
+  if not taps or taps != sorted(set(taps)) or taps[0] < 0:
     raise UserError(
       f"{path.parent / 'config.json'}: out_indices is {stages!r}, expected four rising numbers from 2 to {layers}: "
       f"transformers' stage i is block i - 2 counted from 0, so that the last of {layers} blocks has none. To tap "
       "other blocks, give out_indices= (blocks counted from 0)"
     )
+  released = OUT_INDICES.get(layers)
+  if stages == list(released or ()):
+    log.warning(
+      "%s: transformers takes out_indices %s to mean the blocks %s (counted from 0); beit_jax does the same. "
+      "unilm's models were trained with the blocks %s: load with out_indices=%s to tap those",
+      path,
+      stages,
+      tuple(taps),
+      released,
+      released,
+    )
   return tuple(taps)
 
 
 def _taps(source: lazy.Source, depth: int, given: tuple[int, ...] | None) -> tuple[tuple[int, ...], bool]:
-  """(blocks counted from 0, whether that is a guess): given, of transformers, described by us, in mmseg's config."""
+  """(tapped blocks counted from 0, whether they are a guess)."""
   if given is not None:
     return check_taps(given, depth, f"out_indices={given!r}"), False
   if source.format == "hf":
-    stages = source.fields.get("stages")
-    taps = _hf_taps(stages, depth, source.path)
-    released = OUT_INDICES.get(depth)
-    if released and list(stages) == list(released):
-      log.warning(
-        "%s: out_indices %s, which transformers takes to mean the blocks %s (counted from 0); the same is done here. "
-        "unilm's models were trained with the blocks %s: out_indices=%s at loading taps those",
-        *(source.path, list(stages), taps, released, released),
-      )
-    return taps, False
+    return _hf_taps(source.fields.get("stages"), depth, source.path), False
   module = source.described.get("module", {}) if source.described.get("kind") == "segmenter" else {}
-  told = module.get("out_indices", source.fields.get("out_indices"))
-  if told is not None:
-    return check_taps(told, depth, f"{source.path}: its out_indices are {told!r}"), False
+  stated = module.get("out_indices", source.fields.get("out_indices"))
+  if stated is not None:
+    return check_taps(stated, depth, f"{source.path}: its out_indices are {stated!r}"), False
   if depth not in OUT_INDICES:
     raise UserError(
-      f"{source.path}: nothing in it tells which of its {depth} blocks the decoder taps; give out_indices="
+      f"{source.path}: the file does not state which of its {depth} blocks the decoder taps; give out_indices="
     )
   log.warning(
     "%s: out_indices=%s is assumed, as in every released model of %d blocks; give out_indices= if yours differs",
-    *(source.path, OUT_INDICES[depth], depth),
+    source.path,
+    OUT_INDICES[depth],
+    depth,
   )
   return OUT_INDICES[depth], True
 
 
 def _is_identity(state: lazy.State, number: int) -> bool:
-  """Whether both branches of a block give zeros: LayerScale is zero, or what comes last in them."""
+  """Whether both branches of a block give zeros: LayerScale, or the last layer of each branch, is zero."""
   stem = f"{BACKBONE}blocks.{number}."
   scales = [f"{stem}gamma_{i}" for i in (1, 2)]
   last = [f"{stem}{part}.{what}" for part in ("attn.proj", "mlp.fc2") for what in ("weight", "bias")]
@@ -224,106 +226,131 @@ def import_segmenter(
   image_size: tuple[int, int] | None,
   out_indices: tuple[int, ...] | None,
 ) -> Pretrained:
-  """The model of a state dict in mmseg's names, with the statistics of its batch normalisations in `collections`.
+  """Builds the model of a state dict in mmseg's names; `collections` gets the batch statistics.
 
   Args:
-    out_indices: the blocks that the decoder taps, from 0, instead of what the file says.
+    source: the file.
+    num_heads: what the file may leave open.
+    image_size: (height, width) in pixels, which the file may leave open.
+    out_indices: the blocks that the decoder taps, counted from 0, instead of those that the file states.
 
   Raises:
     UserError: lists every tensor that is missing, unexpected or mis-shaped, or asks for what cannot be inferred.
   """
-  setr_pup = any(name.startswith("decode_head.up_convs.") for name in source.state)
-  # unilm's encoder makes the feature pyramid whether or not the head uses it.
-  pattern = LEFT_OUT + (r"|^backbone\.fpn\d\." if setr_pup else "")
-  left_out = source.left_out + [name for name in source.state if re.search(pattern, name)]
-  state = {name: value for name, value in source.state.items() if not re.search(pattern, name)}
+  uses_setr = any(name.startswith("decode_head.up_convs.") for name in source.state)
+  # unilm's encoder makes the feature pyramid even if the head does not use it.
+  state, left_out = unilm.drop(source, LEFT_OUT + (r"|^backbone\.fpn\d\." if uses_setr else ""))
   depth = len({m[1] for m in (re.match(r"backbone\.blocks\.(\d+)\.", name) for name in state) if m})
-  taps, guessed = _taps(source, depth, out_indices)
+  taps, is_guess = _taps(source, depth, out_indices)
   if source.format == "hf" and taps[-1] < depth - 1 and _is_identity(state, depth - 1):
-    block = [name for name in state if name.startswith(f"{BACKBONE}blocks.{depth - 1}.")]
-    state = {name: value for name, value in state.items() if name not in block}
-    left_out += block
+    pattern = rf"^backbone\.blocks\.{depth - 1}\."
+    state, left_out = unilm.drop(dataclasses.replace(source, state=state, left_out=left_out), pattern)
+  fields = _module_fields(source, state, num_heads, image_size)
+  fields |= dict(out_indices=taps, head="setr_pup" if uses_setr else "upernet")
+  fields |= _head_fields(source, state, fields["encoder"]["width"], uses_setr)
+  variables, fresh = _read_variables(source, state, fields, left_out)
+  source = dataclasses.replace(
+    source,
+    labels=_of_every_class(source, "labels", source.labels, fields["num_classes"]),
+    described={**source.described, **_dataset_facts(source, fields["num_classes"])},
+    assumed=source.assumed + (["out_indices"] if is_guess else []) + fresh,
+  )
+  return unilm.finish(
+    source,
+    kind="segmenter",
+    fields=fields,
+    variables=variables,
+    preprocessing=_usual_preprocessing(fields["encoder"]["image_size"]),
+    left_out=left_out,
+  )
+
+
+def _module_fields(
+  source: lazy.Source, state: lazy.State, num_heads: int | None, image_size: tuple[int, int] | None
+) -> dict[str, Any]:
+  """The module's fields apart from those of the heads: the encoder, and what a description of ours adds."""
   encoder = {name.removeprefix(BACKBONE): v for name, v in state.items() if name.startswith(BACKBONE)}
   _, fields = unilm.infer(dataclasses.replace(source, state=encoder), num_heads, image_size)
   fields = {k: v for k, v in fields.items() if k not in ("use_mask_token", "final_norm")}
-  module_fields = unilm.described_fields(
-    source, "segmenter", dict(encoder={**fields, "weight_init": "finetune"})
-  )
-  module_fields |= dict(out_indices=taps, head="setr_pup" if setr_pup else "upernet")
-  module_fields |= _head_fields(source, state, fields["width"], setr_pup)
-  variables, fresh = _read(source, state, module_fields, left_out)
-  usual = _usual(fields["image_size"])
-  facts = {k: source.fields[k] for k in ("palette", "reduce_zero_label") if k in source.fields}
-  facts["labels"] = source.labels
-  count = module_fields["num_classes"]
-  for name in ("labels", "palette"):
-    if len(facts.get(name) or ()) not in (0, count):
-      log.warning("%s: %s of %d classes, but it has %d; not used", source.path, name, len(facts[name]), count)
-      facts[name] = []
-  source = dataclasses.replace(
-    source,
-    labels=facts.pop("labels"),
-    described={**source.described, **facts},
-    assumed=source.assumed + ["out_indices"] * guessed + fresh,
-  )
-  return unilm.finish(
-    *(source, "segmenter", module_fields, variables["params"], usual, left_out),
-    {"batch_stats": variables["batch_stats"]},
-  )
+  return unilm.add_described_fields(source, "segmenter", {"encoder": {**fields, "weight_init": "finetune"}})
 
 
-def _head_fields(source: lazy.Source, state: lazy.State, width: int, setr_pup: bool) -> dict[str, Any]:
-  """Classes and channels of the heads, by shapes; channels None where they are the module's default."""
+def _dataset_facts(source: lazy.Source, num_classes: int) -> dict[str, Any]:
+  """What the file says about its data set: the colors of the classes, and whether label 0 means no class."""
+  facts: dict[str, Any]
+  facts = {name: source.fields[name] for name in ("palette", "reduce_zero_label") if name in source.fields}
+  if "palette" in facts:
+    facts["palette"] = _of_every_class(source, "palette", facts["palette"], num_classes)
+  return facts
 
-  def last(head):
+
+def _of_every_class(source: lazy.Source, name: str, values: list[Any], num_classes: int) -> list[Any]:
+  if len(values or ()) in (0, num_classes):
+    return values
+  log.warning("%s: not used: %s of %d classes; it has %d", source.path, name, len(values), num_classes)
+  return []
+
+
+def _head_fields(source: lazy.Source, state: lazy.State, width: int, uses_setr: bool) -> dict[str, Any]:
+  """Numbers of classes and channels of the heads, from shapes; channels None if they are the module's default."""
+
+  def classifier_shape(head: str) -> lazy.Shape:
     name = f"{head}.conv_seg.weight"
     shape = tuple(state[name].shape) if name in state else ()
     if len(shape) != 4 or 0 in shape:
       raise UserError(
-        f"{source.path}: {name} tells the number of classes: expected 4 axes, found {shape or 'nothing'}"
+        f"{source.path}: {name} gives the number of classes: expected 4 axes, found {shape or 'nothing'}"
       )
     return shape
 
-  num_classes, channels = last("decode_head")[:2]
-  aux = "auxiliary_head.0" if setr_pup else "auxiliary_head"
-  aux_channels = last(aux)[1] if any(name.startswith("auxiliary_head.") for name in state) else 256
-  usual = setr.SETR_CHANNELS if setr_pup else width
-  told = source.described.get("module", {}).get("channels")
+  num_classes, channels = classifier_shape("decode_head")[:2]
+  has_aux = any(name.startswith("auxiliary_head.") for name in state)
+  aux_head = "auxiliary_head.0" if uses_setr else "auxiliary_head"
+  default = setr.SETR_CHANNELS if uses_setr else width
+  described = source.described.get("module", {}).get("channels")
   return dict(
     num_classes=num_classes,
-    channels=None if channels == usual and told is None else channels,
-    aux_channels=aux_channels,
+    channels=None if channels == default and described is None else channels,
+    aux_channels=classifier_shape(aux_head)[1] if has_aux else 256,
   )
 
 
-def _read(source, state, fields, left_out) -> tuple[dict[str, Any], list[str]]:
-  """({"params", "batch_stats"}, names of what starts fresh): every tensor checked against the module's."""
-  module, size = make_module("segmenter", fields), fields["encoder"]["image_size"]
-  variables = jax.eval_shape(module.init, jax.random.key(0), jax.ShapeDtypeStruct((1, *size, 3), jnp.float32))
-  flat = {kind: trees.flatten(variables[kind]) for kind in ("params", "batch_stats")}
+def _read_variables(
+  source: lazy.Source, state: lazy.State, fields: dict[str, Any], left_out: list[str]
+) -> tuple[dict[str, Any], list[str]]:
+  """Reads the variables and checks every tensor against the module.
+
+  Returns:
+    ({"params": ..., "batch_stats": ...}, names of the parts that start from new random values).
+  """
+  variables = variable_shapes(make_module("segmenter", fields), fields["encoder"]["image_size"])
+  flat = {name: trees.flatten(variables[name]) for name in ("params", "batch_stats")}
   shapes = {name: tuple(leaf.shape) for part in flat.values() for name, leaf in part.items()}
   fresh: dict[str, Any] = {}
   if fields["head"] == "upernet" and not any(name.startswith("auxiliary_head.") for name in state):
     head = upernet.FcnHead(fields["num_classes"], fields["aux_channels"], jnp.float32)
-    made = head.init(jax.random.key(0), jnp.zeros((1, 1, 1, fields["encoder"]["width"])))
-    fresh = {
-      f"auxiliary_head/{n}": np.asarray(leaf)
-      for part in made.values()
-      for n, leaf in trees.flatten(part).items()
-    }
+    created = head.init(jax.random.key(0), jnp.zeros((1, 1, 1, fields["encoder"]["width"])))
+    for collection in created.values():
+      fresh |= {f"auxiliary_head/{n}": np.asarray(leaf) for n, leaf in trees.flatten(collection).items()}
     log.warning(
-      "%s has no auxiliary head, which only training uses: that of this model starts fresh", source.path
+      "%s has no auxiliary head, which only training uses: that of this model starts from random values",
+      source.path,
     )
   wanted = {name: shape for name, shape in shapes.items() if name not in fresh}
-  read = trees.flatten(unilm.read_params(state, wanted, mmseg_name, source.path, left_out)) | fresh
+  read = trees.flatten(unilm.read_params(source, state, wanted, mmseg_name, left_out)) | fresh
   tree = {kind: trees.unflatten({name: read[name] for name in part}) for kind, part in flat.items()}
   return tree, ["auxiliary_head"] if fresh else []
 
 
-def export_mmseg(pretrained: Pretrained, *, buffers: bool = True) -> lazy.State:
-  """State dict in mmseg's names and PyTorch's layout; with `buffers` the indices and counters that mmseg saves."""
+def export_mmseg(pretrained: Pretrained, *, buffers: bool = True) -> lazy.Arrays:
+  """The state dict in mmseg's names and PyTorch's layout.
+
+  Args:
+    pretrained: a segmenter.
+    buffers: add the indices and counters that mmseg saves.
+  """
   flat = {**trees.flatten(pretrained.params), **trees.flatten(pretrained.collections["batch_stats"])}
-  state: lazy.State = {mmseg_name(name): lazy.to_torch(value, name) for name, value in flat.items()}
+  state = {mmseg_name(name): lazy.to_torch(value, name) for name, value in flat.items()}
   if buffers:
     state |= unilm.index_buffers(pretrained, state)
     counters = [name for name in state if name.endswith(".running_var")]
@@ -331,37 +358,47 @@ def export_mmseg(pretrained: Pretrained, *, buffers: bool = True) -> lazy.State:
   return dict(sorted(state.items(), key=lambda item: _order(item[0])))
 
 
-def _order(name: str) -> tuple:
-  """mmseg's order, roughly: backbone, decoder, auxiliary heads."""
+def _order(name: str) -> tuple[int, ...]:
+  """A sort key that gives roughly mmseg's order: backbone, decoder, auxiliary heads."""
   parts = (BACKBONE, "decode_head.", "auxiliary_head.")
   inside = unilm.order(name.removeprefix(BACKBONE)) if name.startswith(BACKBONE) else ()
   return (next(i for i, part in enumerate(parts) if name.startswith(part)), *inside)
 
 
-def export_meta(pretrained: Pretrained) -> dict[str, Any]:
-  """mmseg's `meta` of a checkpoint: CLASSES and PALETTE, where they are known."""
+def export_file(pretrained: Pretrained) -> tuple[lazy.Arrays, str, dict[str, Any]]:
+  """The content of mmseg's file: (state dict, its key, what else the file holds).
+
+  `meta` gets CLASSES and PALETTE, if they are known for every class.
+  """
   names = dict(CLASSES="labels", PALETTE="palette")
   found = {key: list(pretrained.description.get(name) or ()) for key, name in names.items()}
-  return {key: value for key, value in found.items() if len(value) == pretrained.module.num_classes}
+  num_classes = _module(pretrained).num_classes
+  meta = {key: value for key, value in found.items() if len(value) == num_classes}
+  return export_mmseg(pretrained), "state_dict", {"meta": meta}
 
 
-def export_hf(pretrained: Pretrained) -> tuple[lazy.State, dict[str, Any], dict[str, Any]]:
-  """(state dict, config.json, preprocessor_config.json) of a `BeitForSemanticSegmentation`.
+def _module(pretrained: Pretrained) -> BeitForSemanticSegmentation:
+  assert isinstance(pretrained.module, BeitForSemanticSegmentation)
+  return pretrained.module
+
+
+def export_hf(pretrained: Pretrained) -> hf.Folder:
+  """Translates a segmenter into a `BeitForSemanticSegmentation` of transformers.
 
   Raises:
     UserError: transformers has no such head.
   """
-  module, fields = pretrained.module, pretrained.encoder_fields
+  module, fields = _module(pretrained), pretrained.encoder_fields
   instead = "Its formats are orbax, unilm"
   if module.head != "upernet":
     raise UserError(
       f"a segmenter with head {module.head!r} cannot be saved as hf: transformers has UPerNet only. {instead}"
     )
-  depth, width, channels = fields["depth"], fields["width"], module.channels
-  if channels not in (None, width):
+  depth, width = fields["depth"], fields["width"]
+  if module.channels not in (None, width):
     raise UserError(
-      f"a segmenter with channels={channels} cannot be saved as hf: transformers' decoder is as wide as its encoder, "
-      f"{width}. {instead}"
+      f"a segmenter with channels={module.channels} cannot be saved as hf: transformers' decoder is as wide as its "
+      f"encoder, {width}. {instead}"
     )
   state = export_mmseg(pretrained)
   encoder = {
@@ -370,20 +407,18 @@ def export_hf(pretrained: Pretrained) -> tuple[lazy.State, dict[str, Any], dict[
     if re.match(r"backbone\.(?!fpn)", name) and not name.endswith("relative_position_index")
   }
   taps = check_taps(module.out_indices, depth, f"out_indices={module.out_indices}")
-  drop_path = fields["drop_path_rate"]
-  if taps[-1] == depth - 1:  # which has no number in transformers: one more block, which does nothing
-    for name in [name for name in encoder if name.startswith(f"blocks.{depth - 1}.")]:
-      value = np.ones_like if re.search(r"norm\d\.weight$", name) else np.zeros_like
-      encoder[name.replace(f".{depth - 1}.", f".{depth}.", 1)] = value(encoder[name])
-    drop_path *= depth / max(depth - 1, 1)  # of the last block: those before keep their own rates
+  if taps[-1] == depth - 1:  # transformers has no number for the last block
+    encoder |= _identity_block(encoder, depth)
+    # The rate is that of the last block; all others keep theirs.
+    fields = {**fields, "drop_path_rate": fields["drop_path_rate"] * depth / max(depth - 1, 1)}
     depth += 1
-  result = hf.their_state(encoder, "segmenter")
+  result = hf.to_hf_names(encoder, pretrained.kind)
   for name, value in state.items():
     if not name.startswith(BACKBONE) or name.startswith(f"{BACKBONE}fpn"):
       result[name.removeprefix(BACKBONE).replace(".conv_seg.", ".classifier.")] = value
   settings = pretrained.description.get("config", {}).get("segment", {})  # of a run
-  config = hf.encoder_config({**fields, "depth": depth, "drop_path_rate": drop_path}) | dict(
-    architectures=["BeitForSemanticSegmentation"],
+  config = hf.encoder_config({**fields, "depth": depth}) | dict(
+    architectures=[pretrained.spec.hf_class],
     use_mask_token=False,
     use_mean_pooling=True,
     out_indices=[i + 2 for i in taps],
@@ -396,4 +431,14 @@ def export_hf(pretrained: Pretrained) -> tuple[lazy.State, dict[str, Any], dict[
   )
   processor = hf.processor_config(pretrained.preprocessing, "BeitImageProcessor")
   zero = pretrained.description.get("reduce_zero_label", settings.get("reduce_zero_label", False))
-  return result, config, {**processor, "do_reduce_labels": zero}
+  return hf.Folder(result, config, processor={**processor, "do_reduce_labels": zero})
+
+
+def _identity_block(encoder: lazy.Arrays, depth: int) -> lazy.Arrays:
+  """The tensors of block `depth` that does nothing: norms are the identity, everything else is zero."""
+  block = {}
+  for name, value in encoder.items():
+    if name.startswith(f"blocks.{depth - 1}."):
+      fill = np.ones_like if re.search(r"norm\d\.weight$", name) else np.zeros_like
+      block[name.replace(f".{depth - 1}.", f".{depth}.", 1)] = fill(value)
+  return block

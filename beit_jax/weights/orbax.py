@@ -1,64 +1,76 @@
-"""Our own format: the checkpoints of a run, and folders with one model."""
+"""Reads and writes our own format: the checkpoints of a run, and folders with one model."""
 
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
 from beit_jax import trees
 from beit_jax.errors import UserError
 from beit_jax.run import checkpoint
-from beit_jax.weights.pretrained import Pretrained, fingerprint, make_module
+from beit_jax.weights.pretrained import KINDS, Pretrained, fingerprint, make_module, variable_shapes
+
+MAX_SIDE = 8192  # pixels
 
 
 def load(path: Path, *, step: int | None = None, ema: bool = False) -> Pretrained:
-  """The newest good checkpoint of a run, or that of `step`; every tensor is checked against the module."""
+  """Loads a checkpoint and checks every tensor against the module that its description names.
+
+  Args:
+    path: a run, a checkpoint of one, or a folder that `save` wrote.
+    step: the checkpoint of a run; None: the newest valid one.
+    ema: load the averaged weights.
+
+  Raises:
+    UserError: there is no such checkpoint, or it does not hold what it describes.
+  """
   folder = checkpoint.find(path, step)
   description = checkpoint.read_description(folder)
-  module = make_module(description["kind"], description["module"])
-  height, width = description["preprocessing"]["image_size"]
-  if not all(isinstance(side, int) and 0 < side <= 8192 for side in (height, width)):
-    raise UserError(f"{folder}: its description has images of {height}x{width} pixels")
+  kind, preprocessing = description["kind"], description["preprocessing"]
+  module = make_module(kind, description["module"])
+  height, width = preprocessing["image_size"]
+  if not all(isinstance(side, int) and 0 < side <= MAX_SIDE for side in (height, width)):
+    raise UserError(f"{folder}: its description states images of {height}x{width} pixels")
   if ema and not (folder / "ema").is_dir():
     raise UserError(
       f"{folder} has no averaged weights (optimizer.ema_decay was 0); call load without ema=True"
     )
   params = checkpoint.load_params(folder, "ema" if ema else "params")
-  collections = load_collections(folder) if description["kind"] == "segmenter" else {}
-  shapes = lambda tree: {name: tuple(leaf.shape) for name, leaf in trees.flatten(tree).items()}  # noqa: E731
-  variables = dict(_shapes(module, description))
-  found, wanted = shapes(params), shapes(variables.pop("params"))
-  found, wanted = found | shapes(collections), wanted | shapes(variables)
-  if found != wanted:
-    names = sorted(n for n in found.keys() | wanted.keys() if found.get(n) != wanted.get(n))
-    lines = [f"{n}: found {found.get(n, 'nothing')}, expected {wanted.get(n, 'nothing')}" for n in names]
-    raise UserError(f"{folder} does not hold what it describes:\n  " + "\n  ".join(lines))
-  preprocessing = {
-    **description["preprocessing"],
-    "image_size": tuple(description["preprocessing"]["image_size"]),
-  }
+  collections = load_collections(folder) if KINDS[kind].has_batch_stats else {}
+  expected = variable_shapes(module, (height, width))
+  problems = _differences({"params": params, **collections}, expected)
+  if problems:
+    raise UserError(f"{folder} does not hold what it describes:\n  " + "\n  ".join(problems))
   description = {**description, "path": str(folder), "sha256": fingerprint(params, collections)}
-  return Pretrained(description["kind"], params, module, preprocessing, description, collections)
+  return Pretrained(kind, params, module, preprocessing, description, collections)
 
 
-def _shapes(module, description):
-  height, width = description["preprocessing"]["image_size"]
-  image = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
-  return jax.eval_shape(module.init, jax.random.key(0), image)
+def _differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
+  """One line for every tensor whose shape differs; parameters are named without their collection."""
+
+  def shapes(variables: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    flat = {name.removeprefix("params/"): leaf for name, leaf in trees.flatten(variables).items()}
+    return {name: tuple(leaf.shape) for name, leaf in flat.items()}
+
+  have, want = shapes(found), shapes(expected)
+  return [
+    f"{name}: found {have.get(name, 'nothing')}, expected {want.get(name, 'nothing')}"
+    for name in sorted(have.keys() | want.keys())
+    if have.get(name) != want.get(name)
+  ]
 
 
 def load_collections(folder: Path) -> dict[str, Any]:
-  """The Linen collections beside the parameters of one checkpoint: of a run's state, or as `save` writes them."""
+  """The Linen collections besides the parameters: in the state of a run's checkpoint, or as `save` writes them."""
   if (folder / "rest").is_dir():
     return checkpoint.load_params(folder, "rest")["collections"]
   return checkpoint.load_params(folder, "collections") if (folder / "collections").is_dir() else {}
 
 
 def save(pretrained: Pretrained, path: Path) -> None:
-  """A folder that `load` and `init_from` read: parameters, collections, description.json, digest.json."""
+  """Writes a folder that `load` and `init_from` read: parameters, collections, description.json, digest.json."""
   if pretrained.collections:
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
       checkpointer.save(path.absolute() / "collections", jax.tree.map(np.asarray, pretrained.collections))

@@ -64,11 +64,13 @@ class ModelKind:
     takes_mask: the model accepts masked patches (and so has a mask token).
     can_tokenize: the model turns images into visual tokens.
     has_classes: the model predicts named classes, which its description lists as `labels`.
+    has_pool: the module has the field `pool`, "mean" or "cls".
     has_batch_stats: the model has the Linen collection `batch_stats` besides its parameters.
     head: name of the output layer in unilm's checkpoints, or None.
     head_size: the module field that holds the number of outputs of `head`.
     tensor_names: the naming scheme of the model's tensors in foreign formats: "unilm", "mmseg" or "dalle".
     hf_class: name of the class in Hugging Face transformers.
+    hf_outside: beginnings of the names that do not start with "beit." in that class.
   """
 
   module: type[nn.Module]
@@ -78,11 +80,13 @@ class ModelKind:
   takes_mask: bool = False
   can_tokenize: bool = False
   has_classes: bool = False
+  has_pool: bool = False
   has_batch_stats: bool = False
   head: str | None = None
   head_size: str | None = None
   tensor_names: str = "unilm"
   hf_class: str = ""
+  hf_outside: tuple[str, ...] = ()
 
   @property
   def is_encoder(self) -> bool:
@@ -98,6 +102,7 @@ KINDS: dict[str, ModelKind] = {
     encoder_path="",
     takes_mask=True,
     hf_class="BeitModel",
+    hf_outside=("",),
   ),
   "mim": ModelKind(
     module=BeitForMaskedImageModeling,
@@ -107,15 +112,18 @@ KINDS: dict[str, ModelKind] = {
     head="lm_head",
     head_size="vocab_size",
     hf_class="BeitForMaskedImageModeling",
+    hf_outside=("layernorm.", "lm_head."),
   ),
   "classifier": ModelKind(
     module=BeitForImageClassification,
     forward=_class_logits,
     formats=("orbax", "unilm", "timm", "hf"),
     has_classes=True,
+    has_pool=True,
     head="head",
     head_size="num_classes",
     hf_class="BeitForImageClassification",
+    hf_outside=("classifier.",),
   ),
   "segmenter": ModelKind(
     module=BeitForSemanticSegmentation,
@@ -179,6 +187,12 @@ def make_module(kind: str, fields: dict[str, Any]) -> nn.Module:
     return KINDS[kind].module(**fields)
   except TypeError as error:
     raise UserError(f"the {kind} of this checkpoint has fields this version does not know: {error}") from None
+
+
+def variable_shapes(module: nn.Module, image_size: tuple[int, int]) -> dict[str, Any]:
+  """The shapes of a module's variables, by collection; nothing is computed."""
+  image = jax.ShapeDtypeStruct((1, *image_size, 3), jnp.float32)
+  return dict(jax.eval_shape(module.init, jax.random.key(0), image))
 
 
 def _lists_to_tuples(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""timm's checkpoints: `beit_*` and `beitv2_*` (unilm's names), and plain ViTs (`vit_*`, `deit*`, DINO) as backbones."""
+"""Reads and writes checkpoints of timm: `beit_*` and `beitv2_*` in unilm's names; plain ViTs (`vit_*`, `deit*`)."""
 
 import json
 import math
@@ -10,25 +10,30 @@ import numpy as np
 
 from beit_jax.errors import UserError
 from beit_jax.weights.files import lazy
-from beit_jax.weights.pretrained import Pretrained
+from beit_jax.weights.pretrained import Pretrained, module_fields
 from beit_jax.weights.unilm import export_beit
 
 SIZES = {(768, 12, 12): "base", (1024, 24, 16): "large", (384, 12, 6): "small", (192, 12, 3): "tiny"}
 
 
 def is_vit(state: lazy.State) -> bool:
+  """Whether a state dict is a `VisionTransformer`, which unlike BEiT has one bias for q, k and v."""
   return "blocks.0.attn.qkv.bias" in state
 
 
 def vit_to_unilm(
   state: lazy.State, path: Path, image_size: tuple[int, int] | None
 ) -> tuple[lazy.State, list[str]]:
-  """timm's VisionTransformer names -> unilm's, and what is left out: the k part of every qkv bias.
+  """Translates the names of timm's VisionTransformer into unilm's.
 
-  That part adds the same number to all logits of a query, which the softmax cancels: dropping it is exact. A
-  `pos_embed` without a row for the cls token (DeiT III) gets one of zeros, which is exact too.
+  The k part of a qkv bias is left out, which is exact: it adds the same number to all logits of a query, and the
+  softmax cancels it. A `pos_embed` without a row for the cls token (DeiT III) gets a row of zeros, which is exact too.
+
+  Returns:
+    (the tensors, the names of the parts that are left out).
   """
-  result, left_out = {}, []
+  result: dict[str, lazy.Readable] = {}
+  left_out = []
   for name, value in state.items():
     if name.endswith("attn.qkv.bias"):
       if len(value.shape) != 1 or value.shape[0] % 3:
@@ -44,8 +49,8 @@ def vit_to_unilm(
   return result, left_out
 
 
-def _lacks_cls(pos_embed: Any, state: lazy.State, image_size: tuple[int, int] | None) -> bool:
-  """By the image size where it is known, else a number of rows that is a square."""
+def _lacks_cls(pos_embed: lazy.Readable, state: lazy.State, image_size: tuple[int, int] | None) -> bool:
+  """Decides by the image size, if it is known; otherwise a square number of rows has none for the cls token."""
   kernel = state.get("patch_embed.proj.weight")
   if len(pos_embed.shape) != 3 or kernel is None or len(kernel.shape) != 4 or 0 in kernel.shape:
     return False
@@ -55,10 +60,10 @@ def _lacks_cls(pos_embed: Any, state: lazy.State, image_size: tuple[int, int] | 
   return math.isqrt(count) ** 2 == count and "dist_token" not in state
 
 
-def _with_cls(pos_embed: Any) -> lazy.LazyTensor:
+def _with_cls(pos_embed: lazy.Readable) -> lazy.LazyTensor:
   _, count, width = pos_embed.shape
 
-  def read():
+  def read() -> np.ndarray:
     patches = pos_embed.read()
     return np.concatenate([np.zeros((1, 1, width), patches.dtype), patches], 1)
 
@@ -66,10 +71,13 @@ def _with_cls(pos_embed: Any) -> lazy.LazyTensor:
 
 
 def read_config(folder: Path, state: lazy.State) -> dict[str, Any]:
-  """What a model folder's config.json says, as arguments of `lazy.Source`; {} without one of timm's.
+  """Reads config.json of a model folder.
+
+  Returns:
+    Arguments of `lazy.Source`; {} if there is no config.json of timm.
 
   Raises:
-    UserError: it is damaged, or describes a model that ours cannot be.
+    UserError: the file is damaged, or describes a model that ours cannot represent.
   """
   path = folder / "config.json"
   try:
@@ -82,7 +90,7 @@ def read_config(folder: Path, state: lazy.State) -> dict[str, Any]:
   pool = config.get("global_pool", args.get("global_pool"))
   if pool == "avg" and "head.weight" in state and "fc_norm.weight" not in state:
     raise UserError(
-      f"{path}: global_pool='avg' without fc_norm: a norm before the mean, which this version has not"
+      f"{path}: global_pool='avg' without fc_norm is a norm before the mean, which this version lacks"
     )
   if args.get("act_layer") not in (None, "gelu"):
     raise UserError(f"{path}: act_layer={args['act_layer']!r}; this version has the exact 'gelu' only")
@@ -105,26 +113,30 @@ def read_config(folder: Path, state: lazy.State) -> dict[str, Any]:
   return dict(fields=fields, preprocessing=preprocessing)
 
 
-def export(pretrained: Pretrained) -> tuple[lazy.State, str, dict[str, Any], list[str]]:
-  """(state dict, architecture, arguments for `timm.create_model`, what is left out).
+def export(pretrained: Pretrained) -> tuple[lazy.Arrays, str, dict[str, Any], list[str]]:
+  """Translates a model into timm's names.
 
-  A model with absolute positions and no bias tables is a plain ViT and leaves as one, anything else as a `beit_*`.
+  A model with absolute positions and no bias tables becomes a plain ViT, any other a `beit_*`.
+
+  Returns:
+    (state dict, architecture, arguments for `timm.create_model`, names of tensors that are left out).
   """
   fields = pretrained.encoder_fields
   state = export_beit(pretrained, buffers=False)
   left_out = [name for name in ("mask_token",) if state.pop(name, None) is not None]
-  if pretrained.kind == "backbone" and not fields["final_norm"]:
-    # timm has no model without a norm; one of its classifiers' does nothing to the tokens, and nothing yet itself.
+  if pretrained.spec.is_encoder and not fields["final_norm"]:
+    # timm has no model without a norm. That of its classifiers with mean pooling does not touch the tokens; it gets the
+    # identity.
     state["fc_norm.weight"] = np.ones(fields["width"], np.float32)
     state["fc_norm.bias"] = np.zeros(fields["width"], np.float32)
-  plain = fields["abs_pos"] and fields["rel_pos"] == "none"
-  if plain:
+  is_plain = fields["abs_pos"] and fields["rel_pos"] == "none"
+  if is_plain:
     state = _unilm_to_vit(state)
-  architecture, args = _architecture(pretrained, fields, plain)
+  architecture, args = _architecture(pretrained, fields, is_plain)
   return state, architecture, args, left_out
 
 
-def _unilm_to_vit(state: lazy.State) -> lazy.State:
+def _unilm_to_vit(state: lazy.Arrays) -> lazy.Arrays:
   result = {}
   for name, value in state.items():
     if name.endswith("q_bias"):
@@ -135,14 +147,16 @@ def _unilm_to_vit(state: lazy.State) -> lazy.State:
   return result
 
 
-def _architecture(pretrained: Pretrained, fields: dict[str, Any], plain: bool) -> tuple[str, dict[str, Any]]:
-  """A model name of timm's and the arguments that make it ours."""
+def _architecture(
+  pretrained: Pretrained, fields: dict[str, Any], is_plain: bool
+) -> tuple[str, dict[str, Any]]:
+  """(name of a model of timm, the arguments that make it ours)."""
   size, patch = fields["image_size"], fields["patch_size"]
+  family = "vit" if is_plain else "beit"
   variant = SIZES.get((fields["width"], fields["depth"], fields["num_heads"]))
-  standard = variant in (("tiny", "small", "base", "large") if plain else ("base", "large"))
-  family = "vit" if plain else "beit"
   args: dict[str, Any] = {}
-  if not standard:
+  if variant not in (("tiny", "small", "base", "large") if is_plain else ("base", "large")):
+    variant = "base"
     args |= dict(embed_dim=fields["width"], depth=fields["depth"], num_heads=fields["num_heads"])
   if patch != 16:
     args["patch_size"] = patch
@@ -150,7 +164,7 @@ def _architecture(pretrained: Pretrained, fields: dict[str, Any], plain: bool) -
     args["img_size"] = size[0] if size[0] == size[1] else tuple(size)
   if fields["mlp_ratio"] != 4.0:
     args["mlp_ratio"] = fields["mlp_ratio"]
-  if plain:
+  if is_plain:
     if fields["layer_scale_init"]:
       args["init_values"] = fields["layer_scale_init"]
   else:
@@ -160,16 +174,15 @@ def _architecture(pretrained: Pretrained, fields: dict[str, Any], plain: bool) -
       args |= dict(use_rel_pos_bias=False, use_shared_rel_pos_bias=fields["rel_pos"] == "shared")
     if not fields["layer_scale_init"]:
       args["init_values"] = None
-  if pretrained.kind == "classifier":
-    pool = "avg" if pretrained.module.pool == "mean" else "token"
-    classes = pretrained.module.num_classes
-  else:
-    pool, classes = ("token" if fields["final_norm"] else "avg"), 0
-  if pool != ("token" if plain else "avg"):
+  own = module_fields(pretrained.module)
+  uses_mean = own["pool"] == "mean" if pretrained.spec.has_pool else not fields["final_norm"]
+  pool, default = "avg" if uses_mean else "token", "token" if is_plain else "avg"
+  if pool != default:
     args["global_pool"] = pool
+  classes = own["num_classes"] if pretrained.spec.has_classes else 0
   if classes != 1000:
     args["num_classes"] = classes
-  return f"{family}_{variant if standard else 'base'}_patch16_224", args
+  return f"{family}_{variant}_patch16_224", args
 
 
 def hub_config(pretrained: Pretrained, architecture: str, args: dict[str, Any]) -> dict[str, Any]:

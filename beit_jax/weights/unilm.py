@@ -1,15 +1,17 @@
-"""microsoft/unilm's BEiT checkpoints, and the names into which every other format is translated first.
+"""Reads and writes BEiT checkpoints of microsoft/unilm.
 
-The names are those of `beit/modeling_pretrain.py` and `beit/modeling_finetune.py`: our own with other punctuation.
-`import_beit` builds a model from any state dict in them: fields are inferred from shapes.
+Every other format is translated into unilm's names first. They are those of `beit/modeling_pretrain.py` and
+`beit/modeling_finetune.py`, which are ours with other punctuation. `import_beit` builds a model from any state dict in
+these names and infers the module's fields from the shapes.
 """
 
 import math
 import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
+import flax.linen as nn
 import numpy as np
 
 from beit_jax import trees
@@ -18,15 +20,27 @@ from beit_jax.models.beit import LAYER_SCALE_INIT, VARIANTS
 from beit_jax.models.layers import relative_position_index
 from beit_jax.runtime.logs import log
 from beit_jax.weights.files import lazy
-from beit_jax.weights.pretrained import Pretrained, fingerprint, make_module
+from beit_jax.weights.pretrained import KINDS, Pretrained, fingerprint, make_module, variable_shapes
 
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 HALF = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-MAX_SIDE = 64  # patches; at 16 pixels 1024: what a file of a few kilobytes can make us allocate has a limit
+MAX_SIDE = (
+  64  # patches, so 1024 pixels for patches of 16; bounds what a file of a few kilobytes can make us allocate
+)
 TABLE = "relative_position_bias_table"
-# Index buffers are recomputed, a bias on k cancels in the softmax, the patch-aggregation head of v2 is thrown away
+# Index buffers are recomputed. A bias on k cancels in the softmax. The patch-aggregation head of BEiT v2 is not used
 # after pre-training (beit2/modeling_pretrain.py).
 LEFT_OUT = r"relative_position_index$|attn\.k_bias$|^cls_pt_layers\.|^cls_pt_lm_head\."
+# Fields that neither shapes nor outputs show, so that they are taken from a description of ours.
+DESCRIBED_FIELDS = (
+  "drop_path_rate",
+  "layer_scale_init",
+  "weight_init",
+  "dtype",
+  "remat",
+  "scan",
+  "head_init_scale",
+)
 
 
 def torch_name(name: str) -> str:
@@ -36,88 +50,92 @@ def torch_name(name: str) -> str:
   return re.sub(r"/(kernel|scale)$", "/weight", name).replace("/", ".")
 
 
-def _need(state: lazy.State, name: str, ndim: int, path: Any) -> tuple[int, ...]:
+def _shape(state: lazy.State, name: str, ndim: int, path: Path) -> lazy.Shape:
   if name not in state or len(state[name].shape) != ndim or 0 in state[name].shape:
     found = state[name].shape if name in state else "nothing"
     raise UserError(
-      f"{path}: no BEiT or ViT as far as this version knows: expected {name!r} with {ndim} axes, found {found} "
+      f"{path}: not a BEiT or ViT that this version knows: expected {name!r} with {ndim} axes, found {found} "
       f"among {len(state)} tensors ({', '.join(list(state)[:4])}, ...)"
     )
   return state[name].shape
 
 
-def _grid(source: lazy.Source, patch: int, tables: list[str], image_size: tuple[int, int] | None):
-  """(h, w) from the position parameters; `image_size` decides where the number of rows leaves it open."""
+def _grid_size(
+  source: lazy.Source, patch: int, tables: list[str], image_size: tuple[int, int] | None
+) -> tuple[int, int]:
+  """(h, w) from the position parameters; the image size decides between grids with the same number of rows."""
   state, path = source.state, source.path
   if tables:
     name = tables[0]
-    rows = _need(state, name, 2, path)[0] - 3
-    fits = lambda h, w: (2 * h - 1) * (2 * w - 1) == rows  # noqa: E731
+    rows = _shape(state, name, 2, path)[0] - 3
     side = (math.isqrt(max(rows, 0)) + 1) // 2
   elif "pos_embed" in state:
     name = "pos_embed"
-    rows = _need(state, name, 3, path)[1] - 1
-    fits = lambda h, w: h * w == rows  # noqa: E731
+    rows = _shape(state, name, 3, path)[1] - 1
     side = math.isqrt(max(rows, 0))
   else:
-    raise UserError(
-      f"{path}: neither a relative-position table nor pos_embed: its positions are of an unknown kind"
-    )
+    raise UserError(f"{path}: neither a relative-position table nor pos_embed, so its positions are unknown")
+
+  def fits(h: int, w: int) -> bool:
+    return rows == ((2 * h - 1) * (2 * w - 1) if tables else h * w)
+
+  shape = state[name].shape
   if rows > (2 * MAX_SIDE - 1) ** 2:
-    raise UserError(
-      f"{path}: {name} with shape {state[name].shape} is for more than {MAX_SIDE} x {MAX_SIDE} patches"
-    )
+    raise UserError(f"{path}: {name} with shape {shape} is for more than {MAX_SIDE} x {MAX_SIDE} patches")
   size = image_size or source.fields.get("image_size")
   if size is None:
     if not fits(side, side):
       raise UserError(
-        f"{path}: {name} with shape {state[name].shape} belongs to no square grid; give image_size=(height, width)"
+        f"{path}: {name} with shape {shape} belongs to no square grid; give image_size=(height, width)"
       )
     return side, side
-  grid = tuple(s // patch for s in size)
-  if not fits(*grid) or any(s % patch for s in size):
+  height, width = size
+  grid = (height // patch, width // patch)
+  if not fits(*grid) or height % patch or width % patch:
     known = f"; it fits {(side * patch,) * 2}" if fits(side, side) else ""
     raise UserError(
       f"{path}: image_size={tuple(size)} gives a grid of {grid} patches, which does not fit {name} with shape "
-      f"{state[name].shape}{known}. To use the weights at another size, load them as they are and fine-tune "
-      "(init_from): positions are resized there"
+      f"{shape}{known}. To use the weights at another size, load them at their own size and fine-tune "
+      "(init_from), which resizes the positions"
     )
   return grid
 
 
-def _heads(source: lazy.Source, width: int, depth: int, tables: list[str], num_heads: int | None) -> int:
-  table = source.state[tables[0]].shape[1] if tables else None
-  known = table or source.fields.get("num_heads")
-  if known and num_heads and known != num_heads:
-    raise UserError(f"{source.path}: num_heads={num_heads} was given, but the file says {known}")
-  if known or num_heads:
-    found = known or num_heads
-  else:
+def _num_heads(source: lazy.Source, width: int, depth: int, tables: list[str], given: int | None) -> int:
+  stated = source.state[tables[0]].shape[1] if tables else source.fields.get("num_heads")
+  if stated and given and stated != given:
+    raise UserError(f"{source.path}: num_heads={given} was given, but the file says {stated}")
+  found = stated or given
+  if not found:
     sizes = [(v["width"], v["depth"], v["num_heads"]) for v in VARIANTS.values()]
     found = next((heads for w, d, heads in sizes if (w, d) == (width, depth)), None)
     if found is None:
       raise UserError(
-        f"{source.path}: nothing in it tells the number of attention heads (width {width}); give num_heads="
+        f"{source.path}: the file does not state the number of attention heads (width {width}); give num_heads="
       )
     log.warning(
-      "%s: num_heads=%d is assumed, as in every published ViT of width %d but MoCo v3's small one; give num_heads= "
-      "if yours differs",
-      *(source.path, found, width),
+      "%s: num_heads=%d is assumed, as in every published ViT of width %d except the small one of MoCo v3; give "
+      "num_heads= if yours differs",
+      source.path,
+      found,
+      width,
     )
   if width % found:
     raise UserError(f"{source.path}: num_heads={found} does not divide the width {width}")
   return found
 
 
-def infer(source: lazy.Source, num_heads: int | None, image_size: tuple[int, int] | None) -> tuple[str, dict]:
-  """(kind, module fields) from names and shapes.
+def infer(
+  source: lazy.Source, num_heads: int | None, image_size: tuple[int, int] | None
+) -> tuple[str, dict[str, Any]]:
+  """Infers (kind of model, module fields) from names and shapes.
 
   Raises:
-    UserError: what is missing, and by which argument it can be given.
+    UserError: the state dict is not a BEiT or ViT, or leaves something open; the message names the argument.
   """
   state, path = source.state, source.path
-  width = _need(state, "cls_token", 3, path)[-1]
-  out, channels, patch, patch_w = _need(state, "patch_embed.proj.weight", 4, path)
+  width = _shape(state, "cls_token", 3, path)[-1]
+  out, channels, patch, patch_w = _shape(state, "patch_embed.proj.weight", 4, path)
   if channels != 3 or patch != patch_w or out != width:
     raise UserError(
       f"{path}: patch_embed.proj.weight has shape {(out, channels, patch, patch_w)}, expected ({width}, 3, P, P)"
@@ -128,14 +146,14 @@ def infer(source: lazy.Source, num_heads: int | None, image_size: tuple[int, int
     raise UserError(
       f"{path}: its blocks are not numbered from 0 without a gap: {', '.join(sorted(numbers)[:8])}"
     )
-  hidden = _need(state, "blocks.0.mlp.fc1.weight", 2, path)[0]
+  hidden = _shape(state, "blocks.0.mlp.fc1.weight", 2, path)[0]
   shared, own = f"rel_pos_bias.{TABLE}", f"blocks.0.attn.{TABLE}"
   tables = [name for name in (shared, own) if name in state]
-  grid = _grid(source, patch, tables, image_size)
-  heads = _heads(source, width, depth, tables, num_heads)
-  gammas = "blocks.0.gamma_1" in state
-  kind = "mim" if "lm_head.weight" in state else "classifier" if "head.weight" in state else "backbone"
-  ratio = hidden / width
+  grid = _grid_size(source, patch, tables, image_size)
+  heads = _num_heads(source, width, depth, tables, num_heads)
+  kind = next((k for k, row in KINDS.items() if row.head and f"{row.head}.weight" in state), "backbone")
+  spec, ratio = KINDS[kind], hidden / width
+  layer_scale_init = LAYER_SCALE_INIT.get("large" if depth >= 24 else "base", 0.1)
   fields: dict[str, Any] = dict(
     image_size=tuple(side * patch for side in grid),
     patch_size=patch,
@@ -145,149 +163,174 @@ def infer(source: lazy.Source, num_heads: int | None, image_size: tuple[int, int
     mlp_ratio=ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf),
     rel_pos="shared" if shared in state else "per_block" if own in state else "none",
     abs_pos="pos_embed" in state,
-    layer_scale_init=LAYER_SCALE_INIT.get("large" if depth >= 24 else "base", 0.1) if gammas else 0.0,
+    layer_scale_init=layer_scale_init if "blocks.0.gamma_1" in state else 0.0,
     norm_eps=source.fields.get("norm_eps", 1e-6),
-    weight_init="finetune" if kind == "classifier" else "pretrain",
+    weight_init="finetune" if spec.has_classes else "pretrain",
   )
-  if kind == "mim":
-    return kind, dict(encoder=fields, vocab_size=_need(state, "lm_head.weight", 2, path)[0])
-  if kind == "classifier":
-    pool = "mean" if "fc_norm.weight" in state else "cls"
-    return kind, dict(encoder=fields, num_classes=_need(state, "head.weight", 2, path)[0], pool=pool)
-  return kind, dict(fields, use_mask_token="mask_token" in state, final_norm="norm.weight" in state)
+  if spec.head is None or spec.head_size is None:
+    return kind, dict(fields, use_mask_token="mask_token" in state, final_norm="norm.weight" in state)
+  fields = {"encoder": fields, spec.head_size: _shape(state, f"{spec.head}.weight", 2, path)[0]}
+  if spec.has_pool:
+    fields["pool"] = "mean" if "fc_norm.weight" in state else "cls"
+  return kind, fields
 
 
-def param_shapes(module: Any, image_size: tuple[int, int]) -> dict[str, tuple[int, ...]]:
-  """Our flat parameter names and their shapes."""
-  image = jax.ShapeDtypeStruct((1, *image_size, 3), jnp.float32)
-  shapes = jax.eval_shape(module.init, jax.random.key(0), image)["params"]
-  return {name: tuple(leaf.shape) for name, leaf in trees.flatten(shapes).items()}
+def param_shapes(module: nn.Module, image_size: tuple[int, int]) -> dict[str, lazy.Shape]:
+  """The shapes of a module's parameters by our flat names."""
+  params = variable_shapes(module, image_size)["params"]
+  return {name: tuple(leaf.shape) for name, leaf in trees.flatten(params).items()}
 
 
 def read_params(
-  state: lazy.State, shapes: dict[str, tuple[int, ...]], naming: Any, path: Any, left_out: list[str]
-):
-  """Nested parameters out of a state dict; `naming` gives the name there for ours.
+  source: lazy.Source,
+  state: lazy.State,
+  shapes: Mapping[str, lazy.Shape],
+  to_foreign_name: Callable[[str], str],
+  left_out: list[str],
+) -> dict[str, Any]:
+  """Reads nested parameters from a state dict.
+
+  Args:
+    source: the file, for messages.
+    state: the tensors to read, all of which must belong to the model.
+    shapes: the wanted shapes by our flat names.
+    to_foreign_name: gives the name in `state` for a name of ours.
+    left_out: names of ignored tensors, for the log.
 
   Raises:
     UserError: lists every missing, unexpected and mis-shaped tensor at once.
   """
-  names = {name: naming(name) for name in shapes}
+  names = {name: to_foreign_name(name) for name in shapes}
   problems = []
-  for name, shape in shapes.items():
-    wanted, there = lazy.torch_shape(shape, name), names[name]
-    if there not in state:
-      problems.append(f"missing     {there} {wanted}")
-    elif tuple(state[there].shape) != wanted:
-      problems.append(f"mis-shaped  {there} {tuple(state[there].shape)}, expected {wanted}")
+  for name, theirs in names.items():
+    wanted = lazy.torch_shape(shapes[name], name)
+    if theirs not in state:
+      problems.append(f"missing     {theirs} {wanted}")
+    elif tuple(state[theirs].shape) != wanted:
+      problems.append(f"mis-shaped  {theirs} {tuple(state[theirs].shape)}, expected {wanted}")
   extra = sorted(state.keys() - set(names.values()))
   problems += [f"unexpected  {name} {tuple(state[name].shape)}" for name in extra]
   if problems:
     raise UserError(
-      f"{path}: {len(problems)} tensors do not fit the model that the others make:\n  "
+      f"{source.path}: {len(problems)} tensors do not fit the model that the others describe:\n  "
       + "\n  ".join(problems)
     )
-  lazy.report(str(path), [(there, name, shapes[name]) for name, there in names.items()], left_out)
-  return trees.unflatten({name: lazy.to_params(state[there].read(), name) for name, there in names.items()})
+  lazy.report(str(source.path), [(names[name], name, shape) for name, shape in shapes.items()], left_out)
+  return trees.unflatten({ours: lazy.to_params(state[name].read(), ours) for ours, name in names.items()})
+
+
+def drop(source: lazy.Source, pattern: str) -> tuple[dict[str, lazy.Readable], list[str]]:
+  """(the tensors whose names a regex does not match, the names of those left out, earlier ones included)."""
+  state = {name: value for name, value in source.state.items() if not re.search(pattern, name)}
+  return state, source.left_out + [name for name in source.state if name not in state]
 
 
 def import_beit(source: lazy.Source, num_heads: int | None, image_size: tuple[int, int] | None) -> Pretrained:
-  """The model of a state dict in unilm's names.
+  """Builds the model of a state dict in unilm's names.
 
   Raises:
     UserError: lists every tensor that is missing, unexpected or mis-shaped, or asks for what cannot be inferred.
   """
   kind, fields = infer(source, num_heads, image_size)
-  pattern = LEFT_OUT
-  if kind == "classifier":
-    unused = "norm" if fields["pool"] == "mean" else "fc_norm"
-    pattern += rf"|^mask_token$|^{unused}\."
-  elif kind == "backbone":
+  spec, pattern = KINDS[kind], LEFT_OUT
+  if not spec.takes_mask:
+    pattern += r"|^mask_token$"
+  if spec.has_pool:
+    pattern += r"|^norm\." if fields["pool"] == "mean" else r"|^fc_norm\."
+  if spec.is_encoder:
     pattern += r"|^fc_norm\."
-  left_out = source.left_out + [name for name in source.state if re.search(pattern, name)]
-  state = {name: value for name, value in source.state.items() if not re.search(pattern, name)}
-  fields = described_fields(source, kind, fields)
-  module = make_module(kind, fields)
-  size = fields["image_size"] if kind == "backbone" else fields["encoder"]["image_size"]
-  params = read_params(state, param_shapes(module, size), torch_name, source.path, left_out)
-  return finish(source, kind, fields, params, _assumed_preprocessing(source, size), left_out)
+  state, left_out = drop(source, pattern)
+  fields = add_described_fields(source, kind, fields)
+  size = (fields if spec.is_encoder else fields["encoder"])["image_size"]
+  shapes = param_shapes(make_module(kind, fields), size)
+  params = read_params(source, state, shapes, torch_name, left_out)
+  return finish(
+    source,
+    kind=kind,
+    fields=fields,
+    variables={"params": params},
+    preprocessing=_assumed_preprocessing(source, size),
+    left_out=left_out,
+  )
 
 
 def finish(
   source: lazy.Source,
+  *,
   kind: str,
   fields: dict[str, Any],
-  params: dict[str, Any],
-  usual: dict[str, Any],
+  variables: dict[str, Any],
+  preprocessing: dict[str, Any],
   left_out: list[str],
-  collections: dict[str, Any] | None = None,
 ) -> Pretrained:
-  """The model of a foreign file with its description; `usual` is the preprocessing where the file does not say."""
+  """Makes the `Pretrained` of a foreign file, with its description.
+
+  Args:
+    source: the file.
+    kind: a key of `KINDS`.
+    fields: the module's fields.
+    variables: the parameters under "params", and other Linen collections.
+    preprocessing: the one to assume if the file does not state its own; its `image_size` holds in any case.
+    left_out: names of ignored tensors.
+  """
   if left_out:
-    log.info("%s: left out %s", source.path, ", ".join(_short(left_out)))
-  preprocessing, assumed = source.preprocessing, source.assumed
-  if preprocessing is None:
-    preprocessing, assumed = usual, ["preprocessing", *(a for a in assumed if a != "preprocessing")]
-    log.warning("%s does not say how its images are prepared; assumed: %s", source.path, preprocessing)
-  preprocessing = lazy.check_preprocessing({**preprocessing, "image_size": usual["image_size"]}, source.path)
+    shortened = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in left_out)
+    log.info("%s: left out %s", source.path, ", ".join(shortened))
+  stated, assumed = source.preprocessing, source.assumed
+  if stated is None:
+    stated, assumed = preprocessing, ["preprocessing", *(a for a in assumed if a != "preprocessing")]
+    log.warning("%s does not state the preprocessing of its images; assumed: %s", source.path, preprocessing)
+  stated = {**stated, "image_size": preprocessing["image_size"]}
+  params = variables["params"]
+  collections = {name: tree for name, tree in variables.items() if name != "params"}
   description = {
     **source.described,
-    **dict(
-      kind=kind,
-      module=fields,
-      preprocessing=preprocessing,
-      labels=source.labels if kind in ("classifier", "segmenter") else [],
-    ),
-    **dict(format=source.format, path=str(source.path), assumed=assumed, left_out=left_out),
+    "kind": kind,
+    "module": fields,
+    "preprocessing": lazy.check_preprocessing(stated, source.path),
+    "labels": source.labels if KINDS[kind].has_classes else [],
+    "format": source.format,
+    "path": str(source.path),
+    "assumed": assumed,
+    "left_out": left_out,
+    "sha256": fingerprint(params, collections),
   }
-  description["sha256"] = fingerprint(params, collections)
-  return Pretrained(kind, params, make_module(kind, fields), preprocessing, description, collections or {})
+  return Pretrained(kind, params, make_module(kind, fields), stated, description, collections)
 
 
-def described_fields(source: lazy.Source, kind: str, fields: dict[str, Any]) -> dict[str, Any]:
-  """Adds what shapes cannot tell (stochastic depth, initial LayerScale, ...) from a description of ours."""
+def add_described_fields(source: lazy.Source, kind: str, fields: dict[str, Any]) -> dict[str, Any]:
+  """Adds what shapes cannot show (stochastic depth, initial LayerScale, ...) from a description of ours."""
   module = source.described.get("module")
   if not module or source.described.get("kind") != kind:
     return fields
-  free = (
-    "drop_path_rate",
-    "layer_scale_init",
-    "weight_init",
-    "dtype",
-    "remat",
-    "scan",
-    "head_init_scale",
-  )
 
-  def keep(found, told):
-    result = {**found, **{k: told[k] for k in free if k in told}}
+  def add(found: dict[str, Any], described: dict[str, Any]) -> dict[str, Any]:
+    result = found | {name: described[name] for name in DESCRIBED_FIELDS if name in described}
     if "encoder" in found:
-      result["encoder"] = keep(found["encoder"], told.get("encoder", {}))
+      result["encoder"] = add(found["encoder"], described.get("encoder", {}))
     return result
 
-  return keep(fields, module)
+  return add(fields, module)
 
 
 def _assumed_preprocessing(source: lazy.Source, image_size: tuple[int, int]) -> dict[str, Any]:
-  """unilm's evaluation; ImageNet's statistics where the file's name tells of a family that uses them."""
+  """unilm's preprocessing, with ImageNet's statistics if the file's name is of a family that uses them."""
   name = source.path.name.lower()
-  family = any(word in name for word in ("beitv2", "beit2", "deit", "dino", "mae"))
-  return dict(
-    **(IMAGENET if family else HALF),
-    image_size=image_size,
-    crop_pct=0.875 if max(image_size) < 384 else 1.0,
-    interpolation="bicubic",
-    resize="short_side",
-  )
+  uses_imagenet = any(word in name for word in ("beitv2", "beit2", "deit", "dino", "mae"))
+  return usual_preprocessing(IMAGENET if uses_imagenet else HALF, image_size)
 
 
-def _short(names: list[str]) -> list[str]:
-  """`blocks.3.x` twelve times -> `blocks.*.x` once."""
-  return list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names))
+def usual_preprocessing(statistics: dict[str, Any], image_size: tuple[int, int]) -> dict[str, Any]:
+  """The preprocessing with which unilm evaluates classifiers, for the given mean and std."""
+  crop_pct = 0.875 if max(image_size) < 384 else 1.0
+  return {
+    **statistics,
+    **dict(image_size=image_size, crop_pct=crop_pct, interpolation="bicubic", resize="short_side"),
+  }
 
 
-def export_beit(pretrained: Pretrained, *, buffers: bool = True) -> lazy.State:
-  """State dict in unilm's names and PyTorch's layout; with `buffers` the index buffers that unilm saves."""
+def export_beit(pretrained: Pretrained, *, buffers: bool = True) -> lazy.Arrays:
+  """The state dict in unilm's names and PyTorch's layout; with `buffers` also the index buffers that unilm saves."""
   flat = trees.flatten(pretrained.params)
   state = {torch_name(name): lazy.to_torch(value, name) for name, value in flat.items()}
   if buffers:
@@ -295,7 +338,12 @@ def export_beit(pretrained: Pretrained, *, buffers: bool = True) -> lazy.State:
   return dict(sorted(state.items(), key=lambda item: order(item[0])))
 
 
-def index_buffers(pretrained: Pretrained, state: lazy.State) -> dict[str, np.ndarray]:
+def export_file(pretrained: Pretrained) -> tuple[lazy.Arrays, str, dict[str, Any]]:
+  """The content of unilm's file: (state dict, its key, what else the file holds)."""
+  return export_beit(pretrained), "model", {}
+
+
+def index_buffers(pretrained: Pretrained, state: lazy.Arrays) -> lazy.Arrays:
   """`relative_position_index` int64 for every bias table of an exported state dict."""
   fields = pretrained.encoder_fields
   grid = tuple(side // fields["patch_size"] for side in fields["image_size"])
@@ -303,8 +351,8 @@ def index_buffers(pretrained: Pretrained, state: lazy.State) -> dict[str, np.nda
   return {n.replace(TABLE, "relative_position_index"): index for n in state if n.endswith(TABLE)}
 
 
-def order(name: str) -> tuple:
-  """PyTorch's order, roughly: embedding, positions, blocks, heads."""
+def order(name: str) -> tuple[int, int]:
+  """A sort key that gives roughly PyTorch's order: embedding, positions, blocks, heads."""
   stem = ("cls_token", "mask_token", "pos_embed", "patch_embed", "rel_pos_bias", "blocks", "norm", "fc_norm")
   parts = name.split(".")
   number = int(parts[1]) if parts[0] == "blocks" else 0

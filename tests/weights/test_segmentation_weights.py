@@ -335,7 +335,7 @@ def test_every_problem_is_listed_at_once(tmp_path):
 @pytest.mark.parametrize(
   ("change", "message"),
   [
-    ({"decode_head.conv_seg.weight": None}, "decode_head.conv_seg.weight tells the number of classes"),
+    ({"decode_head.conv_seg.weight": None}, "decode_head.conv_seg.weight gives the number of classes"),
     ({"decode_head.conv_seg.weight": (5, 0, 1, 1)}, r"expected 4 axes, found \(5, 0, 1, 1\)"),
     ({"auxiliary_head.conv_seg.weight": (5,)}, r"auxiliary_head.conv_seg.weight.*found \(5,\)"),
     ({"backbone.cls_token": None}, "expected 'cls_token' with 3 axes, found nothing"),
@@ -582,7 +582,7 @@ def test_numbers_of_stages_in_transformers_are_two_higher(peers, tmp_path, caplo
   wanted = _their_logits(peers, model, image)
   as_computed = beit_jax.load(tmp_path / "theirs")
   assert as_computed.module.out_indices == (1, 3, 5, 9)
-  assert "takes to mean the blocks (1, 3, 5, 9)" in caplog.text
+  assert "to mean the blocks (1, 3, 5, 9)" in caplog.text
   np.testing.assert_allclose(_logits(as_computed, image), wanted, atol=1e-4)
   released = beit_jax.load(tmp_path / "theirs", out_indices=(3, 5, 7, 11))
   assert np.abs(_logits(released, image) - wanted).max() > 0.1
