@@ -435,7 +435,7 @@ def _resume_from(
   except ValueError as error:  # Orbax raises it if trees differ
     raise UserError(
       f"config key 'resume': the optimizer's state in {folder} is not that of this config:\n  "
-      f"{record.differing(folder, config, 'optimizer') or bucket.brief(error)}\n"
+      f"{record.section_differences(folder, config, 'optimizer') or bucket.brief(error)}\n"
       "Give the earlier values, or use init_from, which takes the weights only"
     ) from error
 

@@ -543,7 +543,7 @@ def test_lines_that_a_kill_or_a_power_cut_left_half(tmp_path):
   rows = b'{"step": 1, "loss": 2.0}\n\n\0\0\0\xff\n[1]\n7\n{"step": 2, "loss": 1.0}\n{"step": 3, "lo'
   (tmp_path / "metrics.jsonl").write_bytes(rows)
   assert [row["step"] for row in record.rows(tmp_path)] == [1, 2]
-  assert record.logged(tmp_path)[1]["loss"] == 1.0 and record.count(tmp_path, "loss") == 2
+  assert record.first_and_last(tmp_path)[1]["loss"] == 1.0 and record.count(tmp_path, "loss") == 2
   logs.Logger(tmp_path, 10, start_step=1).close()
   assert _rows(tmp_path) == [{"step": 1, "loss": 2.0}]
 
