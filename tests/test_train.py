@@ -358,7 +358,7 @@ def test_a_run_begun_anew_may_be_better_at_an_earlier_step(tmp_path):
   shutil.rmtree(tmp_path / "checkpoints")
   (tmp_path / "result.json").unlink()
   other = tiny.config("classify", **{**changes, "checkpoint.best": "acc5", "seed": 1})
-  with pytest.raises(UserError, match="tells of 3 steps"):
+  with pytest.raises(UserError, match="has 3 steps"):
     train.run(other, tmp_path)
   for name in ("metrics.jsonl", "saved.json"):
     (tmp_path / name).rename(tmp_path / f"before_{name}")

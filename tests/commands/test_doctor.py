@@ -301,7 +301,7 @@ def test_checkpoints_that_are_gone(flags):
   folder.mkdir()
   (folder / "metrics.jsonl").write_text('{"step": 5000, "eval_loss": 1.0}\n')
   ((status, what, advice),) = _found(doctor.runs.checkpoints, machine)
-  assert status == "fail" and "tells of 5000 steps" in what + advice
+  assert status == "fail" and "has 5000 steps" in what + advice
 
 
 def test_finished_run(flags):

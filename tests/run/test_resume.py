@@ -58,7 +58,7 @@ def test_an_outage_damages_no_checkpoint(run, tmp_path, monkeypatch):
     raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
   monkeypatch.setattr(hashlib, "file_digest", broken)
-  with pytest.raises(TransientError, match="as they were"):
+  with pytest.raises(TransientError, match="unchanged"):
     train.run(_config(), tmp_path / "run")
   assert not (tmp_path / "run" / "damaged").exists()
 
@@ -99,7 +99,7 @@ def test_a_longer_run_that_was_killed_is_not_finished(run, tmp_path):
 def test_a_run_that_is_to_be_shorter_than_it_is(run, tmp_path):
   shutil.copytree(run, tmp_path / "run")
   before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
-  with pytest.raises(UserError, match="'total_steps': 2, but this run begins at step 6"):
+  with pytest.raises(UserError, match="'total_steps': 2, but this run starts at step 6"):
     train.run(_config(total_steps=2), tmp_path / "run")
   assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
   assert json.loads((tmp_path / "run" / "result.json").read_text())["step"] == 6

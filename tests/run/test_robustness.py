@@ -56,15 +56,14 @@ def _poison(monkeypatch, where, steps):
     bad = jnp.isin(step, jnp.array(steps))
     if where == "batch":
       batch = {**batch, "image": jnp.where(bad, jnp.nan, batch["image"].astype(jnp.float32))}
-    total, aux = original(self, variables, frozen, batch, key, step)
+    output = original(self, variables, frozen, batch, key, step)
+    total, count = output.metrics["loss"]
     if where == "loss":
-      sums, extra = aux
       total = jnp.where(bad, jnp.nan, total)
-      aux = {**sums, "loss": (total, sums["loss"][1])}, extra
     if where == "gradient":  # the derivative of the root at 0 is infinite, times 0
       leaf = variables["params"]["head"]["kernel"]
       total = total + jnp.sqrt(jnp.where(bad, jnp.sum(leaf * 0.0), 1.0)) - jnp.where(bad, 0.0, 1.0)
-    return total, aux
+    return output._replace(metrics={**output.metrics, "loss": (total, count)})
 
   monkeypatch.setattr(Classification, "loss", loss)
 
@@ -483,7 +482,7 @@ def test_a_run_whose_checkpoints_are_gone_is_not_begun_again(run, tmp_path):
         (workdir / "checkpoints" / str(step) / "digest.json").unlink()
     before = (workdir / "metrics.jsonl").read_bytes()
     for _ in range(2):
-      with pytest.raises(UserError, match=r"metrics.jsonl tells of 6 steps.*another --workdir, or move"):
+      with pytest.raises(UserError, match=r"metrics.jsonl has 6 steps.*another --workdir, or move"):
         train.run(_config(), workdir)
     assert (workdir / "metrics.jsonl").read_bytes() == before
 
@@ -492,7 +491,7 @@ def test_a_run_that_had_no_checkpoint_yet_begins_again_loudly(tmp_path, caplog):
   rows = "".join(json.dumps({"step": i, "loss": 1.0}) + "\n" for i in range(1, 41))
   (tmp_path / "metrics.jsonl").write_text(rows + '{"step": 10000, "lo')
   record.check_not_lost(tmp_path)
-  assert "got to step 40, with no checkpoint yet" in caplog.text
+  assert "reached step 40 without a checkpoint" in caplog.text
 
 
 def test_one_complete_checkpoint_is_never_forgotten(tmp_path):
@@ -517,7 +516,7 @@ def test_one_complete_checkpoint_is_never_forgotten(tmp_path):
 
 def test_what_was_evaluated_was_saved(tmp_path):
   (tmp_path / "metrics.jsonl").write_text('{"step": 3, "loss": 1.0}\n{"step": 3, "eval_loss": 1.0}\n')
-  with pytest.raises(UserError, match="tells of 3"):
+  with pytest.raises(UserError, match="has 3 steps"):
     record.check_not_lost(tmp_path)
 
 
@@ -525,9 +524,9 @@ def test_steps_count_from_where_a_resume_began(tmp_path, caplog):
   """A run with `resume`, killed before its first own checkpoint, may be given again."""
   (tmp_path / "metrics.jsonl").write_text('{"step": 101, "loss": 1.0}\n{"step": 102, "loss": 1.0}\n')
   record.check_not_lost(tmp_path, 100)
-  assert "got to step 102, with no checkpoint yet; this one begins at step 100" in caplog.text
+  assert "reached step 102 without a checkpoint; this one starts at step 100" in caplog.text
   (tmp_path / "saved.json").write_text("{}")
-  with pytest.raises(UserError, match="tells of 102"):
+  with pytest.raises(UserError, match="has 102 steps"):
     record.check_not_lost(tmp_path, 100)
 
 

@@ -510,7 +510,7 @@ def test_a_run_goes_out_and_comes_back_as_the_start_of_another(tmp_path, tokeniz
     changes = {"init_from": str(tmp_path / start), "total_steps": 1, **NO_WARMUP}
     results.append(train.run(tiny.config("classify", **changes), tmp_path / f"from_{start}"))
   assert results[0]["first"]["loss"] == results[1]["first"]["loss"] == results[2]["first"]["loss"]
-  with pytest.raises(UserError, match="weights only, no optimizer; use init_from"):
+  with pytest.raises(UserError, match="only weights, no optimizer state; use init_from"):
     train.run(tiny.config("classify", resume=str(tmp_path / "orbax")), tmp_path / "no")
 
 
