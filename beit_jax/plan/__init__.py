@@ -1,1 +1,3 @@
-"""Before anything is rented: does a run fit a slice, how fast could it be, what must the input supply."""
+"""Plans a run before machines are rented: whether it fits a slice, how fast it could be, what the input must supply."""
+
+ANSWER = "beit_jax.plan: "  # marks the result of the compiling process among the compiler's own output

@@ -1,174 +1,177 @@
-"""`python -m beit_jax.plan --config=FILE[:variant] --topology=v5e:16x16 [--stage=NAME] [--config.key=value ...]`
+"""Plans a run for a slice of accelerators that does not have to exist.
 
-Compiles the training step of a run for a slice that need not be there, and says whether it fits, what it computes and
-moves, how long it would take, and what the input has to supply. For TPUs: `pip install -e '.[plan]'`. `cpu:8` needs
-nothing. Neither the data nor a trained tokenizer has to exist.
+    python -m beit_jax.plan --config=FILE[:variant] --topology=v5e:16x16 [--stage=NAME] [--config.key=value ...]
 
-Further flags: `--json`; `--examples=N` of the training data, where nobody knows; `--utilization=0.4`, the share of the
-chips' peak at which products run; `--rate_per_core=500`, images/s that a core reads; `--hbm_gib=G`, memory of a device
-instead of the published; `--tries=6`, settings to compile when the one asked for does not fit.
+Compiles the training step of the run and reports whether it fits, what it computes and moves, how long it would take,
+and what the input has to supply. TPUs need `pip install -e '.[plan]'`; `cpu:8` needs nothing. Neither the data nor a
+trained tokenizer has to exist.
 
-Exit status 0: fits; 2: the setting as given does not fit, or a mistake in the command. What does fit is then named.
+Exit status 0: it fits. 2: the given setting does not fit (a setting that does is then named), or the command is wrong.
 """
 
+import argparse
 import importlib.metadata
 import json
 import os
 import subprocess
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 from beit_jax.config import parse as config_lib
 from beit_jax.errors import UserError
-from beit_jax.plan import report, roofline, search, topology
+from beit_jax.plan import ANSWER, report, roofline, search, topology
 
 USAGE = (
   "usage: python -m beit_jax.plan --config=FILE[:variant] --topology=v5e:16x16 [--stage=NAME] [--config.key=value ...] "
   "[--json]"
 )
-# Flag -> (kind, default, smallest).
-FLAGS: dict[str, tuple[type, Any, float]] = {
-  "topology": (str, None, 0),
-  "stage": (str, None, 0),
-  "examples": (int, None, 1),
-  "utilization": (float, 0.4, 0.01),
-  "rate_per_core": (float, 500.0, 1),
-  "hbm_gib": (float, None, 0.001),
-  "tries": (int, 6, 0),
-}
-MARK = "beit_jax.plan: "  # as in compile.py, which imports JAX
 
 
-def take_flags(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
-  """(values of `FLAGS` and "json", what is left for `config.parse_args`).
-
-  Raises:
-    UserError: a value of another kind or too small, or no topology.
-  """
-  values: dict[str, Any] = {name: default for name, (_, default, _) in FLAGS.items()} | {"json": False}
-  rest = []
-  items = iter(argv)
-  for item in items:
-    name, equals, value = item.removeprefix("--").partition("=")
-    if item == "--json":
-      values["json"] = True
-    elif not item.startswith("--") or name not in FLAGS:
-      rest.append(item)
-      if item.startswith("--") and not equals:
-        rest += [word for word in [next(items, None)] if word is not None]
-    else:
-      value = value if equals else next(items, "")
-      kind, _, least = FLAGS[name]
-      try:
-        values[name] = kind(value)
-      except ValueError:
-        raise UserError(f"--{name}={value}: expected a {'whole ' * (kind is int)}number") from None
-      if not value or kind is not str and not least <= values[name] < 1e12:
-        raise UserError(
-          f"--{name}={value}: expected {'something' if kind is str else f'{least:g} or more'}; {USAGE}"
-        )
-  if not values["topology"]:
-    raise UserError(f"--topology is missing; {USAGE}")
-  if values["utilization"] > 1:
-    raise UserError(f"--utilization={values['utilization']:g}: a share of the peak, at most 1")
-  return values, rest
+class _Parser(argparse.ArgumentParser):
+  def error(self, message: str) -> NoReturn:
+    raise UserError(f"{message}; {USAGE}")
 
 
-def compile_apart(where: topology.Topology, asked: dict[str, Any]) -> dict[str, Any]:
-  """`compile_step` in a process of its own.
+def _number(kind: type, least: float, most: float = 1e12) -> Callable[[str], Any]:
+  """Returns a converter for argparse that accepts numbers from `least` to `most`."""
+
+  def convert(text: str) -> Any:
+    try:
+      value = kind(text)
+    except ValueError:
+      value = None
+    if value is None or not least <= value <= most:
+      what = "an integer" if kind is int else "a number"
+      raise argparse.ArgumentTypeError(f"{text!r}: expected {what} from {least:g} to {most:g}")
+    return value
+
+  return convert
+
+
+def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+  """Parses the flags of this command; returns them and the rest, which is for `config.parse_args`.
 
   Raises:
-    UserError: what it raised, or that it died.
+    UserError: a flag has no value, or one of the wrong type or range; or there is no topology.
   """
-  command = [sys.executable, "-m", "beit_jax.plan.compile"]
-  environment = {**os.environ, **topology.environment(where)}
-  done = subprocess.run(
-    command, input=json.dumps(asked), env=environment, capture_output=True, text=True, errors="replace"
+  parser = _Parser("python -m beit_jax.plan", USAGE.removeprefix("usage: "), __doc__, allow_abbrev=False)
+  parser.formatter_class = argparse.RawDescriptionHelpFormatter
+  add = parser.add_argument
+  add("--topology", required=True, help="the slice, such as v5e:16x16 or cpu:8")
+  add("--stage", help="the stage to plan (default: the one that computes most)")
+  add("--examples", type=_number(int, 1), help="number of training examples, if the data is not here")
+  add(
+    "--utilization",
+    type=_number(float, 0.01, 1),
+    default=0.4,
+    help="fraction of the peak that products reach",
   )
-  answers = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
+  add("--rate_per_core", type=_number(float, 1), default=500.0, help="images/s that one core can read")
+  add("--hbm_gib", type=_number(float, 0.001), help="memory of a device, instead of the published figure")
+  add("--tries", type=_number(int, 0), default=6, help="settings to compile if the given one does not fit")
+  add("--json", action="store_true", help="print the plan as one JSON object")
+  return parser.parse_known_args(argv)
+
+
+def compile_in_subprocess(slice_: topology.Topology, request: dict[str, Any]) -> dict[str, Any]:
+  """Runs `compile.compile_step` in a process of its own.
+
+  Raises:
+    UserError: the message of the process, or that it died.
+  """
+  done = subprocess.run(
+    [sys.executable, "-m", "beit_jax.plan.compile"],
+    input=json.dumps(request),
+    env={**os.environ, **topology.environment(slice_)},
+    capture_output=True,
+    text=True,
+    errors="replace",
+  )
+  answers = [line for line in done.stdout.splitlines() if line.startswith(ANSWER)]
   if answers:
-    answer = json.loads(answers[-1].removeprefix(MARK))
+    answer = json.loads(answers[-1].removeprefix(ANSWER))
     if "error" in answer:
       raise UserError(answer["error"])
     return answer
   if done.returncode < 0:
+    reason = ": this machine has too little memory for it" if done.returncode == -9 else ""
     raise UserError(
-      f"the compiler was ended by signal {-done.returncode}"
-      + (": this machine has too little memory for it" if done.returncode == -9 else "")
-      + "; compile for fewer chips, or with --config.model.scan=True, which makes the program smaller"
+      f"the compiler was ended by signal {-done.returncode}{reason}; compile for fewer chips, or with "
+      "--config.model.scan=True, which makes the program smaller"
     )
-  said = [line for line in done.stderr.splitlines() if line.strip()]
-  raise UserError(f"the compiler failed ({done.returncode}): {' / '.join(said[-3:])[-1500:]}")
+  lines = [line for line in done.stderr.splitlines() if line.strip()]
+  raise UserError(f"the compiler failed ({done.returncode}): {' / '.join(lines[-3:])[-1500:]}")
 
 
-def make(values: dict[str, Any], spec: str, overrides: list[tuple[str, Any]]) -> dict[str, Any]:
-  """The plan of a setting, and of others when it does not fit."""
-  where = topology.parse(values["topology"])
-  chip = where.chip
-  hbm = values["hbm_gib"] * topology.GIB if values["hbm_gib"] else chip.hbm / chip.devices if chip else None
+def make(options: argparse.Namespace, spec: str, overrides: list[tuple[str, Any]]) -> dict[str, Any]:
+  """Plans the given setting and, if it does not fit, other settings.
 
-  def look(more: list[tuple[str, Any]]) -> dict[str, Any]:
-    asked = dict(spec=spec, overrides=[*overrides, *more], topology=where.name)
-    found = compile_apart(where, asked | {key: values[key] for key in ("stage", "examples")})
+  Args:
+    options: see `parse_args`.
+    spec: the config file and its variant.
+    overrides: dotted config keys and their values.
+
+  Raises:
+    UserError: the given setting cannot be planned.
+  """
+  slice_ = topology.parse(options.topology)
+  chip = slice_.chip
+  hbm = options.hbm_gib * topology.GIB if options.hbm_gib else chip.hbm / chip.devices if chip else None
+
+  def compile_with(stage: str | None, more: list[tuple[str, Any]]) -> dict[str, Any]:
+    request = dict(spec=spec, overrides=[*overrides, *more], topology=slice_.name)
+    found = compile_in_subprocess(slice_, request | dict(stage=stage, examples=options.examples))
     found["fits"] = found["fits"] and (hbm is None or found["memory"]["peak"] <= hbm)
     return found
 
-  found, tried = look([]), []
-  if not found["fits"]:
-    for setting in search.settings(found, hbm):
-      if len(tried) >= values["tries"]:
-        break
-      prefix = f"{found['stage']}." if found["stage"] else ""
-      flags = search.flags(found["stage"], setting)
-      try:
-        other = look([(prefix + key, value) for key, value in setting.items()])
-      except UserError as error:
-        print(f"{' '.join(flags)} cannot be planned: {error}", file=sys.stderr)
-        continue
-      tried.append(dict(flags=flags, fits=other["fits"], peak=other["memory"].get("peak")))
-      if other["fits"]:
-        break
+  found = compile_with(options.stage, [])
+  tried: list[dict[str, Any]] = []
+  stage = found["stage"]
+  for setting in search.settings(found, hbm) if hbm and not found["fits"] else ():
+    if len(tried) >= options.tries or (tried and tried[-1]["fits"]):
+      break
+    flags, prefix = search.flags(stage, setting), f"{stage}." if stage else ""
+    try:
+      other = compile_with(stage or None, [(prefix + key, value) for key, value in setting.items()])
+    except UserError as error:
+      print(f"{' '.join(flags)} cannot be planned: {error}", file=sys.stderr)
+      continue
+    tried.append(dict(flags=flags, fits=other["fits"], peak=other["memory"].get("peak")))
   limit = found["memory"].pop("limit", None)
+  packages = ("jax",) if chip is None else ("jax", "libtpu")
   roof = None
   if "collectives" in found:
-    roof = roofline.estimate(found, where, values["utilization"], values["rate_per_core"])
+    roof = roofline.estimate(found, slice_, options.utilization, options.rate_per_core)
   return dict(
     config=spec,
-    topology=where.name,
-    chips=where.chips,
-    hosts=where.hosts,
+    topology=slice_.name,
+    chips=slice_.chips,
+    hosts=slice_.hosts,
     fits=found["fits"],
-    hbm=values["hbm_gib"] and hbm or limit or hbm,
+    hbm=hbm if options.hbm_gib else limit or hbm,
     found=found,
     xla_counts="loops" in found and not found["loops"] and bool(found["xla"]["flops"]),
     roofline=roof,
     tried=tried,
-    compiler=_versions(where),
+    compiler=", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages),
   )
-
-
-def _versions(where: topology.Topology) -> str:
-  names = ("jax",) if where.kind == "cpu" else ("jax", "libtpu")
-  return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
 
 
 def main(argv: list[str]) -> int:
   try:
-    values, rest = take_flags(argv)
-    try:
-      spec, workdir, overrides = config_lib.parse_args(rest)
-    except UserError as error:
-      raise UserError(str(error).replace(config_lib.USAGE, USAGE)) from None
+    options, rest = parse_args(argv)
+    spec, workdir, overrides = config_lib.parse_args(rest, USAGE)
     if workdir:
-      raise UserError("--workdir: a plan writes nothing; leave it out")
-    plan = make(values, spec, overrides)
+      raise UserError("--workdir: a plan writes nothing; remove this flag")
+    plan = make(options, spec, overrides)
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
   except KeyboardInterrupt:
     print("stopped", file=sys.stderr)
     return 130
-  print(json.dumps(plan) if values["json"] else report.text(plan, topology.parse(values["topology"])))
+  print(json.dumps(plan) if options.json else report.text(plan, topology.parse(options.topology)))
   return 0 if plan["fits"] else 2
 
 

@@ -1,7 +1,8 @@
-"""A run's training step with nothing behind it: no data, no tokenizer, no chips; shapes and shardings only."""
+"""The training step of a run as shapes and shardings; it needs no data, no tokenizer and no chips."""
 
 import functools
-import math
+import re
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -9,20 +10,18 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from beit_jax import train
-from beit_jax.config import parse as config_lib
 from beit_jax.data import sources
 from beit_jax.errors import UserError
-from beit_jax.models.dvae import Dvae
-from beit_jax.objectives import Objective
-from beit_jax.objectives.base import module_fields
-from beit_jax.objectives.encoder import encoder_fields
+from beit_jax.objectives import OBJECTIVES
+from beit_jax.objectives.base import Loader, PyTree
+from beit_jax.objectives.stages import Stage
 from beit_jax.run import state as train_state
 from beit_jax.runtime import sharding
 from beit_jax.step import make_train_step
 from beit_jax.weights import io as weights_io
-from beit_jax.weights.pretrained import Pretrained, make_module
+from beit_jax.weights.pretrained import Pretrained
 
-# (examples, classes) of the training split of data sets that recipes name; classes 0: label maps.
+# Examples and classes of the training split of the data sets that the recipes name; 0 classes: label maps.
 KNOWN: dict[str, tuple[int, int]] = {
   "imagenet2012": (1_281_167, 1000),
   "imagenet21k": (14_197_122, 21_843),
@@ -33,8 +32,8 @@ KNOWN: dict[str, tuple[int, int]] = {
 }
 
 
-class Source(sources.Source):
-  """Stands in for data that is not here: so many examples and classes, and no images."""
+class PlannedSource(sources.Source):
+  """Stands in for data that is not here: it has a length and classes, but no images."""
 
   def __init__(self, examples: int, num_classes: int, has_labels: bool):
     self.num_classes, self.has_labels = num_classes, has_labels
@@ -46,76 +45,67 @@ class Source(sources.Source):
     return self._examples
 
   def __getitem__(self, index: int) -> sources.Example:
-    raise NotImplementedError("a plan reads no examples")
+    raise IndexError(f"example {index} of data that is not here")
 
 
-def make_source(config: ConfigDict, examples: int | None) -> Source:
-  """The stand-in for a run's training data: `examples`, else the data where it is prepared, else `KNOWN`.
+def make_source(config: ConfigDict, examples: int | None) -> sources.Source:
+  """Returns the training data of a run, or a stand-in for it.
+
+  Args:
+    config: the run.
+    examples: the number of examples; None asks the data or, if it is not here, `KNOWN`.
 
   Raises:
-    UserError: nobody knows how many examples there are.
+    UserError: the number of examples is not known.
   """
-  data, classes, found = config.data, 0, examples
+  data = config.data
+  name = re.split("[/:]", data.name)[0].lower()
+  known, classes = KNOWN.get(name, (0, 0))
   if examples is None:
     try:
-      real = sources.make_source(data.to_dict())
-      return Source(len(real), real.num_classes, real.has_labels)
+      return sources.make_source(data.to_dict())
     except (UserError, OSError, ImportError) as error:
-      name = data.name.split("/")[0].split(":")[0].lower()
-      if name not in KNOWN or data.split != "train":
+      if not known or data.split != "train":
+        reason = str(error)[:200]
         raise UserError(
-          f"the data is not here, so say how many examples it has: --examples=N ({str(error)[:200]})"
+          f"the data is not here; give its number of examples: --examples=N ({reason})"
         ) from None
-      found, classes = KNOWN[name]
-      found = max(round(found * data.fraction), 1)
-  else:
-    classes = KNOWN.get(data.name.split("/")[0], (0, 0))[1]
+      examples = max(round(known * data.fraction), 1)
+  labels = OBJECTIVES[config.objective].labels if data.label_key else "none"
   classes = data.num_classes or config.model.get("num_classes") or classes or 1000
-  labelled = config.objective != "beit" and config.objective != "dvae" and bool(data.label_key)
-  return Source(found, 0 if config.objective == "segment" or not labelled else classes, labelled)
+  return PlannedSource(examples, classes if labels == "class" else 0, labels != "none")
 
 
-def _stand_in(config: ConfigDict, stages: dict[str, ConfigDict], path: str) -> Pretrained:
-  """The frozen part that another stage will have made: its module, and shapes for its parameters."""
-  stage = stages.get(path.removeprefix("stage:")) if path.startswith("stage:") else None
-  if path.startswith("stage:") and stage is None:
-    raise UserError(f"{path!r} names no stage; there are {', '.join(stages)}")
-  data = config.data
-  if stage is None or stage.objective == "dvae":
-    if stage is not None and stage.init_from:
-      return weights_io.load(stage.init_from)
-    fields = {name: stage.model[name] for name in module_fields(Dvae)} if stage else {}
-    kind, size = "tokenizer", config_lib.pair(data.token_image_size, "data.token_image_size")
-  else:
-    size = config_lib.pair(data.image_size, "data.image_size")
-    kind, fields = "mim", dict(encoder=encoder_fields(stage.model, size, pretrain=True))
-  module = make_module(kind, fields)
-  image = jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
-  params = jax.eval_shape(module.init, jax.random.key(0), image)["params"]
-  look = {name: data[name] for name in ("mean", "std", "crop_pct", "interpolation", "resize")}
-  return Pretrained(kind, params, module, look | {"image_size": size}, {"path": path})
+def loader(needed: Iterable[Stage]) -> Loader:
+  """Returns a loader of frozen models that gives shapes in place of the parameters that other stages will make.
 
+  Args:
+    needed: stages that have not run yet.
+  """
+  stages = {str(stage.folder): stage for stage in needed}
 
-def batch_shapes(objective: Objective, source: Any, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-  """The global batch of a training step, as `data.pipeline` makes it."""
-  shape = lambda shape, dtype: jax.ShapeDtypeStruct((batch_size, *shape), dtype)
-  common = {"example_key": shape((2,), jnp.uint32), "valid": shape((), bool)}
-  if objective.kind == "segmenter":
-    image, label = shape((*objective.image_size, 3), jnp.uint8), shape(objective.image_size, jnp.uint8)
-    return {"image": image, "label_map": label, **common}
-  views = {name: shape((*size, 3), jnp.uint8) for name, (size, _) in objective.views().items()}
-  if objective.kind == "mim" and objective.config.tokenizer.cache:
-    del views["token_image"]
-    views["targets"] = shape((math.prod(objective.grid_size),), jnp.uint16)
-  return views | common | ({"label": shape((), jnp.int32)} if source.num_classes else {})
+  def load(path: str) -> Pretrained:
+    stage = stages.get(path)
+    return weights_io.load(path) if stage is None else stage.objective.expected_result(stage.config)
+
+  return load
 
 
 class Step(NamedTuple):
-  """A jitted training step and its arguments as shapes with shardings; `frozen`: what takes part untrained."""
+  """A jitted training step, and its arguments as shapes with shardings.
+
+  Attributes:
+    function: the very function that `train.run` jits.
+    state: its `TrainState`.
+    frozen: arrays that take part but are not trained.
+    batch: the global batch.
+    plan: see `train.prepare`.
+    mesh: of the devices.
+  """
 
   function: Any
-  state: Any
-  frozen: Any
+  state: train_state.TrainState
+  frozen: PyTree
   batch: dict[str, jax.ShapeDtypeStruct]
   plan: train.Plan
   mesh: jax.sharding.Mesh
@@ -125,47 +115,42 @@ class Step(NamedTuple):
       return self.function.trace(self.state, self.frozen, self.batch)
 
 
-def make_step(
-  config: ConfigDict, stages: dict[str, ConfigDict], devices: list[Any], examples: int | None = None
-) -> Step:
-  """The training step of one run, the very function that `train.run` jits, for devices that need not exist.
+def make_step(stage: Stage, devices: list[Any], examples: int | None = None) -> Step:
+  """Builds the training step of one run for devices that need not exist.
 
   Args:
-    config: the run; `stages`: the others of its config by name, for the frozen parts that they make.
+    stage: the run.
+    devices: of the slice.
+    examples: see `make_source`.
 
   Raises:
-    UserError: as `train.prepare`.
+    UserError: see `train.prepare`.
   """
+  config = stage.config
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
-  root = jax.random.key(config.seed)  # outside of the mesh, whose devices cannot hold it
-  load = lambda path: _stand_in(config, stages, path) if path.startswith("stage:") else weights_io.load(path)
-  if config.get("tokenizer") and config.tokenizer.init_from.startswith("stage:"):
-    name = config.tokenizer.init_from
-    config = config.copy_and_resolve_references()
-    config.tokenizer.init_from = f"result of {name}"
-    load = lambda path: _stand_in(config, stages, name)
+  root = jax.random.key(config.seed)  # outside the mesh, whose devices cannot hold arrays
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-    plan = train.prepare(config, mesh, make_source(config, examples), load)
+    plan = train.prepare(config, mesh, make_source(config, examples), loader(stage.uses.values()))
     objective, decay = plan.objective, config.optimizer.ema_decay
     init = functools.partial(objective.init, jax.random.fold_in(root, 0))
     _, shapes, shardings = train_state.abstract(init, plan.tx, mesh, ema=decay > 0)
-    frozen = _frozen(objective, mesh)
-  place = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+    frozen = jax.eval_shape(lambda: _zeros(objective.frozen_params(mesh)))
   everywhere, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+  batch = objective.batch_shapes(config.batch_size)
   return Step(
     make_train_step(objective, plan.tx, config.microbatches, root, shardings, decay),
-    jax.tree.map(place, shapes, shardings),
-    jax.tree.map(lambda leaf: place(leaf, everywhere), frozen),
-    {
-      name: place(leaf, rows)
-      for name, leaf in batch_shapes(objective, plan.source, config.batch_size).items()
-    },
+    jax.tree.map(_place, shapes, shardings),
+    jax.tree.map(lambda leaf: _place(leaf, everywhere), frozen),
+    jax.tree.map(lambda leaf: _place(leaf, rows), batch),
     plan,
     mesh,
   )
 
 
-def _frozen(objective: Objective, mesh: jax.sharding.Mesh) -> Any:
-  if getattr(objective, "_loaded", 0) is None:  # a probe's random encoder
-    return {"encoder": jax.eval_shape(objective._init_encoder)}
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), objective.frozen_params(mesh))
+def _zeros(tree: PyTree) -> PyTree:
+  """Arrays in place of shapes, which `eval_shape` does not accept as results; it does not allocate them."""
+  return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree)
+
+
+def _place(leaf: Any, where: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)

@@ -1,13 +1,16 @@
-"""Reads a compiled program, XLA's text form: what its collectives move and how many FLOPs each device does.
+"""Reads the text of a compiled program (HLO): its collectives, its FLOPs and its main memory traffic.
 
-XLA's own count takes a loop's body once; here it counts as often as the loop runs, where the text says how often.
+The compiler's own figures (`cost_analysis`) are not enough: they count the body of a loop once and do not list
+collectives. Here a body counts as often as the loop runs, where the text tells the trip count.
 """
 
 import dataclasses
+import functools
 import math
 import re
+from collections.abc import Iterator
 
-KINDS = (
+COLLECTIVES = (
   "all-reduce",
   "all-gather",
   "reduce-scatter",
@@ -16,11 +19,25 @@ KINDS = (
   "collective-broadcast",
 )
 BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "f16": 2, "token": 0, "opaque": 0}
+CONTROL_FLOW = ("while", "call", "conditional")
+# These run a computation on single numbers, whose cost does not count.
+ELEMENT_WISE_CALLERS = (
+  "reduce",
+  "reduce-window",
+  "sort",
+  "scatter",
+  "map",
+  "select-and-scatter",
+  *COLLECTIVES,
+)
+NO_TRAFFIC = (
+  *("parameter", "tuple", "get-tuple-element", "bitcast", "constant", "after-all", "partition-id", "iota"),
+)
 COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
-PART = re.compile(r"[a-z]+\d*[a-z0-9]*\[[\d,]*\](?:\{[^}]*\})?")  # with its layout
-ON_CHIP = re.compile(r"S\([1-9]")
 SHAPE = re.compile(r"([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
+SHAPE_AND_LAYOUT = re.compile(r"[a-z]+\d*[a-z0-9]*\[[\d,]*\](?:\{[^}]*\})?")
+ON_CHIP = re.compile(r"S\([1-9]")  # a memory space other than main memory, part of a layout
 CALLED = re.compile(
   r"(?:calls|to_apply|condition|body|branch_computations|called_computations)=(?:\{([^}]*)\}|%?([\w.\-]+))"
 )
@@ -28,27 +45,66 @@ CALLED = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
+  """One line of a computation; `rest` holds everything after the opening parenthesis: operands, then attributes."""
+
   name: str
   shape: str
   opcode: str
-  rest: str  # operands and attributes
+  rest: str
   is_root: bool
+
+  @functools.cached_property
+  def operands(self) -> list[str]:
+    """The names of the operands, without those that the attributes mention."""
+    depth, end = 1, len(self.rest)
+    for position, letter in enumerate(self.rest):
+      depth += (letter in "({[") - (letter in ")}]")
+      if depth == 0:
+        end = position
+        break
+    return re.findall(r"%([\w.\-]+)", self.rest[:end])
+
+  @property
+  def called(self) -> list[str]:
+    """The computations that this instruction runs."""
+    if self.opcode in ELEMENT_WISE_CALLERS:
+      return []
+    names = ",".join(group or single for group, single in CALLED.findall(self.rest))
+    return [name.strip().lstrip("%") for name in names.split(",") if name.strip()]
+
+  @property
+  def collective(self) -> str | None:
+    """The kind of collective that this instruction runs or starts."""
+    return next((kind for kind in COLLECTIVES if self.opcode in (kind, f"{kind}-start")), None)
+
+
+Computation = dict[str, Instruction]  # by the instruction's name, in the order of the text
 
 
 @dataclasses.dataclass
 class Moved:
-  """Of one kind of collective: how many run in a step; bytes that a device puts in (of a gather: gets out)."""
+  """Collectives of one kind in one step of one device.
+
+  Attributes:
+    count: how many run.
+    bytes: what the device puts in (for an all-gather: what it gets out).
+    unknown: those of `count` that are inside a loop of unknown length; they count once.
+  """
 
   count: int = 0
   bytes: float = 0.0
-  unknown: int = 0  # of `count`, those in a loop of unknown length: counted once
+  unknown: int = 0
 
 
 @dataclasses.dataclass
 class Program:
-  """Of one device in a step. `flops`: products and convolutions; `loops`: trip counts of the loops that have some.
+  """One step of one device.
 
-  `traffic`: bytes read from and written to main memory; what TPUs keep on the chip (memory space 1) is left out.
+  Attributes:
+    collectives: by kind.
+    flops: of matrix products and convolutions.
+    traffic: bytes read from and written to main memory; what TPUs keep on the chip (memory space 1) is left out.
+    loops: the trip counts of loops that contain matrix products; 0 for an unknown one.
   """
 
   collectives: dict[str, Moved]
@@ -57,259 +113,256 @@ class Program:
   loops: tuple[int, ...]
 
 
-def size(shape: str) -> float:
-  """Bytes of a shape in text form, of all parts of a tuple."""
-  return sum(_width(kind) * math.prod(_sides(sides)) for kind, sides in SHAPE.findall(shape))
+def read(text: str) -> Program:
+  """Counts what one device does in one step.
+
+  Args:
+    text: the result of `compiled.as_text()`.
+  """
+  entry, computations = parse(text)
+  flops, traffic = 0, 0.0
+  trip_counts: set[int] = set()
+  # Key -> (times it runs, all loops around it have a known length, kind, bytes).
+  collectives: dict[str, tuple[int, bool, str, float]] = {}
+  for name, instruction, loops, in_fusion in _walk(entry, computations):
+    computation, times = computations[name], math.prod(trips or 1 for trips in loops)
+    if work := _flops(instruction, computation):
+      flops += times * work
+      trip_counts.update(loops)
+    if not in_fusion and instruction.opcode not in CONTROL_FLOW:
+      traffic += times * _traffic(instruction, computation, computations)
+    if instruction.collective is not None:
+      # A TPU runs a collective in pieces that share a channel, between fusions that compute, some of them in a loop.
+      channel = re.search(r"channel_id=(\d+)", instruction.rest)
+      key = channel.group(1) if channel else f"{name} {instruction.name}"
+      piece = (times, all(loops), _kind(instruction, name), _bytes(instruction, computation))
+      collectives[key] = min(collectives.get(key, piece), piece)
+  moved: dict[str, Moved] = {}
+  for times, known, kind, each in collectives.values():
+    total = moved.setdefault(kind, Moved())
+    total.count += times
+    total.bytes += times * each
+    total.unknown += 0 if known else times
+  return Program(dict(sorted(moved.items())), flops, traffic, tuple(sorted(trip_counts)))
 
 
-def _sides(text: str) -> list[int]:
-  return [int(n) for n in text.split(",") if n]
-
-
-def _width(kind: str) -> float:
-  if kind in BYTES:
-    return BYTES[kind]
-  bits = re.match(r"[a-z]+(\d+)", kind)
-  return int(bits.group(1)) / 8 if bits else 0
-
-
-def parse(text: str) -> tuple[str, dict[str, list[Instruction]]]:
-  """(name of the entry, computations by name)."""
-  entry, name, computations = "", "", {}
+def parse(text: str) -> tuple[str, dict[str, Computation]]:
+  """Returns the name of the entry computation, and all computations by name."""
+  entry, name = "", ""
+  computations: dict[str, Computation] = {}
   for line in text.splitlines():
     if line and not line[0].isspace():
       head = COMPUTATION.match(line)
       name = head.group(2) if head else ""
       if head:
-        computations[name] = []
+        computations[name] = {}
         entry = name if head.group(1) else entry
       continue
     found = INSTRUCTION.match(line) if name else None
     if found:
       root, own, shape, opcode, rest = found.groups()
-      computations[name].append(Instruction(own, shape, opcode, rest, bool(root)))
+      computations[name][own] = Instruction(own, shape, opcode, rest, bool(root))
   return entry, computations
 
 
-def read(text: str) -> Program:
-  """The collectives and the FLOPs of one step of one device, out of `compiled.as_text()`."""
-  entry, computations = parse(text)
-  moved: dict[str, Moved] = {}
-  pieces: dict[str, tuple[int, bool, str, float]] = {}  # times, known, kind, bytes of each collective
-  loops: set[int] = set()
-  flops: dict[str, int] = {}
-  traffic: dict[str, float] = {}
+def _walk(
+  name: str, computations: dict[str, Computation], loops: tuple[int, ...] = (), in_fusion: bool = False
+) -> Iterator[tuple[str, Instruction, tuple[int, ...], bool]]:
+  """Yields every instruction of a computation and of those it calls; the call graph of HLO has no cycles.
 
-  def work(name: str) -> int:
-    """FLOPs of one call of a computation."""
-    if name not in flops:
-      flops[name] = 0  # XLA's call graph has no cycles
-      shapes = {i.name: i.shape for i in computations.get(name, ())}
-      total = 0
-      for i in computations.get(name, ()):
-        if i.opcode in ("dot", "convolution"):
-          total += _product(i, shapes) if i.opcode == "dot" else _convolution(i, shapes)
-        inner = sum(map(work, _called(i)))
-        trips = _trips(i, computations) if i.opcode == "while" else 1
-        if i.opcode == "while" and inner:
-          loops.add(trips or 0)
-        total += inner * (trips or 1)
-      flops[name] = total
-    return flops[name]
+  Args:
+    name: the computation.
+    loops: the trip counts of the loops around it, 0 where unknown.
+    in_fusion: whether it is part of a fusion, whose intermediate results do not reach main memory.
 
-  def move(name: str, times: int, known: bool) -> None:
-    shapes = {i.name: i.shape for i in computations.get(name, ())}
-    for i in computations.get(name, ()):
-      kind = next((k for k in KINDS if i.opcode in (k, f"{k}-start")), None)
-      if kind is not None:
-        channel = re.search(r"channel_id=(\d+)", i.rest)
-        piece = (times, known, _kind(kind, name, i), _bytes(kind, i, shapes))
-        # A TPU runs one in pieces, among fusions that compute meanwhile, and some of these in a loop that it outlasts.
-        key = channel.group(1) if channel else f"{name} {i.name}"
-        pieces[key] = min(pieces.get(key, piece), piece)
-        continue
-      trips = _trips(i, computations) if i.opcode == "while" else 1
-      for called in _called(i):
-        move(called, times * (trips or 1), known and trips is not None)
-
-  def touch(name: str) -> float:
-    """Main memory traffic of one call of a computation."""
-    if name not in traffic:
-      shapes = {i.name: i.shape for i in computations.get(name, ())}
-      total = 0.0
-      for i in computations.get(name, ()):
-        if i.opcode in ("while", "call", "conditional"):
-          total += sum(map(touch, _called(i))) * (_trips(i, computations) or 1 if i.opcode == "while" else 1)
-        else:
-          total += _traffic(i, shapes, computations)
-      traffic[name] = total
-    return traffic[name]
-
-  total = work(entry)
-  move(entry, 1, True)
-  for times, known, kind, each in pieces.values():
-    one = moved.setdefault(kind, Moved())
-    one.count += times
-    one.unknown += 0 if known else times
-    one.bytes += times * each
-  return Program(dict(sorted(moved.items())), total, touch(entry), tuple(sorted(loops)))
+  Yields:
+    The name of the instruction's computation, the instruction, and `loops` and `in_fusion` at that place.
+  """
+  for instruction in computations.get(name, {}).values():
+    yield name, instruction, loops, in_fusion
+    inner = (*loops, _trip_count(instruction, computations)) if instruction.opcode == "while" else loops
+    for called in instruction.called:
+      yield from _walk(called, computations, inner, in_fusion or instruction.opcode not in CONTROL_FLOW)
 
 
-def _called(i: Instruction) -> list[str]:
-  """Computations that an instruction runs; not those of a reduction, which work on single numbers."""
-  if i.opcode in ("reduce", "reduce-window", "sort", "scatter", "map", "select-and-scatter", *KINDS):
-    return []
-  names = [group or one for group, one in CALLED.findall(i.rest)]
-  return [name.strip().lstrip("%") for group in names for name in group.split(",") if name.strip()]
-
-
-def _trips(i: Instruction, computations: dict[str, list[Instruction]]) -> int | None:
-  """How often a loop runs; None where that depends on data."""
-  known = re.search(r'"known_trip_count":\{"n":"(\d+)"', i.rest)
+def _trip_count(loop: Instruction, computations: dict[str, Computation]) -> int:
+  """How often a loop runs; 0 where that depends on data."""
+  known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest)
   if known:
     return int(known.group(1))
-  # Loops that XLA makes of its own, of products with what is yet on its way: a counter from 0, nothing said of it.
-  condition, body = (
-    {j.name: j for j in computations.get(name.group(1), ())} if name else {}
-    for name in (re.search(rf"{role}=%?([\w.\-]+)", i.rest) for role in ("condition", "body"))
-  )
-  test = next((j for j in condition.values() if j.is_root and j.opcode == "compare"), None)
-  end = next((j for j in body.values() if j.is_root and j.opcode == "tuple"), None)
-  if test is None or end is None or "direction=LT" not in test.rest:
-    return None
-  counter, limit = (condition.get(name) for name in _operands(test))
-  place = (
-    re.search(r"index=(\d+)", counter.rest) if counter and counter.opcode == "get-tuple-element" else None
-  )
-  if place is None or _number(limit) is None:
-    return None
-  last = body.get(_operands(end)[int(place.group(1))])
-  steps = [_number(body.get(name)) for name in _operands(last)] if last and last.opcode == "add" else []
-  step = next((n for n in steps if n), None)
-  return -(-_number(limit) // step) if step else None
+  # Loops that the compiler adds, to overlap products with communication, have a counter from 0 and no annotation.
+  names = (re.search(rf"{role}=%?([\w.\-]+)", loop.rest) for role in ("condition", "body"))
+  condition, body = (computations.get(name.group(1), {}) if name else {} for name in names)
+  test, result = _root(condition), _root(body)
+  if test is None or result is None or "direction=LT" not in test.rest or result.opcode != "tuple":
+    return 0
+  counter, limit = (condition.get(name) for name in test.operands)
+  index = re.search(r"index=(\d+)", counter.rest) if counter else None
+  update = body.get(result.operands[int(index.group(1))]) if index else None
+  if update is None or update.opcode != "add":
+    return 0
+  step = max(_constant(body.get(name)) for name in update.operands)
+  return -(-_constant(limit) // step) if step else 0
 
 
-def _number(i: Instruction | None) -> int | None:
-  found = re.match(r"(\d+)\)", i.rest) if i and i.opcode == "constant" else None
-  return int(found.group(1)) if found else None
+def _root(computation: Computation) -> Instruction | None:
+  return next((instruction for instruction in computation.values() if instruction.is_root), None)
 
 
-def _kind(kind: str, computation: str, i: Instruction) -> str:
-  """TPUs have a reduce-scatter as an all-reduce whose result is cut up within one fusion."""
-  return "reduce-scatter" if kind == "all-reduce" and "all-reduce-scatter" in computation else kind
+def _constant(instruction: Instruction | None) -> int:
+  """The value of an integer constant, 0 for anything else."""
+  if instruction is None or instruction.opcode != "constant":
+    return 0
+  value = re.match(r"(\d+)\)", instruction.rest)
+  return int(value.group(1)) if value else 0
 
 
-def _operands(i: Instruction) -> list[str]:
-  depth, end = 1, len(i.rest)
-  for at, letter in enumerate(i.rest):
-    depth += (letter in "({[") - (letter in ")}]")
-    if depth == 0:
-      end = at
-      break
-  return re.findall(r"%([\w.\-]+)", i.rest[:end])
+def size(shape: str) -> float:
+  """Bytes of a shape in text form; of a tuple, the sum over its parts."""
+  return sum(_item_size(dtype) * math.prod(_integers(sides)) for dtype, sides in SHAPE.findall(shape))
 
 
-def _bytes(kind: str, i: Instruction, shapes: dict[str, str]) -> float:
-  """What one device puts in; of an all-gather what it gets out, the larger of the two."""
-  given = sum(size(shapes.get(name, "")) for name in _operands(i))
-  if kind == "all-gather":
-    return size(i.shape) - (given if i.opcode.endswith("-start") else 0)  # a start's shape has both
-  return given
+def _item_size(dtype: str) -> float:
+  if dtype in BYTES:
+    return BYTES[dtype]
+  bits = re.match(r"[a-z]+(\d+)", dtype)
+  return int(bits.group(1)) / 8 if bits else 0
 
 
-def _product(i: Instruction, shapes: dict[str, str]) -> int:
-  left = _shape(shapes[_operands(i)[0]])
-  axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", i.rest)
-  return 2 * math.prod(_shape(i.shape)) * math.prod(left[n] for n in _sides(axes.group(1) if axes else ""))
+def _integers(text: str) -> list[int]:
+  return [int(number) for number in text.split(",") if number]
 
 
-def _shape(text: str) -> list[int]:
-  return _sides(SHAPE.search(text).group(2))
+def _sides(shape: str) -> list[int]:
+  found = SHAPE.search(shape)
+  return _integers(found.group(2)) if found else []
 
 
-def _convolution(i: Instruction, shapes: dict[str, str]) -> int:
-  """As XLA counts: taps on padding and on the zeros of a dilation are no work (TPUs write batched products so)."""
-  image, kernel = (_shape(shapes[name]) for name in _operands(i)[:2])
-  out = _shape(i.shape)
-  numbers = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.rest).groups()
-  window = dict(re.findall(r"(\w+)=([\dx_\-]+)", (re.search(r"window=\{([^}]*)\}", i.rest) or ["", ""])[1]))
-  total = 2 * out[numbers[2].index("b")] * out[numbers[2].index("f")] * kernel[numbers[1].index("i")]
+def _shape(name: str, computation: Computation) -> str:
+  return computation[name].shape if name in computation else ""
+
+
+# Collectives.
+
+
+def _kind(instruction: Instruction, computation_name: str) -> str:
+  """TPUs write a reduce-scatter as an all-reduce and a slice of its result, within one fusion."""
+  kind = instruction.collective or ""
+  return "reduce-scatter" if kind == "all-reduce" and "all-reduce-scatter" in computation_name else kind
+
+
+def _bytes(instruction: Instruction, computation: Computation) -> float:
+  """What one device puts in; for an all-gather what it gets out, which is more."""
+  inputs = sum(size(_shape(name, computation)) for name in instruction.operands)
+  if instruction.collective == "all-gather":
+    # The shape of a start holds its inputs as well as its outputs.
+    return size(instruction.shape) - (inputs if instruction.opcode.endswith("-start") else 0)
+  return inputs
+
+
+# FLOPs.
+
+
+def _flops(instruction: Instruction, computation: Computation) -> int:
+  if instruction.opcode == "dot":
+    return _product(instruction, computation)
+  return _convolution(instruction, computation) if instruction.opcode == "convolution" else 0
+
+
+def _product(dot: Instruction, computation: Computation) -> int:
+  left = _sides(_shape(dot.operands[0], computation))
+  axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", dot.rest)
+  contracted = (left[axis] for axis in _integers(axes.group(1) if axes else ""))
+  return 2 * math.prod(_sides(dot.shape)) * math.prod(contracted)
+
+
+def _convolution(convolution: Instruction, computation: Computation) -> int:
+  """Counts as XLA does: taps on padding and on the zeros of a dilation are no work.
+
+  TPUs write batched products as such convolutions.
+  """
+  labels = re.findall(r"dim_labels=(\w+)_(\w+)->(\w+)", convolution.rest)[0]
+  operands = (_shape(name, computation) for name in convolution.operands[:2])
+  shapes = map(_sides, (*operands, convolution.shape))
+  image, kernel, out = (dict(zip(*pair, strict=True)) for pair in zip(labels, shapes, strict=True))
+  options = re.search(r"window=\{([^}]*)\}", convolution.rest)
+  window = re.findall(r"(\w+)=([\dx_\-]+)", options.group(1) if options else "")
+  total = 2 * out["b"] * out["f"] * kernel["i"]
   for axis in range(len(out) - 2):
-    place = lambda labels, axis=axis: labels.index(str(axis))
-    get = lambda key, default, axis=axis: window[key].split("x")[axis] if key in window else default
+    option = {name: value.split("x")[axis].split("_")[0] for name, value in window}
     total *= valid_positions(
-      image[place(numbers[0])],
-      kernel[place(numbers[1])],
-      out[place(numbers[2])],
-      stride=int(get("stride", 1)),
-      low=int(get("pad", "0_0").split("_")[0]),
-      dilation=int(get("lhs_dilate", 1)),
-      tap_dilation=int(get("rhs_dilate", 1)),
+      image[str(axis)],
+      kernel[str(axis)],
+      out[str(axis)],
+      stride=int(option.get("stride", 1)),
+      low=int(option.get("pad", 0)),
+      dilation=int(option.get("lhs_dilate", 1)),
+      tap_dilation=int(option.get("rhs_dilate", 1)),
     )
   return total
-
-
-FREE = ("parameter", "tuple", "get-tuple-element", "bitcast", "constant", "after-all", "partition-id", "iota")
-
-
-def _traffic(i: Instruction, shapes: dict[str, str], computations: dict[str, list[Instruction]]) -> float:
-  """Bytes that one instruction reads from and writes to main memory; of what is sliced, the slice."""
-  operands = _operands(i)
-  if i.opcode in FREE or i.opcode.endswith("-done"):
-    return 0.0
-  if i.opcode in ("copy-start", "slice-start"):  # from memory to chip, or back
-    parts = SHAPE.findall(i.shape)
-    moved = size("{}[{}]".format(*parts[0 if i.opcode == "copy-start" else -2]))
-    inside = any(ON_CHIP.search(part) for part in (i.shape, shapes.get(operands[0], "")))
-    return moved if inside else 2 * moved
-  given = [_in_memory(shapes.get(name, "")) for name in operands]
-  made = _in_memory(i.shape)
-  if i.opcode == "dynamic-slice":
-    return 2 * made
-  if i.opcode == "dynamic-update-slice":
-    return 2 * given[1]
-  if i.opcode == "fusion":
-    for called in _called(i):
-      given, made = _of_fusion(computations.get(called, []), given, made)
-  return sum(given) + made
-
-
-def _of_fusion(body: list[Instruction], given: list[float], made: float) -> tuple[list[float], float]:
-  """Operands of which a fusion reads slices only, and a result of which it writes one, in place."""
-  given = list(given)
-  shapes = {i.name: i.shape for i in body}
-  users: dict[str, list[Instruction]] = {}
-  for i in body:
-    for name in _operands(i):
-      users.setdefault(name, []).append(i)
-  for i in body:
-    number = re.match(r"(\d+)\)", i.rest) if i.opcode == "parameter" else None
-    uses = users.get(i.name, [])
-    first = [use for use in uses if _operands(use)[0] == i.name]
-    if number and uses == first and uses and given[int(number.group(1))]:
-      if all(use.opcode == "dynamic-slice" for use in uses):
-        given[int(number.group(1))] = sum(size(use.shape) for use in uses)
-      elif all(use.opcode == "dynamic-update-slice" for use in uses):
-        given[int(number.group(1))] = 0.0
-  root = next((i for i in body if i.is_root), None)
-  if root is not None and root.opcode == "dynamic-update-slice" and made:
-    made = size(shapes.get(_operands(root)[1], ""))
-  return given, made
-
-
-def _in_memory(shape: str) -> float:
-  """Bytes of the parts of a shape that lie in main memory."""
-  return sum(size(part) for part in PART.findall(shape) if not ON_CHIP.search(part))
 
 
 def valid_positions(
   side: int, taps: int, places: int, *, stride: int, low: int, dilation: int = 1, tap_dilation: int = 1
 ) -> int:
-  """Pairs of an output place and a tap that meet a real input, along one axis of a convolution."""
+  """Counts the pairs of an output place and a kernel tap that meet a real input, along one axis of a convolution."""
   total = 0
   for tap in range(taps):
     first = tap * tap_dilation - low
     for place in range(places):
-      where = place * stride + first
-      total += 0 <= where <= (side - 1) * dilation and where % dilation == 0
+      position = place * stride + first
+      total += 0 <= position <= (side - 1) * dilation and position % dilation == 0
   return total
+
+
+# Main memory traffic.
+
+
+def _traffic(
+  instruction: Instruction, computation: Computation, computations: dict[str, Computation]
+) -> float:
+  """Bytes that one instruction reads from and writes to main memory; of an operand that is sliced, the slice."""
+  opcode, operands = instruction.opcode, instruction.operands
+  if opcode in NO_TRAFFIC or opcode.endswith("-done"):
+    return 0.0
+  if opcode in ("copy-start", "slice-start"):  # from main memory to the chip, or back
+    parts = SHAPE.findall(instruction.shape)
+    moved = size("{}[{}]".format(*parts[0 if opcode == "copy-start" else -2]))
+    ends = (instruction.shape, _shape(operands[0], computation))
+    return moved if any(ON_CHIP.search(shape) for shape in ends) else 2 * moved
+  inputs = [_in_main_memory(_shape(name, computation)) for name in operands]
+  output = _in_main_memory(instruction.shape)
+  if opcode == "dynamic-slice":
+    return 2 * output
+  if opcode == "dynamic-update-slice":
+    return 2 * inputs[1]
+  if opcode == "fusion":
+    for called in instruction.called:
+      inputs, output = _fusion_traffic(computations.get(called, {}), inputs, output)
+  return sum(inputs) + output
+
+
+def _fusion_traffic(body: Computation, inputs: list[float], output: float) -> tuple[list[float], float]:
+  """Corrects the bytes of inputs of which a fusion reads only slices, and of an output that it updates in place."""
+  inputs = list(inputs)
+  users: dict[str, list[Instruction]] = {}
+  for instruction in body.values():
+    for name in instruction.operands:
+      users.setdefault(name, []).append(instruction)
+  for parameter in (i for i in body.values() if i.opcode == "parameter"):
+    number, uses = int(parameter.rest.split(")")[0]), users.get(parameter.name, [])
+    if not uses or not inputs[number] or any(use.operands[0] != parameter.name for use in uses):
+      continue
+    if all(use.opcode == "dynamic-slice" for use in uses):
+      inputs[number] = sum(size(use.shape) for use in uses)
+    elif all(use.opcode == "dynamic-update-slice" for use in uses):
+      inputs[number] = 0.0
+  root = _root(body)
+  if root is not None and root.opcode == "dynamic-update-slice" and output:
+    output = size(_shape(root.operands[1], body))
+  return inputs, output
+
+
+def _in_main_memory(shape: str) -> float:
+  """Bytes of those parts of a shape that are in main memory."""
+  return sum(size(part) for part in SHAPE_AND_LAYOUT.findall(shape) if not ON_CHIP.search(part))

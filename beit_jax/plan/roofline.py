@@ -1,42 +1,45 @@
-"""What a compiled step means in time: seconds a step, days a run, images a second that the input must supply."""
+"""Estimates the time of a compiled step, the days of a run, and the images per second that the input must supply."""
 
 import math
 from typing import Any
 
 from beit_jax.plan.topology import Topology
 
-WIRE = {"all-reduce": 2.0}  # a ring sends every byte twice (reduce, then gather), of the others once
+RING_PASSES = {
+  "all-reduce": 2.0
+}  # a ring sends every byte twice (reduce, then gather); other collectives once
 SPARE_CORES = 4  # of a host, for the process that drives the chips
 
 
 def estimate(
-  found: dict[str, Any], where: Topology, utilization: float, rate: float
+  found: dict[str, Any], topology: Topology, utilization: float, rate: float
 ) -> dict[str, Any] | None:
-  """Of the result of `compile_step`; None for devices without published numbers.
+  """Estimates how long a step takes: as long as the slowest of compute, main memory and links between chips.
+
+  Main memory and links run at their full bandwidth. Latency, waiting for data, evaluation and checkpoints are left out.
 
   Args:
-    utilization: share of the peak at which products run.
+    found: a result of `compile.compile_step`.
+    topology: the slice.
+    utilization: the fraction of the peak at which matrix products run.
     rate: images/s that one core of a host can read, decode and crop.
 
-  A step takes as long as the slowest of three: products at that share of the peak, and what is moved to and from main
-  memory, or over the links between chips, at their full bandwidth. Latency, waiting for data, evaluation and
-  checkpoints are left out.
+  Returns:
+    The estimate, or None for devices without published numbers.
   """
-  chip = where.chip
+  chip = topology.chip
   if chip is None:
     return None
-  devices = math.prod(found["mesh"].values())
-  wire = sum(WIRE.get(kind, 1.0) * moved["bytes"] for kind, moved in found["collectives"].items())
+  num_devices = math.prod(found["mesh"].values())
+  sent = sum(RING_PASSES.get(kind, 1.0) * moved["bytes"] for kind, moved in found["collectives"].items())
   times = {
     "compute": found["flops_per_device"] * chip.devices / (chip.flops * utilization),
     "memory": found["traffic_per_device"] * chip.devices / chip.hbm_bandwidth,
-    "interconnect": wire * chip.devices / chip.ici if devices > 1 else 0.0,
+    "interconnect": sent * chip.devices / chip.ici if num_devices > 1 else 0.0,
   }
-  bound = max(times, key=times.get)
-  seconds = times[bound]
+  seconds, bound = max((seconds, name) for name, seconds in times.items())
   images = found["batch_size"] / seconds
-  hosts = where.hosts
-  workers = math.ceil(images / hosts / rate)
+  workers = math.ceil(images / topology.hosts / rate)
   return dict(
     seconds=times,
     bound=bound,
@@ -44,7 +47,7 @@ def estimate(
     images_per_second=images,
     days=found["total_steps"] * seconds / 86400,
     utilization=utilization,
-    hosts=hosts,
+    hosts=topology.hosts,
     rate_per_core=rate,
     workers_per_host=workers,
     cores_per_host=chip.cores,

@@ -1,44 +1,48 @@
-"""Settings that take less memory, in the order in which they cost speed or change least."""
+"""Settings that need less memory, in the order in which to try them: the cheapest in speed first."""
 
 import itertools
 from collections.abc import Iterator
 from typing import Any
 
 Setting = dict[str, Any]  # dotted config key of the stage -> value
-ROOM = 0.9  # of the memory, which the state alone may take for a setting to be tried
+MAX_STATE = (
+  0.9  # the share of the memory that the state and gradients may take for a setting to be worth compiling
+)
 
 
-def settings(found: dict[str, Any], hbm: float) -> Iterator[Setting]:
-  """What to try after a setting that does not fit, never making the effective batch another one.
+def settings(found: dict[str, Any], memory: float) -> Iterator[Setting]:
+  """Yields what to try after a setting that does not fit; the effective batch stays the same.
 
-  Rematerialisation, then with layer scan, then with the state spread over 2, 4, ... devices, then with the batch in
-  parts. Where the state alone would not fit it is not worth compiling.
+  Rematerialization first, then a scan over the layers too, then also the state sharded over 2, 4, ... devices, and last
+  the batch in microbatches.
+
+  Args:
+    found: a result of `compile.compile_step`.
+    memory: bytes of one device.
   """
-  model, fsdp, parts = found["model"], found["mesh"]["fsdp"], found["microbatches"]
+  model, fsdp, microbatches = found["model"], found["mesh"]["fsdp"], found["microbatches"]
   num_devices = found["mesh"]["data"] * fsdp
-  start: Setting = {}
-  has_blocks = model.get("remat") is not None
+  setting: Setting = {}
   ladder: list[Setting] = []
-  if has_blocks and not model["remat"]:
-    start = start | {"model.remat": True}
-    ladder.append(start)
-  if has_blocks and not model["scan"]:
-    start = start | {"model.scan": True}
-    ladder.append(start)
+  for key in ("remat", "scan"):
+    if model.get(key) is False:  # a model without blocks has no such key
+      setting = setting | {f"model.{key}": True}
+      ladder.append(setting)
   for power in itertools.count(1):
     wider = fsdp * 2**power
-    if wider > num_devices or num_devices % wider:
+    if num_devices % wider:
       break
     fixed = {} if found["mesh_data"] == -1 else {"mesh.data": num_devices // wider}
-    ladder.append(start | {"mesh.fsdp": wider} | fixed)
-  last = ladder[-1] if ladder else start
-  most = found["batch_size"] // num_devices
-  ladder += [last | {"microbatches": parts * 2**n} for n in range(1, 6) if most % (parts * 2**n) == 0]
+    ladder.append(setting | {"mesh.fsdp": wider} | fixed)
+  setting = ladder[-1] if ladder else {}
+  rows = found["batch_size"] // num_devices
+  more = [microbatches * 2**power for power in range(1, 6)]
+  ladder += [setting | {"microbatches": parts} for parts in more if rows % parts == 0]
   for setting in ladder:
-    if found["state_bytes"] / setting.get("mesh.fsdp", fsdp) < ROOM * hbm:
+    if found["state_bytes"] / setting.get("mesh.fsdp", fsdp) < MAX_STATE * memory:
       yield setting
 
 
 def flags(stage: str, setting: Setting) -> list[str]:
-  """As they are written on the command line."""
+  """Writes a setting as flags of the command line."""
   return [f"--config.{stage + '.' if stage else ''}{key}={value}" for key, value in setting.items()]

@@ -1,7 +1,7 @@
-"""Slices of accelerators by name, and what one chip of each can do.
+"""Slices of accelerators by name, and the published numbers of their chips.
 
-A slice is "KIND:GRID", such as "v5e:16x16": the chips of that generation in a grid of two or three sides. libtpu knows
-it by the same name. "cpu:8" is eight pretended devices of this machine, for trying things out without libtpu.
+A slice is "KIND:GRID", such as "v5e:16x16": the chips of a generation in a grid of two or three sides, as libtpu
+names them. "cpu:8" is eight virtual CPU devices of this machine, which need no libtpu.
 """
 
 import difflib
@@ -16,22 +16,33 @@ GIB = 2.0**30
 
 
 class Chip(NamedTuple):
-  """Published numbers of one chip; `devices`: what JAX sees of it; bandwidths in bytes/s, `ici` one way, all links."""
+  """The published numbers of one chip.
 
-  flops: float  # peak of bfloat16 products, per second
-  hbm: float  # bytes
+  Attributes:
+    flops: peak of bfloat16 products, per second.
+    hbm: bytes of main memory.
+    hbm_bandwidth: bytes/s.
+    ici: bytes/s to other chips in one direction, all links together.
+    sides: of the grid of a slice, 2 or 3.
+    host: chips that one host drives.
+    cores: of one host, as its operating system counts them.
+    devices: JAX devices of one chip.
+  """
+
+  flops: float
+  hbm: float
   hbm_bandwidth: float
   ici: float
-  sides: int  # of a grid: 2 or 3
-  host: int  # chips that one host drives
-  cores: int  # of one host, as the system sees them
+  sides: int
+  host: int
+  cores: int
   devices: int = 1
 
 
 # Google Cloud, "TPU architecture" and the page of each generation ("Key chip specifications": peak compute per chip,
 # HBM capacity and bandwidth, interchip interconnect in Gbps, here / 8) and "TPU VM types" (chips and vCPUs of a host).
-# v4: JAX on a real v4 joins the two cores of a chip into one device ("megacore"); libtpu's description of a slice has
-# them apart, each with half of the memory, so that a plan for v4 is on the safe side.
+# v4: JAX on a real v4 joins the two cores of a chip into one device ("megacore"). libtpu's description of a slice keeps
+# them apart, each with half of the memory, so a plan for v4 is conservative.
 CHIPS: dict[str, Chip] = {
   "v4": Chip(275e12, 32 * GIB, 1228e9, 2400e9 / 8, 3, 4, 240, devices=2),
   "v5e": Chip(197e12, 16 * GIB, 819e9, 1600e9 / 8, 2, 4, 112),
@@ -41,12 +52,15 @@ CHIPS: dict[str, Chip] = {
 }
 ALIASES = {"v5lite": "v5e", "v5litepod": "v5e", "v5": "v5p", "v6": "v6e", "trillium": "v6e"}
 ALIASES |= {"v7": "tpu7x", "v7x": "tpu7x", "ironwood": "tpu7x"}
-MAX_CHIPS = 2**14
+MAX_CHIPS, MAX_CPU_DEVICES = 2**14, 64
+EXAMPLES = {1: "8", 2: "16x16", 3: "4x4x4"}  # by the number of sides
 LIBTPU = "pip install -e '.[plan]' (libtpu, which compiles for TPUs on a machine that has none)"
 
 
 class Topology(NamedTuple):
-  kind: str  # a key of CHIPS, or "cpu"
+  """A slice; `kind` is a key of `CHIPS`, or "cpu"."""
+
+  kind: str
   grid: tuple[int, ...]
 
   @property
@@ -71,79 +85,70 @@ class Topology(NamedTuple):
 
 
 def parse(text: str) -> Topology:
-  """ "v5e:16x16" -> Topology.
+  """Parses a name such as "v5e:16x16".
 
   Raises:
-    UserError: no such kind, or a grid that its slices cannot have.
+    UserError: the kind is unknown, or its slices cannot have this grid.
   """
-  kind, colon, sides = text.strip().lower().partition(":")
+  kind, _, sides = text.strip().lower().partition(":")
   kind = ALIASES.get(kind, kind)
   if kind not in CHIPS and kind != "cpu":
     near = difflib.get_close_matches(kind, [*CHIPS, "cpu"], 1)
-    raise UserError(
-      f"--topology={text}: {kind!r} is unknown; there are {', '.join(CHIPS)} and cpu"
-      + (f"; did you mean {near[0]!r}?" if near else "")
-    )
-  example = {"cpu": "cpu:8"}.get(
-    kind, f"{kind}:" + {2: "16x16", 3: "4x4x4"}[CHIPS.get(kind, CHIPS["v5e"]).sides]
-  )
-  if not re.fullmatch(r"\d{1,5}(x\d{1,5})*", sides):
-    raise UserError(f"--topology={text}: expected a kind and a grid of chips, such as {example}")
-  grid = tuple(map(int, sides.split("x")))
-  wanted = 1 if kind == "cpu" else CHIPS[kind].sides
-  if len(grid) != wanted:
-    raise UserError(
-      f"--topology={text}: a grid of {kind} has {wanted} side{'s' * (wanted > 1)}, such as {example}"
-    )
-  if not 0 < math.prod(grid) <= (64 if kind == "cpu" else MAX_CHIPS):
-    raise UserError(
-      f"--topology={text}: {math.prod(grid):,} chips are none or too many, expected such as {example}"
-    )
-  if kind != "cpu" and math.prod(grid) > 1 and (grid[0] % 2 or grid[1] % 2) and math.prod(grid) != 2:
-    raise UserError(
-      f"--topology={text}: a host has 2x2 chips, so the first two sides must be even, such as {example}"
-    )
-  return Topology(kind, grid)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise UserError(f"--topology={text}: unknown kind {kind!r}; choose from {', '.join(CHIPS)}, cpu{hint}")
+  num_sides, most = (1, MAX_CPU_DEVICES) if kind == "cpu" else (CHIPS[kind].sides, MAX_CHIPS)
+  grid = tuple(map(int, sides.split("x"))) if re.fullmatch(r"\d{1,5}(x\d{1,5})*", sides) else ()
+  topology = Topology(kind, grid)
+  problem = ""
+  if len(grid) != num_sides:
+    problem = f"a grid of {kind} has {num_sides} side{'s' * (num_sides > 1)}"
+  elif not 0 < topology.chips <= most:
+    problem = f"a slice has 1 to {most:,} chips, not {topology.chips:,}"
+  elif topology.chip and topology.chips > 2 and (grid[0] % 2 or grid[1] % 2):
+    problem = "a host has 2x2 chips, so the first two sides must be even"
+  if problem:
+    raise UserError(f"--topology={text}: {problem}, as in {kind}:{EXAMPLES[num_sides]}")
+  return topology
 
 
 def environment(topology: Topology) -> dict[str, str]:
-  """What a process that compiles for it needs in its environment; nothing of it can be set once JAX is up."""
-  # A program out of the compilation cache has no text and no memory analysis.
+  """Returns the environment variables for a process that compiles for a slice; JAX reads them when it starts."""
+  # A program from the compilation cache has no text and no memory analysis.
   common = {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "2", "JAX_ENABLE_COMPILATION_CACHE": "false"}
   if topology.kind == "cpu":
     return common | {"JAX_NUM_CPU_DEVICES": str(topology.num_devices)}
-  # Two processes with libtpu on one machine collide on a lock file, and there is no metadata server to ask.
-  quiet = {"TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3"}
-  return (
-    common
-    | quiet
-    | {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
-  )
+  return common | {
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TPU_SKIP_MDS_QUERY": "1",  # there is no metadata server to ask
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # two processes with libtpu would collide on a lock file
+    "TPU_WORKER_HOSTNAMES": "localhost",
+  }
 
 
 def devices(topology: Topology) -> list[Any]:
-  """The devices of a slice that need not exist: for shardings and compilation, not for arrays.
+  """Returns the devices of a slice that need not exist: they serve for shardings and compilation, not for arrays.
 
   Raises:
-    UserError: no libtpu, or it does not know the slice.
+    UserError: libtpu is not installed, or it does not know the slice.
   """
-  import jax  # here: the process that only asks has no use for it
+  import jax  # only the process that compiles needs it
 
   if topology.kind == "cpu":
     found = jax.devices("cpu")
     if len(found) < topology.num_devices:
-      raise UserError(f"--topology={topology.name}: this process has {len(found)} CPU devices")
+      raise UserError(f"--topology={topology.name}: this process has only {len(found)} CPU devices")
     return found[: topology.num_devices]
   if importlib.util.find_spec("libtpu") is None:
-    raise UserError(f"--topology={topology.name} needs {LIBTPU}; --topology=cpu:8 works without")
+    raise UserError(f"--topology={topology.name} needs {LIBTPU}; --topology=cpu:8 works without it")
   from jax.experimental import topologies
 
-  # Of a slice below a whole host not every libtpu knows the host (0.0.42 does not, 0.0.52 does).
+  # For a slice smaller than a host, not every libtpu knows the host's shape (0.0.42 does not, 0.0.52 does).
   host = [*(min(side, 2) for side in topology.grid[:2]), 1]
   bounds = {"chips_per_host_bounds": host} if topology.chips < 4 else {}
   try:
-    slice_ = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **bounds)
-    return list(slice_.devices)
+    description = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **bounds)
+    return list(description.devices)
   except Exception as error:  # libtpu's own, of a type that JAX does not export
     reason = str(error).strip().splitlines()[0][:300]
     raise UserError(f"--topology={topology.name}: libtpu does not know this slice ({reason})") from None

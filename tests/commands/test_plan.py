@@ -1,21 +1,25 @@
-"""Planning: slices by name, compiled programs read, FLOPs counted in three ways, plans of tiny runs."""
+"""Plans: names of slices, reading compiled programs, counting FLOPs in three ways, plans of tiny runs."""
 
+import functools
 import importlib.util
 import json
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
+from ml_collections import ConfigDict
 
 from beit_jax import masking
 from beit_jax.errors import UserError
-from beit_jax.models.beit import VARIANTS, BeitForMaskedImageModeling, preset_fields
+from beit_jax.models.beit import VARIANTS, Beit, BeitForMaskedImageModeling, preset_fields
 from beit_jax.models.dvae import Dvae
+from beit_jax.objectives import stages
 from beit_jax.plan import __main__ as plan
 from beit_jax.plan import abstract, flops, hlo, roofline, search, topology
 from beit_jax.plan import compile as compile_
@@ -27,7 +31,7 @@ LIBTPU = pytest.mark.skipif(
 )
 
 
-# Slices.
+# Names of slices.
 
 
 @pytest.mark.parametrize(
@@ -42,7 +46,7 @@ LIBTPU = pytest.mark.skipif(
     ("cpu:8", "cpu:8", 8, 1),
   ],
 )
-def test_slices_have_names(text, name, devices, hosts):
+def test_name_of_a_slice_is_parsed(text, name, devices, hosts):
   found = topology.parse(text)
   assert (found.name, found.num_devices, found.hosts) == (name, devices, hosts)
 
@@ -52,30 +56,30 @@ def test_slices_have_names(text, name, devices, hosts):
   [
     ("v5:e", "v5p:4x4x4"),
     ("v6x:4x4", "did you mean 'v6e'"),
-    ("h100:8", "there are v4, v5e"),
+    ("h100:8", "choose from v4, v5e"),
     ("v5e", "v5e:16x16"),
     ("v5e:16", "2 sides"),
     ("v5e:2x2x2", "2 sides"),
     ("v4:8x8", "3 sides"),
     ("v5e:3x4", "even"),
     ("v5e:4x3", "even"),
-    ("v5e:0x4", "none or too many"),
-    ("v5e:1000x1000", "too many"),
+    ("v5e:0x4", "1 to 16,384 chips, not 0"),
+    ("v5e:1000x1000", "1 to 16,384 chips, not 1,000,000"),
     ("cpu:4x4", "1 side,"),
-    ("cpu:100", "too many"),
+    ("cpu:100", "1 to 64 chips, not 100"),
   ],
 )
-def test_a_wrong_slice_is_named(text, said):
+def test_wrong_name_of_a_slice_is_explained(text, said):
   with pytest.raises(UserError, match="--topology=") as caught:
     topology.parse(text)
   assert said in str(caught.value)
 
 
-# Compiled programs.
+# Reading compiled programs.
 
 
-def test_a_loop_counts_as_often_as_it_runs():
-  """Eight devices: a product and an all-reduce in a loop of 5, and one gather outside."""
+def test_loop_body_counts_as_often_as_it_runs():
+  """Eight devices run a product and an all-reduce in a loop of 5, and one gather outside of it."""
   mesh = sharding.make_mesh(8, 1)
   rows, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
 
@@ -97,7 +101,7 @@ def test_a_loop_counts_as_often_as_it_runs():
   assert program.loops == (5,)
 
 
-def test_a_loop_of_unknown_length_is_said():
+def test_loop_of_unknown_length_is_reported():
   mesh = sharding.make_mesh(8, 1)
 
   def step(x):
@@ -166,10 +170,10 @@ ENTRY %main (x0: f32[8,128], w0: f32[6,128,128], g: bf16[64,128]) -> bf16[4,128]
 """
 
 
-def test_the_text_of_a_tpu_program():
-  """What the TPU compiler writes in its own way: products as convolutions, asynchronous pairs, cut-up all-reduces.
+def test_tpu_program_is_read():
+  """TPU programs have products written as convolutions, asynchronous pairs, and all-reduces whose result is sliced.
 
-  One collective in two pieces (one channel) counts once.
+  A collective in two pieces (which share a channel) counts once.
   """
   program = hlo.read(TPU_TEXT)
   assert program.flops == 6 * 2 * 8 * 128 * 128
@@ -178,19 +182,43 @@ def test_the_text_of_a_tpu_program():
   assert (scattered.count, scattered.bytes) == (1, 64 * 128 * 2)
   assert len(program.collectives) == 2
   square, rows = 128 * 128 * 4, 8 * 128 * 4
-  loop = 6 * (square + (rows + square) + square)  # a slice of w, not all of it; the start, the other piece
-  assert program.traffic == pytest.approx(
-    loop + rows + 64 * 128 * 2 + 4 * 128 * 2, abs=6 * 64
-  )  # and counters
+  loop = 6 * (square + (rows + square) + square)  # a slice of w, not all of it; the start; the other piece
+  total = loop + rows + 64 * 128 * 2 + 4 * 128 * 2
+  assert program.traffic == pytest.approx(total, abs=6 * 64)  # loop counters
 
 
-def test_a_batched_product_written_as_a_convolution():
-  """Batch entries as places of a dilated window: only the pairs that meet count."""
+def test_only_taps_that_meet_an_input_count():
+  """A batched product written as a convolution has its batch entries in a dilated window; then a padded one."""
   assert hlo.valid_positions(8, 8, 8, stride=7, low=0, dilation=8) == 8
   assert hlo.valid_positions(14, 3, 14, stride=1, low=1) == 14 * 3 - 2
 
 
-# FLOPs.
+# FLOPs. The formulas are independent of the count.
+
+
+def _encoder_flops(fields):
+  """Forward pass of a BEiT encoder for one image."""
+  patch, width, depth = fields["patch_size"], fields["width"], fields["depth"]
+  patches = math.prod(side // patch for side in fields["image_size"])
+  tokens, hidden = patches + 1, int(width * fields["mlp_ratio"])
+  embedding = 2 * patches * patch * patch * 3 * width
+  attention = depth * (2 * tokens * width * 4 * width + 2 * 2 * tokens * tokens * width)
+  mlp = depth * 2 * 2 * tokens * width * hidden
+  return dict(embedding=embedding, attention=attention, mlp=mlp)
+
+
+def _tokenizer_flops(pixels, *, hidden, blocks, groups, vocab_size):
+  """Forward pass of the encoder of a discrete VAE for one image."""
+  total, before = 2 * pixels * 7 * 7 * 3 * hidden, hidden
+  for group in range(groups):
+    width = hidden * 2**group
+    inner = width // 4
+    for _ in range(blocks):
+      kernels = 9 * before * inner + 9 * inner * inner + 9 * inner * inner + inner * width
+      total += 2 * pixels * (kernels + (before * width if before != width else 0))
+      before = width
+    pixels //= 4 if group < groups - 1 else 1
+  return total + 2 * pixels * before * vocab_size
 
 
 def _small(depth=2):
@@ -200,53 +228,76 @@ def _small(depth=2):
   return BeitForMaskedImageModeling(fields, 512), fields | dict(patch_size=16, mlp_ratio=4.0)
 
 
-def test_formulas_equal_the_count_of_the_trace():
+def test_count_equals_the_formulas():
   module, fields = _small()
   image, slots = jnp.zeros((2, 64, 64, 3)), jnp.zeros((2, 6), jnp.int32)
   variables = jax.eval_shape(module.init, jax.random.key(0), image)
-  apply = lambda v, x: module.apply(v, x, slots=slots)
-  formula = sum(flops.encoder(fields).values()) + flops.vocabulary_head(192, 6, 512)
-  assert flops.count(apply, variables, image) == 2 * formula
+  head = 2 * 6 * 192 * 512
+  formula = sum(_encoder_flops(fields).values()) + head
+  assert flops.count(lambda v, x: module.apply(v, x, slots=slots), variables, image) == 2 * formula
   tokenizer = Dvae(n_hid=16, n_init=8, vocab_size=64, group_count=3)
   variables = jax.eval_shape(tokenizer.init, jax.random.key(0), image)
   traced = flops.count(lambda v, x: tokenizer.apply(v, x, method="logits"), variables, image)
-  own = dict(n_hid=16, n_blk_per_group=2, group_count=3, vocab_size=64)
-  assert traced == 2 * flops.tokenizer(own, (64, 64))
+  assert traced == 2 * _tokenizer_flops(64 * 64, hidden=16, blocks=2, groups=3, vocab_size=64)
 
 
-def test_full_size_is_what_the_literature_says():
+def test_full_size_agrees_with_the_literature():
   """ViT-B/16 at 224: 17.6 billion multiplications and additions a forward pass (17.58 in timm); L/16: 61.6."""
+  image = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
   for variant, wanted in (("base", 17.58), ("large", 61.60)):
-    fields = VARIANTS[variant] | dict(image_size=(224, 224), patch_size=16, mlp_ratio=4.0)
-    assert sum(flops.encoder(fields).values()) / 2e9 == pytest.approx(wanted, rel=0.01)
+    module = Beit(**VARIANTS[variant], image_size=(224, 224))
+    variables = jax.eval_shape(module.init, jax.random.key(0), image)
+    assert flops.count(module.apply, variables, image) / 2e9 == pytest.approx(wanted, rel=0.01)
 
 
-def test_the_count_agrees_with_xla_where_there_is_no_loop():
+@pytest.mark.parametrize("remat", [False, True])
+def test_parts_of_a_step(remat):
+  """The parts of the forward pass equal the formulas; rematerialization runs the blocks a second time."""
+  changes = {"tokenizer.init_from": "stage:tokenizer", "model.remat": remat, "mesh.data": 1}
+  config = ConfigDict(
+    dict(stages=("tokenizer", "run"), tokenizer=tiny.config("dvae"), run=tiny.config("beit", **changes))
+  )
+  run = stages.resolve(config, Path("runs"))[1]
+  step = abstract.make_step(run, jax.devices()[:1])
+  found = compile_.flops_per_image(step, step.trace())
+  encoder = _encoder_flops(step.plan.objective.module.encoder | dict(mlp_ratio=4.0))
+  tokens = _tokenizer_flops(16 * 16, hidden=8, blocks=1, groups=2, vocab_size=16)
+  assert found["forward"] == {**encoder, "tokenizer": tokens, "head": found["forward"]["head"]}
+  assert found["step"] == sum(found["forward"].values()) + found["backward"]
+  assert found["recomputed"] == (encoder["attention"] + encoder["mlp"] if remat else 0)
+
+
+def test_count_agrees_with_xla_where_there_is_no_loop():
   module, _ = _small()
   image = jnp.zeros((4, 64, 64, 3))
   variables = jax.eval_shape(module.init, jax.random.key(0), image)
-  grad = jax.jit(jax.grad(lambda v, x: jnp.square(module.apply(v, x)).sum()))
-  compiled = grad.lower(variables, jax.ShapeDtypeStruct(image.shape, image.dtype)).compile()
-  ours = flops.count(jax.grad(lambda v, x: jnp.square(module.apply(v, x)).sum()), variables, image)
+  grad = jax.grad(lambda v, x: jnp.square(module.apply(v, x)).sum())
+  compiled = jax.jit(grad).lower(variables, jax.ShapeDtypeStruct(image.shape, image.dtype)).compile()
+  ours = flops.count(grad, variables, image)
   assert ours == pytest.approx(hlo.read(compiled.as_text()).flops, rel=0.02)
-  assert ours == pytest.approx(compiled.cost_analysis()["flops"], rel=0.12)  # which has element-wise work too
+  assert ours == pytest.approx(compiled.cost_analysis()["flops"], rel=0.12)  # it includes element-wise work
 
 
-def test_scan_and_accumulation_change_no_count():
+def test_scan_does_not_change_the_count():
   module, _ = _small(4)
-  scanned, _ = BeitForMaskedImageModeling({**module.encoder, "scan": True}, 512), None
+  scanned = BeitForMaskedImageModeling({**module.encoder, "scan": True}, 512)
   image = jnp.zeros((2, 64, 64, 3))
   variables = jax.eval_shape(module.init, jax.random.key(0), image)
-  count = lambda m: flops.count(jax.grad(lambda v, x: jnp.square(m.apply(v, x)).sum()), variables, image)
+
+  def count(module):
+    return flops.count(jax.grad(lambda v, x: jnp.square(module.apply(v, x)).sum()), variables, image)
+
   assert count(module) == count(scanned)
 
 
-# Rows apart.
+# Communication.
 
 
-def test_masks_of_a_mesh_need_no_other_device():
-  """The same masks as without a mesh, and no word between the devices."""
-  sample = jax.vmap(lambda key: masking.block_mask(key, (8, 8), 20, min_block_patches=4))
+def test_masks_need_no_communication():
+  """A mesh draws the same masks as one device, without collectives."""
+  sample = jax.vmap(
+    functools.partial(masking.block_mask, grid_size=(8, 8), num_masked=20, min_block_patches=4)
+  )
   keys = jax.random.split(jax.random.key(3), 16)
   wanted = np.asarray(sample(keys))
   mesh = sharding.make_mesh(4, 2)
@@ -260,10 +311,10 @@ def test_masks_of_a_mesh_need_no_other_device():
   assert program.collectives == {}
 
 
-# Settings.
+# Other settings, and the time of a step.
 
 
-def test_settings_are_tried_in_order_and_only_where_the_state_fits():
+def test_settings_are_tried_in_order_if_the_state_fits():
   found = dict(
     model=dict(remat=False, scan=False),
     mesh=dict(data=8, fsdp=1),
@@ -279,14 +330,13 @@ def test_settings_are_tried_in_order_and_only_where_the_state_fits():
   assert everything[5:] == [both | {"mesh.fsdp": 8, "microbatches": n} for n in (2, 4, 8)]
   scarce = list(search.settings(found, 4e9))
   assert scarce[0] == both | {"mesh.fsdp": 8}
-  fixed = list(
-    search.settings(found | {"mesh_data": 8}, 4e9)
-  )  # or the mesh would want more devices than there are
+  # With a fixed mesh.data, a larger mesh.fsdp alone would ask for more devices than there are.
+  fixed = list(search.settings(found | {"mesh_data": 8}, 4e9))
   assert fixed[0] == both | {"mesh.fsdp": 8, "mesh.data": 1}
   assert search.flags("pretrain", {"mesh.fsdp": 2}) == ["--config.pretrain.mesh.fsdp=2"]
 
 
-def test_the_slowest_of_three_bounds_a_step():
+def test_slowest_of_three_bounds_a_step():
   where = topology.parse("v5e:2x2")
   found = dict(
     mesh=dict(data=4, fsdp=1),
@@ -306,7 +356,7 @@ def test_the_slowest_of_three_bounds_a_step():
   assert roofline.estimate(found, topology.parse("cpu:4"), 0.4, 500.0) is None
 
 
-def test_examples_come_from_a_table_where_the_data_is_not_here(tmp_path, monkeypatch):
+def test_number_of_examples_comes_from_a_table_if_the_data_is_not_here(tmp_path, monkeypatch):
   monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
   config = tiny.config("beit", **{"data.source": "tfds", "data.name": "imagenet2012", "data.fraction": 0.5})
   assert len(abstract.make_source(config, None)) == round(1_281_167 * 0.5)
@@ -321,7 +371,7 @@ def test_examples_come_from_a_table_where_the_data_is_not_here(tmp_path, monkeyp
 
 @pytest.fixture
 def flags_of(tmp_path):
-  """`flags_of("beit", "--topology=cpu:2")`: the command line for a tokenizer and a tiny run of it."""
+  """`flags_of("--topology=cpu:2")` gives the command line for a tokenizer and a tiny run that uses it."""
 
   def make(*more, **changes):
     runs = {
@@ -340,25 +390,28 @@ def flags_of(tmp_path):
 @pytest.mark.parametrize(
   "words, said",
   [
-    ([], "--topology is missing"),
+    ([], "required: --topology"),
     (["--topology=v5e:3x5"], "even"),
     (["--topology=cpu:2", "--stage=nowhere"], "unknown; there are tokenizer, run"),
     (["--topology=cpu:2", "--utilization=two"], "expected a number"),
-    (["--topology=cpu:2", "--utilization=1.5"], "at most 1"),
-    (["--topology=cpu:2", "--examples=0"], "1 or more"),
-    (["--topology=cpu:2", "--config.run.batch_size=15"], "batch_size"),
+    (["--topology=cpu:2", "--utilization=1.5"], "from 0.01 to 1;"),
+    (["--topology=cpu:2", "--examples=0"], "an integer from 1"),
+    (
+      ["--topology=cpu:2", "--config.run.batch_size=15"],
+      "stage 'run' cannot be planned: config key 'batch_size'",
+    ),
     (["--topology=cpu:2", "--workdir=x"], "writes nothing"),
     (["--topology=cpu:2", "--what=1"], "usage: python -m beit_jax.plan"),
   ],
 )
-def test_mistakes_end_in_one_message(words, said, flags_of, capsys):
+def test_mistake_ends_in_one_message(words, said, flags_of, capsys):
   assert plan.main(flags_of(*words)) == 2
   captured = capsys.readouterr()
   assert said in captured.err and captured.out == ""
   assert "Traceback" not in captured.err
 
 
-def test_a_dead_compiler_is_one_message(monkeypatch, flags_of, capsys):
+def test_dead_compiler_is_one_message(monkeypatch, flags_of, capsys):
   def dies(command, **_):
     return subprocess.CompletedProcess(command, -9, "", "")
 
@@ -373,7 +426,7 @@ def _plan(argv, status, capsys):
 
 
 @pytest.mark.slow
-def test_a_plan_without_data_tokenizer_or_accelerator(flags_of, capsys):
+def test_plan_needs_no_data_tokenizer_or_accelerator(flags_of, capsys):
   made = _plan(flags_of("--topology=cpu:4"), 0, capsys)
   found = made["found"]
   assert (found["stage"], found["mesh"], made["fits"]) == ("run", {"data": 4, "fsdp": 1}, True)
@@ -381,19 +434,18 @@ def test_a_plan_without_data_tokenizer_or_accelerator(flags_of, capsys):
   assert set(found["collectives"]) == {"all-reduce"}
   gradients = found["parameters"] * 4
   bytes_ = found["collectives"]["all-reduce"]["bytes"]
-  assert (
-    gradients <= bytes_ < 2 * gradients
-  )  # those of the position biases before they are gathered into a table
+  # Those of the position biases are summed before they are gathered into a table.
+  assert gradients <= bytes_ < 2 * gradients
   assert found["memory"]["state"] == pytest.approx(3 * gradients, rel=0.01)
   assert made["roofline"] is None
 
 
 @pytest.mark.slow
-def test_what_does_not_fit_says_so_and_what_does(flags_of, capsys):
-  """The state alone is too large for one device, not for two."""
+def test_setting_that_does_not_fit_names_one_that_does(flags_of, capsys):
+  """The state alone is too large for one device, but not for two."""
   argv = flags_of("--topology=cpu:2", **{"model.scan": True, "model.remat": True, "model.width": 128})
-  whole = _plan(argv, 0, capsys)["found"]["memory"]
-  limit = (whole["peak"] - whole["state"] / 4) / topology.GIB
+  memory = _plan(argv, 0, capsys)["found"]["memory"]
+  limit = (memory["peak"] - memory["state"] / 4) / topology.GIB
   assert plan.main([*argv, f"--hbm_gib={limit}"]) == 2
   said = capsys.readouterr().out
   assert "NO, " in said and "it does with --config.run.mesh.fsdp=2" in said
@@ -418,7 +470,7 @@ def test_every_objective_can_be_planned(objective, tmp_path, capsys):
   made = _plan([f"--config={tmp_path / 'config.py'}", "--topology=cpu:2"], 0, capsys)
   flops_ = made["found"]["flops_per_image"]
   assert flops_["backward"] > 0 and all(value >= 0 for value in flops_["forward"].values())
-  # Nothing twice; on maps this small many taps of the convolutions lie on padding, which the program leaves out.
+  # Nothing is computed twice. On such small maps many taps lie on padding, which the compiled program does not count.
   assert made["found"]["flops_per_device"] * 2 == pytest.approx(
     flops_["step"] * made["found"]["batch_size"], rel=0.25
   )
@@ -426,8 +478,8 @@ def test_every_objective_can_be_planned(objective, tmp_path, capsys):
 
 @LIBTPU
 @pytest.mark.slow
-def test_the_tpu_compiler(flags_of, capsys):
-  """Gradients are added up once a step, also with accumulation; parameters of FSDP are gathered; nothing is copied."""
+def test_tpu_compiler(flags_of, capsys):
+  """Gradients are summed once a step, with accumulation too; FSDP gathers parameters; nothing is computed twice."""
   one = _plan(flags_of("--topology=v5e:2x2"), 0, capsys)
   parts = _plan(flags_of("--topology=v5e:2x2", "--config.run.microbatches=2"), 0, capsys)
   moved = [made["found"]["collectives"]["all-reduce"]["bytes"] for made in (one, parts)]
@@ -446,24 +498,24 @@ def test_the_tpu_compiler(flags_of, capsys):
 
 @LIBTPU
 @pytest.mark.slow
-def test_the_tpu_compiler_refuses_what_is_too_large(flags_of, capsys):
+def test_tpu_compiler_refuses_what_is_too_large(flags_of, capsys):
   argv = flags_of("--topology=v5e:1x1", "--config.run.batch_size=524288", "--examples=1000000", "--tries=0")
   made = _plan(argv, 2, capsys)
   assert not made["fits"] and made["found"]["memory"]["peak"] > made["hbm"] > 15 * topology.GIB
 
 
-def test_a_refusal_says_how_much():
+def test_memory_of_a_refusal():
   message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 24.41G of 15.75G hbm. Exceeded it by 8.66G"
-  assert compile_.too_large(message) == {"peak": 24.41 * topology.GIB, "limit": 15.75 * topology.GIB}
+  assert compile_.memory_of_refusal(message) == {"peak": 24.41 * topology.GIB, "limit": 15.75 * topology.GIB}
   message = (
     "CompileTimeHbmOom: Ran out of memory on HBM, what HLO needs (305.82G) exceeds available HBM (15.75G)."
   )
-  assert compile_.too_large(message) == {"peak": 305.82 * topology.GIB, "limit": 15.75 * topology.GIB}
-  assert compile_.too_large("RESOURCE_EXHAUSTED: vmem") == {}
-  assert compile_.too_large("INVALID_ARGUMENT: nothing of the kind") is None
+  assert compile_.memory_of_refusal(message) == {"peak": 305.82 * topology.GIB, "limit": 15.75 * topology.GIB}
+  assert compile_.memory_of_refusal("RESOURCE_EXHAUSTED: vmem") == {}
+  assert compile_.memory_of_refusal("INVALID_ARGUMENT: nothing of the kind") is None
 
 
-def test_without_libtpu_the_extra_is_named():
+def test_missing_libtpu_names_the_extra():
   code = (
     "import sys; sys.modules['libtpu'] = None\n"
     "import importlib.util as u; find = u.find_spec\n"
