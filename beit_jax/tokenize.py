@@ -1,13 +1,16 @@
 """`python -m beit_jax.tokenize --config=FILE[:variant] [--workdir=DIR] --out=DIR [--epochs=K] [--config.key=value ...]`
 
-Computes the visual tokens of K epochs of the pre-training run that the config describes and writes them to DIR; the run
-replays them with `tokenizer.cache=DIR`. Default: as many epochs as the run sees. In a config with stages it is
-the one that pre-trains (`--stage=NAME` where there are several), whose tokenizer is looked for in the workdir.
+Computes the visual tokens of the first K epochs of a pre-training run and writes them to a token cache, which the run
+replays with `tokenizer.cache=DIR`. Default: as many epochs as the run sees. Of a config with stages it takes the one
+that uses a tokenizer (`--stage=NAME` if there are several); a tokenizer that another stage trains is looked for in the
+workdir.
 
-It may be killed at any time; the same command goes on where it stopped, and makes anew what is damaged. More epochs are
-added to a cache that is there. Several processes are found, or told, as by `beit_jax.main`; process 0 writes.
+The command may be killed at any time: given again, it continues where it stopped and repairs damaged shards. A larger K
+extends an existing cache. Several processes find each other as those of `beit_jax.main` do; process 0 writes.
 """
 
+import argparse
+import dataclasses
 import itertools
 import logging
 import os
@@ -22,15 +25,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from beit_jax import objectives
-from beit_jax.config import parse as config_lib
-from beit_jax.data import pipeline, sources
-from beit_jax.data import token_cache as tokens
+from beit_jax.config import parse
+from beit_jax.data import images, pipeline, sources, token_cache
 from beit_jax.data.bad_images import BadImageTracker
-from beit_jax.data.examples import HostBatch
+from beit_jax.data.examples import HostBatch, Reader
+from beit_jax.data.sources import Example
 from beit_jax.errors import UserError
-from beit_jax.objectives import MaskedImageModeling
+from beit_jax.objectives import stages
+from beit_jax.objectives.beit import MaskedImageModeling
 from beit_jax.run import record
 from beit_jax.runtime import bucket, distributed, logs, sharding
 from beit_jax.runtime.lock import exclusive_lock
@@ -40,17 +45,25 @@ USAGE = (
   "usage: python -m beit_jax.tokenize --config=FILE[:variant] [--workdir=DIR] --out=DIR [--epochs=K] [--stage=NAME] "
   "[--config.key=value ...]"
 )
+VERIFY_TIMEOUT = 3600  # seconds that processes may need to hash an existing cache
 
 
-def tokenize(config: Any, out: Path, epochs: int | None = None, command: str = "") -> tokens.TokenCache:
-  """The tokens of the first `epochs` epochs of the run `config`, in the folder `out`.
+def tokenize(
+  config: ConfigDict, out: Path, epochs: int | None = None, command: str = ""
+) -> token_cache.TokenCache:
+  """Computes the tokens of the first epochs of a run.
 
   Args:
-    epochs: None: all that the run sees.
-    command: what to tell a user who finds the cache unfinished.
+    config: the run's complete config.
+    out: folder of the cache.
+    epochs: number of epochs; default: all that the run sees.
+    command: the command that makes the cache, for messages to users who find it unfinished.
+
+  Returns:
+    The finished cache.
 
   Raises:
-    UserError: anything a user can mend.
+    UserError: the config, the data or the folder cannot be used.
   """
   config.tokenizer.cache = ""
   out.mkdir(parents=True, exist_ok=True)
@@ -59,178 +72,177 @@ def tokenize(config: Any, out: Path, epochs: int | None = None, command: str = "
     source = sources.make_source(config.data.to_dict())
     objective = MaskedImageModeling(config, source)
     if epochs is None:
-      steps = config_lib.duration(config, "total", len(source) // config.batch_size)
+      steps = parse.duration(config, "total", len(source) // config.batch_size)
       epochs = -(-steps * config.batch_size // len(source))
     if epochs < 1:
-      raise UserError(f"{epochs} epochs: nothing to do; give --epochs=K")
+      raise UserError("the run has no epochs; give --epochs=K")
     if jax.process_index() == 0:
-      tokens.create(out, objective.token_key(), epochs, command)
-    distributed.barrier("the cache folder is there")
-    cache = tokens.TokenCache(out)
-    todo = cache.unfinished(verify=True)
-    distributed.barrier("all know what there is to do", 3600)  # every byte is looked at
-    about = (out, cache.epochs, cache.examples, len(todo), cache.shards)
-    log.info("%s: %d epochs of %d examples, %d of %d shards to do", *about)
-    room, wanted = shutil.disk_usage(out).free, len(todo) * cache.shard_size * cache.record_size
-    if room < wanted:
-      log.warning("%s has %.1f GB of room, the cache may need %.1f GB more", out, room / 1e9, wanted / 1e9)
-    frozen = jax.device_put(objective.frozen_params(mesh), sharding.replicated(mesh)) if todo else {}
+      token_cache.create(out, objective.token_key(), epochs, command)
+    distributed.barrier("the cache folder exists")
+    cache = token_cache.TokenCache(out)
+    shards = list(cache.faults(verify=True))
+    distributed.barrier("the cache is verified", VERIFY_TIMEOUT)
+    log.info("%s: %d epochs, %d of %d shards to make", out, cache.epochs, len(shards), cache.num_shards)
+    free, needed = shutil.disk_usage(out).free, len(shards) * cache.shard_size * cache.record_size
+    if free < needed:
+      log.warning("%s has %.1f GB of free space; the cache may need %.1f GB", out, free / 1e9, needed / 1e9)
+    frozen = jax.device_put(objective.frozen_params(mesh), sharding.replicated(mesh)) if shards else {}
     bad_images = BadImageTracker(source, config.data.max_bad, out / "bad_images.jsonl")
-    count = itertools.count()
-    for _, group in itertools.groupby(todo, lambda shard: shard - next(count)):
-      _make(cache, list(group), objective, frozen, mesh, bad_images)
+    for group in _consecutive(shards):
+      start, stop = cache.span(group[0])[0], cache.span(group[-1])[1]
+      _write_shards(cache, group, _tokens(objective, frozen, mesh, start, stop, bad_images))
   return cache
 
 
-def _make(cache, shards, objective, frozen, mesh, bad_images) -> None:
-  """Shards that follow one another, in one stream of batches."""
+def _consecutive(shards: list[int]) -> Iterator[list[int]]:
+  """Splits sorted numbers into groups without gaps."""
+  for _, group in itertools.groupby(enumerate(shards), lambda pair: pair[1] - pair[0]):
+    yield [shard for _, shard in group]
+
+
+def _write_shards(
+  cache: token_cache.TokenCache, shards: list[int], batches: Iterator[tuple[np.ndarray, np.ndarray]]
+) -> None:
+  """Cuts batches of (keys [B, 2], tokens [B, N]) into consecutive shards; process 0 writes them."""
   start, stop = cache.span(shards[0])[0], cache.span(shards[-1])[1]
-  parts: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
   began = time.monotonic()
-  for first, keys, ids in _stream(objective, frozen, mesh, start, stop, bad_images):
-    last = min(first + len(keys), stop) - 1
-    for shard in range(max(first, start) // cache.shard_size, last // cache.shard_size + 1):
-      low, high = cache.span(shard)
-      rows = slice(max(low - first, 0), high - first)
-      parts.setdefault(shard, []).append((keys[rows], ids[rows]))
-      if first + len(keys) < high:
-        continue
-      whole = map(np.concatenate, zip(*parts.pop(shard), strict=True))
-      if jax.process_index() == 0:
-        cache.write(shard, *whole)
-      rate = (high - start) / (time.monotonic() - began)
-      left = (stop - high) / rate / 3600
-      name = cache.path(shard).name
-      log.info("%s: %d of %d examples, %.1f images/s, %.1f hours left", name, high, stop, rate, left)
+  keys, tokens = next(batches)
+  for shard in shards:
+    low, high = cache.span(shard)
+    size = high - low
+    while len(keys) < size:
+      keys, tokens = (np.concatenate(pair) for pair in zip((keys, tokens), next(batches), strict=True))
+    if jax.process_index() == 0:
+      cache.write(shard, keys[:size], tokens[:size])
+    keys, tokens = keys[size:], tokens[size:]
+    rate = (high - start) / (time.monotonic() - began)
+    hours, name = (stop - high) / rate / 3600, cache.path(shard).name
+    log.info("%s: %d of %d examples, %.1f images/s, %.1f hours left", name, high, stop, rate, hours)
 
 
-class _Reader:
-  """A reader that says, "read", which example the pixels are of: another one if that of the row cannot be read."""
+@dataclasses.dataclass
+class _IndexReader:
+  """Adds "read" to the arrays of a reader: the index of the example whose pixels they hold."""
 
-  def __init__(self, reader: Any):
-    self._reader = reader
+  reader: Reader
 
-  def train(self, image: Any, example: dict[str, Any], key: tuple[int, ...]) -> HostBatch:
-    return {**self._reader.train(image, example, key), "read": np.array(example["index"], np.uint32)}
+  def train(self, image: images.LazyImage, example: Example, key: tuple[int, ...]) -> HostBatch:
+    return {**self.reader.train(image, example, key), "read": np.array(example["index"], np.uint32)}
+
+  def eval(self, image: images.LazyImage, example: Example) -> HostBatch:
+    return self.reader.eval(image, example)
 
 
-def _stream(
+def _tokens(
   objective: MaskedImageModeling,
   frozen: Any,
   mesh: jax.sharding.Mesh,
   start: int,
   stop: int,
   bad_images: BadImageTracker,
-) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-  """Batches that cover the positions: (that of the first row, keys uint32 [B, 2], tokens int32 [B, N]).
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  """Computes the tokens at the positions from `start` to `stop` of the training order.
 
-  A key is (epoch, index of the example that was read).
+  Yields:
+    Batches of (keys uint32 [B, 2], tokens int32 [B, N]); a key is (epoch, index of the example that was read).
   """
   config = objective.config
-  size = max(config.batch_size // config.microbatches, 1)  # as much at a time as the training
-  host = pipeline.train_batches(
+  batch_size = max(config.batch_size // config.microbatches, 1)  # needs no more memory than the training
+  host_batches = pipeline.train_batches(
     objective.source,
-    _Reader(objective.reader()),
-    rows=sharding.local_rows(mesh, size),
-    batch_size=size,
-    start_step=start // size,
-    total_steps=-(-stop // size),
+    _IndexReader(objective.reader()),
+    rows=sharding.local_rows(mesh, batch_size),
+    batch_size=batch_size,
+    start_step=start // batch_size,
+    total_steps=-(-stop // batch_size),
     seed=config.seed,
     workers=config.data.workers,
     threads=config.data.threads,
     bad_images=bad_images,
   )
-  run = jax.jit(
-    lambda frozen, batch: (
-      jnp.stack([batch["example_key"][:, 0], batch["read"]], 1),
-      objective.tokenize(frozen, batch),
-    ),
-    out_shardings=sharding.replicated(mesh),
-  )
-  # Several CPU devices in one process can block each other when two programs with collectives are under way.
-  ahead = 0 if mesh.size > 1 and jax.default_backend() == "cpu" else 1
-  waiting: list[tuple[int, Any]] = []
-  for step, batch in enumerate(host, start // size):
-    waiting.append((step * size, run(frozen, sharding.put_batch(mesh, batch, size))))
-    if len(waiting) > ahead:
-      first, arrays = waiting.pop(0)
-      yield first, *jax.device_get(arrays)
-  for first, arrays in waiting:
-    yield first, *jax.device_get(arrays)
+
+  def compute(frozen: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    keys = jnp.stack([batch["example_key"][:, 0], batch["read"]], 1)
+    return keys, objective.tokenize(frozen, batch)
+
+  run = jax.jit(compute, out_shardings=sharding.replicated(mesh))
+  # On a mesh of CPU devices in one process, two programs with collectives can block each other.
+  max_in_flight = 0 if mesh.size > 1 and jax.default_backend() == "cpu" else 1
+  in_flight: list[tuple[jax.Array, jax.Array]] = []
+  position = start // batch_size * batch_size
+  for batch in itertools.chain(host_batches, [None] * max_in_flight):
+    if batch is not None:
+      in_flight.append(run(frozen, sharding.put_batch(mesh, batch, batch_size)))
+    if len(in_flight) > max_in_flight or batch is None:
+      keys, tokens = jax.device_get(in_flight.pop(0))
+      rows = slice(max(start - position, 0), stop - position)
+      yield keys[rows], tokens[rows]
+      position += batch_size
 
 
-def _take_flags(argv: list[str]) -> tuple[dict[str, str], list[str]]:
-  """Splits --out, --epochs and --stage off: (their values, what is left)."""
-  flags, rest, items = {"out": "", "epochs": "", "stage": ""}, [], iter(argv)
-  for item in items:
-    name, equals, value = item.partition("=")
-    if not (name.startswith("--") and name[2:] in flags):
-      rest.append(item)
-      continue
-    flags[name[2:]] = value if equals else next(items, "")
-  if not flags["out"]:
+def _take_flags(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+  """Splits this command's own flags from a command line: (flags, remaining arguments)."""
+  parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+  parser.add_argument("--out")
+  parser.add_argument("--epochs", type=int)
+  parser.add_argument("--stage", default="")
+  try:
+    flags, rest = parser.parse_known_args(argv)
+  except argparse.ArgumentError as error:
+    raise UserError(f"{str(error).removeprefix('argument ')}; {USAGE}") from None
+  if not flags.out:
     raise UserError(f"--out is missing; {USAGE}")
-  if "://" in flags["out"]:
-    raise UserError(f"--out={flags['out']}: a cache lies in a folder; mount the bucket")
-  if flags["epochs"] and not (flags["epochs"].isdecimal() and 0 < int(flags["epochs"]) < 10**6):
-    raise UserError(f"--epochs={flags['epochs']}: must be a whole number, 1 or more")
+  if "://" in flags.out:
+    raise UserError(f"--out={flags.out}: a cache must be in a folder; mount the bucket")
+  if flags.epochs is not None and not 0 < flags.epochs < 10**6:
+    raise UserError(f"--epochs={flags.epochs}: must be 1 or more and less than a million")
   return flags, rest
 
 
-def _chosen(config: Any, stage: str, workdir: Path) -> tuple[Any, str]:
-  """(the run that pre-trains, with its tokenizer's place, what its keys begin with on a command line)."""
-  if "stages" not in config:
-    run = config
-    if stage:
-      raise UserError(f"--stage={stage}: the config has no stages")
-  else:
-    fitting = [name for name in config.stages if config[name].objective == "beit"]
-    if (stage and stage not in fitting) or (not stage and len(fitting) != 1):
-      raise UserError(f"--stage={stage}: the stages that pre-train are {fitting}; name one of them")
-    stage = stage or fitting[0]
-    run = config[stage]
-    place = run.tokenizer.init_from if run.objective == "beit" else ""
-    earlier = place.removeprefix("stage:")
-    if place.startswith("stage:") and earlier in config.stages:
-      stands_in = config[earlier].init_from if config[earlier].objective == "dvae" else ""
-      run.tokenizer.init_from = stands_in or str(workdir / earlier)
-  if run.objective != "beit":
+def _choose_run(config: ConfigDict, name: str, workdir: Path) -> stages.Stage:
+  """Finds the run that uses a tokenizer; `name` is that of its stage, "" if there is only one."""
+  if name and "stages" not in config:
+    raise UserError(f"--stage={name}: the config has no stages")
+  runs = [run for run in stages.resolve(config, workdir) if "tokenizer" in run.objective.frozen_sections]
+  if "stages" not in config and not runs:
+    raise UserError(f"config key 'objective': {config.objective!r} uses no visual tokens")
+  fitting = [run for run in runs if run.name == name or not name]
+  if len(fitting) != 1:
     raise UserError(
-      f"config key 'objective': {run.objective!r} uses no visual tokens; only the pre-training, 'beit', does"
+      f"--stage={name}: name one of the stages that use a tokenizer, {[run.name for run in runs]}"
     )
-  return run, f"config.{stage}." if "stages" in config else "config."
+  return fitting[0]
 
 
 def main(argv: list[str]) -> int:
+  """Runs the command and returns its exit status."""
   logs.setup()
   try:
-    flags, argv = distributed.take_flags(argv)
-    own, rest = _take_flags(argv)
-    spec, workdir, overrides = config_lib.parse_args(rest, USAGE)
-    distributed.initialize(flags)
-    config = config_lib.load(spec, overrides, objectives.schemas())
-    path, _, variant = spec.partition(":")
-    folder = Path(workdir or f"runs/{Path(path).stem}{'_' if variant else ''}{variant}")
-    run, prefix = _chosen(config, own["stage"], folder)
-    out = Path(os.path.expanduser(own["out"]))
+    process_flags, argv = distributed.take_flags(argv)
+    flags, rest = _take_flags(argv)
+    spec, workdir, overrides = parse.parse_args(rest, USAGE)
+    distributed.initialize(process_flags)
+    config = parse.load(spec, overrides, objectives.schemas())
+    run = _choose_run(config, flags.stage, Path(workdir or parse.default_workdir(spec)))
+    out = Path(os.path.expanduser(flags.out))
     logs.setup(out)
     distributed.check_shared("--out", out)
     logs.only_file(record.environment())
     logging.captureWarnings(True)
-    words = [*rest, f"--out={own['out']}", *([f"--stage={own['stage']}"] if own["stage"] else [])]
+    words = [*rest, f"--out={flags.out}", *([f"--stage={flags.stage}"] if flags.stage else [])]
     command = f"python -m beit_jax.tokenize {shlex.join(words)}"
     try:
-      cache = tokenize(run, out, int(own["epochs"]) if own["epochs"] else None, command)
+      cache = tokenize(run.config, out, flags.epochs, command)
     except OSError as error:
       raise UserError(f"{error.filename or out}: {error.strerror or error}") from error
     size = sum(path.stat().st_size for path in out.glob("tokens-*.array_record"))
-    replay = f"--{prefix}tokenizer.cache={out}"
+    replay = f"--config.{run.name}{'.' if run.name else ''}tokenizer.cache={out}"
     log.info("finished: %d epochs, %.1f MB; replay them with %s", cache.epochs, size / 1e6, replay)
   except (UserError, *bucket.errors()) as error:
     return distributed.report_error(error)
   except KeyboardInterrupt:
     distributed.notify_peers("stopped by hand", 130)
-    print("stopped; give the same command again to go on", file=sys.stderr)
+    print("stopped; give the same command again to continue", file=sys.stderr)
     return 130
   return 0
 

@@ -1,4 +1,4 @@
-"""Tokens once: what is replayed is what would be computed, and a cache of anything else is refused."""
+"""`python -m beit_jax.tokenize`: cached tokens equal computed ones, and a cache that does not fit a run is refused."""
 
 import json
 import os
@@ -19,8 +19,7 @@ from PIL import Image
 
 from beit_jax import objectives, tokenize, train
 from beit_jax.config import parse as config_lib
-from beit_jax.data import examples, pipeline, shapes, sources
-from beit_jax.data import token_cache as tokens
+from beit_jax.data import examples, pipeline, shapes, sources, token_cache
 from beit_jax.data.bad_images import BadImageTracker
 from beit_jax.errors import UserError
 from beit_jax.models.dvae import map_pixels
@@ -33,7 +32,7 @@ from tests import tiny
 from tests.conftest import ROOT
 
 COMMAND = "python -m beit_jax.tokenize --config=X --out=Y"
-MARGIN = 1e-3  # of the largest logit over the second: below it another batch or device may decide otherwise
+MARGIN = 1e-3  # between the two largest logits; below it, rounding on another batch or device may swap them
 
 
 def _config(tokenizer, **changes):
@@ -43,12 +42,12 @@ def _config(tokenizer, **changes):
 def _make(config, folder, epochs=None, shard_size=40):
   folder.mkdir(exist_ok=True)
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(tokens, "SHARD_SIZE", shard_size)
+    patch.setattr(token_cache, "SHARD_SIZE", shard_size)
     return tokenize.tokenize(config, folder, epochs, COMMAND)
 
 
 def _tokenizer(folder, seed=0):
-  """Random weights, but for the last layer: its logits have mean 0 and deviation 1, so that all 16 words occur."""
+  """Random weights; the last layer is normalized to logits of mean 0 and deviation 1, so that all 16 words occur."""
   module = make_module("tokenizer", dict(n_hid=8, n_init=8, n_blk_per_group=1, group_count=2, vocab_size=16))
   images = jnp.asarray(np.stack([shapes.render("train", i, 16)["image"] for i in range(32)])) / 255
   params = jax.jit(module.init)(jax.random.key(seed), map_pixels(images[:1]))["params"]
@@ -69,13 +68,13 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def cache(tokenizer, tmp_path_factory):
-  """Two epochs of 96 examples in shards of 40, made in batches of 24; the run has batches of 16."""
+  """Two epochs of 96 examples in shards of 40, made in batches of 24; the runs use batches of 16."""
   return _make(_config(tokenizer, batch_size=24), tmp_path_factory.mktemp("tokens"), 2)
 
 
 @pytest.fixture
 def copy(cache, tmp_path):
-  return tokens.TokenCache(shutil.copytree(cache.folder, tmp_path / "copy"))
+  return token_cache.TokenCache(shutil.copytree(cache.folder, tmp_path / "copy"))
 
 
 def _batches(objective, steps, bad_images=None, workers=0):
@@ -93,8 +92,8 @@ def _batches(objective, steps, bad_images=None, workers=0):
   )
 
 
-def _same_wherever_it_is_clear(objective, cache, steps, bad_images=None):
-  """The cached ids against logits of the run's own batches."""
+def _check_tokens(objective, cache, steps, bad_images=None):
+  """Compares cached tokens with logits of the run's batches, where the largest logit is clear."""
   module = objective.tokenizer.module
 
   @jax.jit
@@ -109,7 +108,9 @@ def _same_wherever_it_is_clear(objective, cache, steps, bad_images=None):
     )
     second, first = np.sort(found, -1)[..., -2:].transpose(2, 0, 1)
     clear = first - second > MARGIN
-    cached = np.stack([cache.read(objective.config.seed, *map(int, key)) for key in batch["example_key"]])
+    cached = np.stack(
+      [cache.lookup(objective.config.seed, *map(int, key))[1] for key in batch["example_key"]]
+    )
     np.testing.assert_array_equal(cached[clear], found.argmax(-1)[clear])
     compared += clear.mean()
   assert compared > 0.9 * steps
@@ -120,42 +121,41 @@ def _losses(workdir):
   return np.array([row["loss"] for row in rows if "loss" in row])
 
 
-def test_cached_ids_are_the_online_ids(cache, tokenizer):
-  """Both epochs, other batches, with jitter; and no two epochs alike."""
+def test_cached_tokens_equal_computed_tokens(cache, tokenizer):
+  """In both epochs, with other batches and color jitter; the epochs differ."""
   config = _config(tokenizer)
   objective = MaskedImageModeling(config, sources.make_source(config.data.to_dict()))
-  _same_wherever_it_is_clear(objective, cache, 12)
-  ids = np.stack([[cache.read(0, epoch, index) for index in range(96)] for epoch in (0, 1)])
+  _check_tokens(objective, cache, 12)
+  ids = np.stack([[cache.lookup(0, epoch, index)[1] for index in range(96)] for epoch in (0, 1)])
   assert (np.bincount(ids.ravel(), minlength=16) > 100).all()
   assert 0.1 < (ids[0] == ids[1]).mean() < 0.5
-  assert cache.read(0, 0, 5).dtype == np.uint16 and cache.read(0, 0, 5).shape == (64,)
-  assert [path.name for path in sorted(cache.folder.glob("tokens-*"))] == [
-    f"tokens-{i:06d}.array_record" for i in range(5)
-  ]
+  assert cache.lookup(0, 0, 5)[1].dtype == np.uint16 and cache.lookup(0, 0, 5)[1].shape == (64,)
+  names = sorted(path.name for path in cache.folder.glob("tokens-*"))
+  assert names == [f"tokens-{i:06d}.array_record" for i in range(5)]
 
 
 @pytest.fixture(scope="module")
 def online(tokenizer, tmp_path_factory):
-  """(workdir, result) of ten steps whose tokens are computed."""
+  """(workdir, result) of ten steps that compute their tokens."""
   workdir = tmp_path_factory.mktemp("online")
   return workdir, train.run(
     _config(tokenizer, **{"checkpoint.every_steps": 4, "checkpoint.keep": 9}), workdir
   )
 
 
-def test_a_run_with_cached_tokens_is_the_same_run(cache, online, tokenizer, tmp_path, monkeypatch):
-  """Losses and evaluation; the tokenizer works in the evaluation only."""
+def test_losses_and_evaluation_with_cached_tokens(cache, online, tokenizer, tmp_path, monkeypatch):
+  """They equal those of a run that computes its tokens; the tokenizer runs in the evaluation only."""
   original, traced = MaskedImageModeling._tokens, []
   monkeypatch.setattr(MaskedImageModeling, "_tokens", lambda *args: traced.append(args[2]) or original(*args))
   cached = train.run(_config(tokenizer, **{"tokenizer.cache": str(cache.folder)}), tmp_path)
-  assert len(traced) == 1  # the eval step
+  assert len(traced) == 1  # by the evaluation
   np.testing.assert_allclose(_losses(tmp_path), _losses(online[0]), rtol=1e-5)
   for name, value in online[1]["eval"].items():
     np.testing.assert_allclose(cached["eval"][name], value, rtol=1e-4)
 
 
 @pytest.mark.slow
-def test_a_run_may_change_to_cached_tokens_under_way(cache, online, tokenizer, tmp_path):
+def test_resume_with_cached_tokens(cache, online, tokenizer, tmp_path):
   workdir = shutil.copytree(online[0], tmp_path / "run")
   for step in (8, 10):
     shutil.rmtree(workdir / "checkpoints" / str(step))
@@ -165,7 +165,7 @@ def test_a_run_may_change_to_cached_tokens_under_way(cache, online, tokenizer, t
   np.testing.assert_allclose(_losses(workdir), _losses(online[0]), rtol=1e-5)
 
 
-def test_without_evaluation_the_tokenizer_stays_off_the_device(cache, tokenizer):
+def test_tokenizer_is_only_on_the_device_for_evaluation(cache, tokenizer):
   mesh = sharding.make_mesh(1, 1)
   for split, leaves in (("", 0), ("test", 1)):
     config = _config(tokenizer, **{"tokenizer.cache": str(cache.folder), "eval.split": split})
@@ -177,17 +177,17 @@ def test_without_evaluation_the_tokenizer_stays_off_the_device(cache, tokenizer)
 def test_eight_devices_write_and_read_the_same_tokens(cache, online, tokenizer, tmp_path):
   other = _make(_config(tokenizer, batch_size=32, **{"mesh.data": 4, "mesh.fsdp": 2}), tmp_path / "eight", 2)
   keys = [(epoch, index) for epoch in (0, 1) for index in range(96)]
-  mine, theirs = (np.stack([c.read(0, *key) for key in keys]) for c in (cache, other))
+  mine, theirs = (np.stack([c.lookup(0, *key)[1] for key in keys]) for c in (cache, other))
   assert (mine == theirs).mean() > 0.999
   config = _config(tokenizer)
   objective = MaskedImageModeling(config, sources.make_source(config.data.to_dict()))
-  _same_wherever_it_is_clear(objective, other, 12)
+  _check_tokens(objective, other, 12)
   changes = {"tokenizer.cache": str(cache.folder), "mesh.data": 8}
   train.run(_config(tokenizer, **changes), tmp_path / "cached")
   np.testing.assert_allclose(_losses(tmp_path / "cached"), _losses(online[0]), rtol=1e-5)
 
 
-# What is refused.
+# Caches that are refused.
 
 
 def _refused(tokenizer, folder, *facts, **changes):
@@ -216,51 +216,51 @@ def _refused(tokenizer, folder, *facts, **changes):
   ],
   ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_another_augmentation_or_data_is_refused(changes, name, cache, tokenizer):
+def test_other_augmentation_or_data_is_refused(changes, name, cache, tokenizer):
   _refused(tokenizer, cache.folder, name, "make another cache", **changes)
 
 
-def test_another_tokenizer_is_refused(cache, tokenizer, tmp_path):
+def test_other_tokenizer_is_refused(cache, tokenizer, tmp_path):
   _refused(
     _tokenizer(tmp_path / "other", seed=1), cache.folder, "tokenizer's sha256: the cache was made with"
   )
 
 
 @pytest.mark.parametrize("name, value", [("pixels", "other"), ("tokenizer's dtype", "bfloat16")])
-def test_another_program_is_refused(name, value, copy, tokenizer):
-  about = json.loads((copy.folder / tokens.ABOUT).read_text())
+def test_other_backend_or_dtype_is_refused(name, value, copy, tokenizer):
+  about = json.loads((copy.folder / token_cache.DESCRIPTION).read_text())
   about["key"][name] = value
-  (copy.folder / tokens.ABOUT).write_text(json.dumps(about))
+  (copy.folder / token_cache.DESCRIPTION).write_text(json.dumps(about))
   _refused(tokenizer, copy.folder, f"{name}: the cache was made with {value!r}")
 
 
-def test_more_epochs_than_there_are_is_refused(cache, tokenizer):
+def test_too_few_epochs_are_refused(cache, tokenizer):
   _refused(tokenizer, cache.folder, "holds 2 epochs", "sees 3", f"{COMMAND} --epochs=3", total_steps=13)
 
 
-def test_an_unfinished_cache_is_refused(copy, tokenizer):
+def test_unfinished_cache_is_refused(copy, tokenizer):
   copy.path(2).unlink()
   _refused(tokenizer, copy.folder, "1 of the 4 shards", "tokens-000002", f"{COMMAND} --epochs=2")
 
 
-def test_a_cut_shard_is_refused(copy, tokenizer):
+def test_truncated_shard_is_refused(copy, tokenizer):
   copy.path(1).write_bytes(copy.path(1).read_bytes()[:-1])
   _refused(tokenizer, copy.folder, "not finished", "tokens-000001")
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"version": 9}', "\0"])
-def test_a_broken_description_is_refused(text, copy, tokenizer):
-  (copy.folder / tokens.ABOUT).write_text(text)
+def test_broken_description_is_refused(text, copy, tokenizer):
+  (copy.folder / token_cache.DESCRIPTION).write_text(text)
   _refused(tokenizer, copy.folder, "cache.json cannot be read")
 
 
-def test_no_cache_is_refused(tmp_path, tokenizer):
+def test_folder_without_cache_is_refused(tmp_path, tokenizer):
   _refused(tokenizer, tmp_path, "no token cache", "python -m beit_jax.tokenize")
 
 
-def test_a_description_of_another_version_is_refused(copy, tokenizer):
-  about = json.loads((copy.folder / tokens.ABOUT).read_text())
-  (copy.folder / tokens.ABOUT).write_text(json.dumps({**about, "version": 2}))
+def test_other_version_is_refused(copy, tokenizer):
+  about = json.loads((copy.folder / token_cache.DESCRIPTION).read_text())
+  (copy.folder / token_cache.DESCRIPTION).write_text(json.dumps({**about, "version": 2}))
   _refused(tokenizer, copy.folder, "version 2")
 
 
@@ -271,142 +271,150 @@ def _flip(path):
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_damaged_shard_stops_the_run(workers, copy, tokenizer, tmp_path):
+def test_damaged_shard_stops_the_run(workers, copy, tokenizer, tmp_path):
   _flip(copy.path(1))
   changes = {"tokenizer.cache": str(copy.folder), "data.workers": workers, "eval.split": ""}
-  with pytest.raises(UserError, match=r"tokens-000001.array_record is damaged.*makes it anew: python -m"):
+  with pytest.raises(UserError, match=r"tokens-000001.array_record is damaged.*repairs it: python -m"):
     train.run(_config(tokenizer, **changes), tmp_path / "run")
 
 
-def test_a_record_of_another_example_is_noticed(copy):
-  other = tokens.TokenCache(copy.folder)
+def test_record_of_another_example_is_detected(copy):
+  other = token_cache.TokenCache(copy.folder)
   shutil.copy(copy.path(0), copy.path(1))
-  lines = [json.loads(line) for line in (copy.folder / tokens.SHARDS).read_text().split("\n") if line]
-  (copy.folder / tokens.SHARDS).write_text(
-    "\n".join(json.dumps({**line, **_of(lines[0], line)}) for line in lines)
+  lines = [
+    json.loads(line) for line in (copy.folder / token_cache.SHARD_LIST).read_text().split("\n") if line
+  ]
+  (copy.folder / token_cache.SHARD_LIST).write_text(
+    "\n".join(json.dumps({**line, **_size_and_hash(lines[0], line)}) for line in lines)
   )
-  order = np.argsort(
-    pipeline.places(0, 0, 96)
-  ).tolist()  # one that is not among those that might take its place
-  index = next(
-    i for i, other in zip(order[40:80], order, strict=False) if other not in examples.candidates(i, 96)
-  )
+  order = np.argsort(pipeline.places(0, 0, 96)).tolist()
+  pairs = zip(order[40:80], order, strict=False)
+  # The copied record must not be a possible replacement of the example.
+  index = next(i for i, copied in pairs if copied not in examples.candidates(i, 96))
   with pytest.raises(UserError, match="another order of examples"):
-    other.read(0, 0, index)
+    other.lookup(0, 0, index)
 
 
-def _of(first, line):
+def _size_and_hash(first, line):
   return {name: first[name] for name in ("size", "sha256")} if line["shard"] == 1 else {}
 
 
-# Making it.
+# Making a cache.
 
 
 def _same_files(cache, other):
-  for shard in range(cache.shards):
+  for shard in range(cache.num_shards):
     assert cache.path(shard).read_bytes() == other.path(shard).read_bytes(), shard
 
 
-def test_it_goes_on_where_it_stopped(cache, tokenizer, tmp_path, monkeypatch):
-  """Stopped in the third shard, after a line was cut off and with a half-written file."""
+def test_interrupted_cache_is_continued(cache, tokenizer, tmp_path, monkeypatch):
+  """Interrupted in the third shard, with a half-written file and a truncated line."""
   config, folder = _config(tokenizer, batch_size=24), tmp_path / "tokens"
-  written, original = [], tokens.TokenCache.write
+  written, original = [], token_cache.TokenCache.write
 
   def write(self, shard, *arrays):
     if shard == 2 and shard not in written:
       self.path(2).with_suffix(".tmp").write_bytes(b"half" * 10**5)
-      with (self.folder / tokens.SHARDS).open("a") as file:
+      with (self.folder / token_cache.SHARD_LIST).open("a") as file:
         file.write('\n{"shard": 2, "reco')
       written.append(shard)
       raise KeyboardInterrupt
     written.append(shard)
     original(self, shard, *arrays)
 
-  monkeypatch.setattr(tokens.TokenCache, "write", write)
+  monkeypatch.setattr(token_cache.TokenCache, "write", write)
   with pytest.raises(KeyboardInterrupt):
     _make(config, folder, 2)
   _refused(tokenizer, folder, "2 of the 4 shards")
   _make(config, folder, 2)
   assert written == [0, 1, 2, 2, 3, 4]
-  assert not tokens.TokenCache(folder).unfinished(verify=True)
-  _same_files(cache, tokens.TokenCache(folder))
+  assert not token_cache.TokenCache(folder).faults(verify=True)
+  _same_files(cache, token_cache.TokenCache(folder))
   assert not list(folder.glob("*.tmp"))
 
 
-def test_a_damaged_shard_is_made_anew(cache, copy, tokenizer, monkeypatch):
+def test_damaged_and_missing_shards_are_repaired(cache, copy, tokenizer, monkeypatch):
   _flip(copy.path(1))
   copy.path(4).unlink()
-  written, original = [], tokens.TokenCache.write
-  monkeypatch.setattr(
-    tokens.TokenCache, "write", lambda self, shard, *a: written.append(shard) or original(self, shard, *a)
-  )
+  written, original = [], token_cache.TokenCache.write
+
+  def write(self, shard, *arrays):
+    written.append(shard)
+    original(self, shard, *arrays)
+
+  monkeypatch.setattr(token_cache.TokenCache, "write", write)
   _make(_config(tokenizer, batch_size=24), copy.folder, 2)
   assert written == [1, 4]
   _same_files(cache, copy)
 
 
-def test_epochs_are_added(cache, tokenizer, tmp_path):
+def test_more_epochs_extend_a_cache(cache, tokenizer, tmp_path):
   config, folder = _config(tokenizer, batch_size=24), tmp_path / "tokens"
-  assert _make(config, folder, 1).shards == 3
+  assert _make(config, folder, 1).num_shards == 3
   _make(config, folder, 2)
-  assert _make(config, folder, 1).epochs == 2  # fewer change nothing
-  _same_files(cache, tokens.TokenCache(folder))
+  assert _make(config, folder, 1).epochs == 2  # fewer epochs change nothing
+  _same_files(cache, token_cache.TokenCache(folder))
 
 
-def test_epochs_are_added_while_a_run_reads(tokenizer, tmp_path, monkeypatch):
-  """The last shard is replaced by a longer one, and its line in shards.jsonl may come a moment later."""
+def test_cache_is_extended_while_a_run_reads(tokenizer, tmp_path, monkeypatch):
+  """A longer shard replaces the last one; its line in shards.jsonl may follow a moment later."""
   config, folder = _config(tokenizer, batch_size=24), tmp_path / "tokens"
   key = _make(config, folder, 1).key
-  running, late = (tokens.open_for_run(folder, key, 96) for _ in range(2))
+  running, late = (token_cache.open_for_run(folder, key, 96) for _ in range(2))
   order = np.argsort(pipeline.places(0, 0, 96))
-  before = running.read(0, 0, int(order[0])), running.read(0, 0, int(order[90]))
-  late.read(0, 0, int(order[0]))
-  few = (folder / tokens.SHARDS).read_text()
+  before = running.lookup(0, 0, int(order[0]))[1], running.lookup(0, 0, int(order[90]))[1]
+  late.lookup(0, 0, int(order[0]))
+  few = (folder / token_cache.SHARD_LIST).read_text()
   assert few.count("records") == 3
-  tokens.create(folder, key, 2, COMMAND)  # as the other program begins
-  beginning = tokens.open_for_run(folder, key, 96)
-  np.testing.assert_array_equal(beginning.read(0, 0, int(order[90])), before[1])
+  token_cache.create(folder, key, 2, COMMAND)  # the first step of the other process
+  beginning = token_cache.open_for_run(folder, key, 96)
+  np.testing.assert_array_equal(beginning.lookup(0, 0, int(order[90]))[1], before[1])
   _make(config, folder, 2)
-  many = (folder / tokens.SHARDS).read_text()
-  (folder / tokens.SHARDS).write_text(few)
-  monkeypatch.setattr(tokens.time, "sleep", lambda pause: pause and (folder / tokens.SHARDS).write_text(many))
+  many = (folder / token_cache.SHARD_LIST).read_text()
+  (folder / token_cache.SHARD_LIST).write_text(few)
+
+  def sleep(pause):
+    if pause:
+      (folder / token_cache.SHARD_LIST).write_text(many)
+
+  monkeypatch.setattr(token_cache.time, "sleep", sleep)
   for reader in (running, late, pickle.loads(pickle.dumps(running))):
-    np.testing.assert_array_equal(reader.read(0, 0, int(order[90])), before[1])
-  np.testing.assert_array_equal(running.read(0, 0, int(order[0])), before[0])
+    np.testing.assert_array_equal(reader.lookup(0, 0, int(order[90]))[1], before[1])
+  np.testing.assert_array_equal(running.lookup(0, 0, int(order[0]))[1], before[0])
 
 
-def test_as_many_epochs_as_the_run_sees(tokenizer, tmp_path):
+def test_default_number_of_epochs(tokenizer, tmp_path):
   assert _make(_config(tokenizer, total_steps=7), tmp_path / "tokens").epochs == 2
 
 
-def test_another_cache_is_not_written_over(copy, tokenizer):
-  with pytest.raises(UserError, match="holds another cache:\n  seed: the cache was made with 0"):
+def test_cache_of_another_run_is_not_overwritten(copy, tokenizer):
+  with pytest.raises(UserError, match="has the cache of another run:\n  seed: the cache was made with 0"):
     _make(_config(tokenizer, seed=3), copy.folder, 2)
 
 
-def test_too_little_room_is_said_beforehand(tokenizer, tmp_path, monkeypatch, caplog):
+def test_low_disk_space_is_logged(tokenizer, tmp_path, monkeypatch, caplog):
   monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6 - 1000, 1000))
   _make(_config(tokenizer), tmp_path / "tokens", 1)
-  assert "0.0 GB of room" in caplog.text
+  assert "0.0 GB of free space" in caplog.text
 
 
-def test_a_full_disk_is_named(copy):
+def test_full_disk(copy):
   copy.path(0).with_suffix(".tmp").symlink_to("/dev/full")
   with pytest.raises(UserError, match="tokens-000000.*No space left.*same command again"):
     copy.write(0, np.zeros((40, 2)), np.zeros((40, 64)))
-  assert not copy.unfinished(verify=True)
+  assert not copy.faults(verify=True)
 
 
-def test_large_vocabularies(copy):
+def test_large_vocabulary(copy):
   copy.dtype = np.dtype("<u4")
   order = np.argsort(pipeline.places(0, 0, 96))[:40]
   ids = np.arange(40 * 64).reshape(40, 64) + 70_000
   copy.write(0, np.stack([np.zeros(40, int), order], 1), ids)
-  np.testing.assert_array_equal(copy.read(0, 0, int(order[7])), ids[7])
+  np.testing.assert_array_equal(copy.lookup(0, 0, int(order[7]))[1], ids[7])
 
 
 def _images(folder, *broken):
-  """24 pictures, some of them none: (folder, changes of the config)."""
+  """24 images, some of them broken: (folder, changes of the config)."""
   folder.mkdir()
   rng = np.random.default_rng(0)
   for i in range(24):
@@ -422,56 +430,56 @@ def _images(folder, *broken):
   }
 
 
-def test_replaced_images_have_the_tokens_of_those_that_replace_them(tokenizer, tmp_path):
+def test_replacements_have_their_own_tokens(tokenizer, tmp_path):
   images, data = _images(tmp_path / "images", 3, 11, 12)
   config = _config(tokenizer, **data, batch_size=8)
   made = _make(config, tmp_path / "tokens", shard_size=10)
   source = sources.make_source(config.data.to_dict())
   bad_images = BadImageTracker(source, 0.5)
-  _same_wherever_it_is_clear(MaskedImageModeling(config, source), made, 3, bad_images)
+  _check_tokens(MaskedImageModeling(config, source), made, 3, bad_images)
   assert sorted(bad_images.reasons) == [3, 11, 12]
-  moved = shutil.copytree(images, tmp_path / "moved")  # where the data lies does not matter
+  moved = shutil.copytree(images, tmp_path / "moved")  # the location of the data does not matter
   replay = _config(tokenizer, **{**data, "data.root": str(moved)}, **{"tokenizer.cache": str(made.folder)})
   replay.batch_size = 8
   assert train.prepare(replay, sharding.make_mesh(1, 1)).objective.cache.epochs == 1
 
 
-def _batch_of(tokenizer, data, noted=None, **changes):
-  """All rows of three steps, and which examples were replaced."""
+def _rows(tokenizer, data, **changes):
+  """All rows of three steps, and the reasons why examples were replaced."""
   config = _config(tokenizer, **data, **changes, batch_size=8)
   source = sources.make_source(config.data.to_dict())
-  noted = BadImageTracker(source, 0.5)
-  batches = list(_batches(MaskedImageModeling(config, source), 3, noted))
-  return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}, noted.known
+  bad_images = BadImageTracker(source, 0.5)
+  batches = list(_batches(MaskedImageModeling(config, source), 3, bad_images))
+  return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}, bad_images.reasons
 
 
-def test_an_image_that_was_replaced_in_the_cache_is_replaced_in_the_run(tokenizer, tmp_path):
-  """It could not be read for a while only: pixels and tokens are those of the same image all the same."""
+def test_image_replaced_in_the_cache_is_replaced_in_the_run(tokenizer, tmp_path):
+  """The image was unreadable only when the cache was made; pixels and tokens still belong to the same image."""
   images, data = _images(tmp_path / "images", 3)
-  good = (images / "05.png").read_bytes()  # none of those that stand for the data
+  good = (images / "05.png").read_bytes()  # not one of the sampled images
   (images / "05.png").write_bytes(b"broken")
   made = _make(_config(tokenizer, **data, batch_size=8), tmp_path / "tokens", shard_size=10)
-  wanted, known = _batch_of(tokenizer, data)
-  assert sorted(known) == [3, 5]
+  wanted, reasons = _rows(tokenizer, data)
+  assert sorted(reasons) == [3, 5]
   (images / "05.png").write_bytes(good)
-  whole, known = _batch_of(tokenizer, data)
-  assert sorted(known) == [3] and not np.array_equal(whole["image"], wanted["image"])
-  found, known = _batch_of(tokenizer, data, **{"tokenizer.cache": str(made.folder)})
+  repaired, reasons = _rows(tokenizer, data)
+  assert sorted(reasons) == [3] and not np.array_equal(repaired["image"], wanted["image"])
+  found, reasons = _rows(tokenizer, data, **{"tokenizer.cache": str(made.folder)})
   np.testing.assert_array_equal(found["image"], wanted["image"])
-  assert sorted(known) == [3, 5] and "or not when its tokens were cached" in known[5]
-  number, targets = made.find(0, 0, 5)
+  assert sorted(reasons) == [3, 5] and "or when its tokens were cached" in reasons[5]
+  number, targets = made.lookup(0, 0, 5)
   assert number == next(i for i in examples.candidates(5, 24) if i not in (3, 5))
   (row,) = np.flatnonzero(found["example_key"][:, 1] == 5)
   np.testing.assert_array_equal(found["targets"][row], targets)
 
 
-def test_an_image_that_is_replaced_only_in_the_run_stops_it(tokenizer, tmp_path):
-  """Its tokens would be those of other pixels."""
+def test_image_that_can_no_longer_be_read_stops_the_run(tokenizer, tmp_path):
+  """Its replacement would get the tokens of other pixels."""
   images, data = _images(tmp_path / "images", 3)
   made = _make(_config(tokenizer, **data, batch_size=8), tmp_path / "tokens", shard_size=10)
   (images / "05.png").write_bytes(b"broken")
   with pytest.raises(UserError) as error:
-    _batch_of(tokenizer, data, **{"tokenizer.cache": str(made.folder)})
+    _rows(tokenizer, data, **{"tokenizer.cache": str(made.folder)})
   for fact in (
     "tokenizer.cache",
     "tokens of example 5 in epoch 0",
@@ -487,18 +495,18 @@ def _cached(tokenizer, cache):
   return MaskedImageModeling(config, sources.make_source(config.data.to_dict()))
 
 
-def test_batches_hold_targets_and_no_second_view(cache, tokenizer):
+def test_batches_have_targets_instead_of_the_token_view(cache, tokenizer):
   objective = _cached(tokenizer, cache)
   reader = pickle.loads(pickle.dumps(objective.reader()))
   image = sources.make_source(objective.config.data.to_dict())[5]
   found = reader.train(examples.decode(image, 5), image, (0, 1, 5))
   assert set(found) == {"image", "targets", "label"}
-  np.testing.assert_array_equal(found["targets"], cache.read(0, 1, 5))
+  np.testing.assert_array_equal(found["targets"], cache.lookup(0, 1, 5)[1])
   assert set(reader.eval(examples.decode(image, 5), image)) == {"image", "token_image", "label"}
 
 
 @pytest.mark.slow
-def test_data_workers_read_the_same(cache, tokenizer):
+def test_data_workers_read_the_same_batches(cache, tokenizer):
   objective = _cached(tokenizer, cache)
   for mine, theirs in zip(*(_batches(objective, 10, workers=n) for n in (0, 2)), strict=True):
     for name in ("image", "targets", "example_key"):
@@ -518,7 +526,7 @@ def _file(tmp_path, **runs):
 
 
 def test_the_command_with_stages(tokenizer, cache, tmp_path, capsys):
-  (tmp_path / "run").mkdir()  # where a trained stage would lie
+  (tmp_path / "run").mkdir()  # as if the stage had been trained
   shutil.copytree(tokenizer, tmp_path / "run" / "tokenizer")
   stages = {"stages": ("tokenizer", "pretrain"), "tokenizer": tiny.raw("dvae"), "pretrain": tiny.raw("beit")}
   spec, out = _file(tmp_path, **stages), tmp_path / "tokens"
@@ -530,13 +538,13 @@ def test_the_command_with_stages(tokenizer, cache, tmp_path, capsys):
     "--config.pretrain.batch_size=24",
   ]
   assert tokenize.main(flags) == 0
-  made = tokens.TokenCache(out)
+  made = token_cache.TokenCache(out)
   assert made.key == cache.key
-  np.testing.assert_array_equal(made.read(0, 1, 7), cache.read(0, 1, 7))
+  np.testing.assert_array_equal(made.lookup(0, 1, 7)[1], cache.lookup(0, 1, 7)[1])
   assert made.command.startswith(f"python -m beit_jax.tokenize {spec}") and "epochs" not in made.command
   assert f"--config.pretrain.tokenizer.cache={out}" in capsys.readouterr().err
   assert tokenize.main([*flags, "--config.pretrain.seed=5"]) == 2
-  assert "holds another cache" in capsys.readouterr().err
+  assert "has the cache of another run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -545,7 +553,7 @@ def test_the_command_with_stages(tokenizer, cache, tmp_path, capsys):
     ([], "--out is missing"),
     (["--out=gs://bucket/x"], "mount the bucket"),
     (["--out=OUT", "--epochs=0"], "--epochs=0: must be"),
-    (["--out=OUT", "--epochs=two"], "--epochs=two: must be"),
+    (["--out=OUT", "--epochs=two"], "--epochs: invalid int value: 'two'"),
     (["--out=OUT", "--stage=x"], "the config has no stages"),
     (["--out=OUT", "--outt=x"], "beit_jax.tokenize"),
     (["--out=OUT", "--config.objective=beit"], "tokenizer.init_from"),
@@ -558,27 +566,27 @@ def test_mistakes_of_the_command(flags, fact, tmp_path, capsys):
   assert fact in error and error.count("error: ") == 1 and "Traceback" not in error
 
 
-def test_a_run_without_tokens_is_refused(tmp_path, capsys):
+def test_run_without_tokens_is_refused(tmp_path, capsys):
   assert tokenize.main([_file(tmp_path, **tiny.raw("classify")), f"--out={tmp_path / 'tokens'}"]) == 2
   assert "'classify' uses no visual tokens" in capsys.readouterr().err
 
 
 CHILD = """
 import sys, time
-from beit_jax.data import token_cache as tokens
-tokens.SHARD_SIZE = 40
-write = tokens.TokenCache.write
+from beit_jax.data import token_cache
+token_cache.SHARD_SIZE = 40
+write = token_cache.TokenCache.write
 def slow(self, *arguments):
   write(self, *arguments)
   time.sleep(0.3)
-tokens.TokenCache.write = slow
+token_cache.TokenCache.write = slow
 from beit_jax import tokenize
 sys.exit(tokenize.main(sys.argv[1:]))
 """
 
 
 @pytest.mark.slow
-def test_killed_again_and_again(tokenizer, cache, tmp_path):
+def test_killed_twice(tokenizer, cache, tmp_path):
   run = tiny.raw("beit", batch_size=24, **{"tokenizer.init_from": str(tokenizer)})
   out = tmp_path / "tokens"
   command = [sys.executable, "-c", CHILD, _file(tmp_path, **run), f"--out={out}", "--epochs=2"]
@@ -591,18 +599,18 @@ def test_killed_again_and_again(tokenizer, cache, tmp_path):
       time.sleep(0.02)
     child.send_signal(signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL
-  assert len(tokens.TokenCache(out).unfinished()) in (1, 2)
+  assert len(token_cache.TokenCache(out).faults()) in (1, 2)
   assert subprocess.run(command, env=env, cwd=ROOT, stderr=subprocess.DEVNULL).returncode == 0
-  made = tokens.TokenCache(out)
-  assert not made.unfinished(verify=True)
+  made = token_cache.TokenCache(out)
+  assert not made.faults(verify=True)
   keys = [(epoch, index) for epoch in (0, 1) for index in range(96)]
-  same = [(made.read(0, *key) == cache.read(0, *key)).mean() for key in keys]
+  same = [(made.lookup(0, *key)[1] == cache.lookup(0, *key)[1]).mean() for key in keys]
   assert np.mean(same) > 0.999
 
 
 @pytest.mark.slow
 def test_two_processes_write_one_cache(tokenizer, cache, tmp_path):
-  """2 x 4 devices; process 0 writes what both compute."""
+  """Each has 4 devices; process 0 writes what both compute."""
   changes = {"batch_size": 24, "tokenizer.init_from": str(tokenizer), "mesh.data": 8}
   with socket.socket() as probe:
     probe.bind(("localhost", 0))
@@ -618,14 +626,13 @@ def test_two_processes_write_one_cache(tokenizer, cache, tmp_path):
     for process in both:
       process.kill()
   assert [process.returncode for process in both] == [0, 0], errors
-  made = tokens.TokenCache(tmp_path / "tokens")
-  assert not made.unfinished(verify=True) and made.key == cache.key
+  made = token_cache.TokenCache(tmp_path / "tokens")
+  assert not made.faults(verify=True) and made.key == cache.key
   keys = [(epoch, index) for epoch in (0, 1) for index in range(96)]
-  assert np.mean([made.read(0, *key) == cache.read(0, *key) for key in keys]) > 0.999
+  assert np.mean([made.lookup(0, *key)[1] == cache.lookup(0, *key)[1] for key in keys]) > 0.999
 
 
-def test_the_key_is_in_the_schema_and_not_in_the_recipe():
+def test_config_key_may_change_on_resume():
   assert record.MAY_CHANGE.fullmatch("tokenizer.cache")
-  fields = objectives.schemas()
-  run = config_lib.complete({"objective": "beit", "tokenizer": {"cache": "somewhere"}}, fields)
+  run = config_lib.complete({"objective": "beit", "tokenizer": {"cache": "somewhere"}}, objectives.schemas())
   assert run.tokenizer.cache == "somewhere" and run.tokenizer.init_from == "stage:tokenizer"
