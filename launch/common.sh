@@ -1,8 +1,8 @@
 # shellcheck shell=bash
-# What the launch scripts share: flags, quoting, --dry-run. Sourced, never run.
+# Shared by the launch scripts: flags, quoting, --dry-run. Source this file; do not run it.
 #
-# A script fills `flags` with its flags and their defaults, and calls `parse "$@"`. What follows `--` is for
-# beit_jax.main and ends up in `rest`. A flag whose default is `no` takes no value.
+# A script adds its flags and their defaults to `flags` and calls `parse "$@"`. Arguments after `--` are for
+# beit_jax.main; `parse` puts them into `rest`. A flag whose default is `no` takes no value.
 
 if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 404)); then
   echo "error: bash 4.4 or newer is needed, this is $BASH_VERSION" >&2
@@ -18,7 +18,7 @@ die() {
   exit 2
 }
 
-# The comment at the top of the script.
+# Prints the comment at the top of the script.
 usage() { sed -n '2,/^[^#]/{s/^# \{0,1\}//p;}' "$0"; }
 
 parse() {
@@ -51,7 +51,7 @@ parse() {
   fi
 }
 
-# check FLAG REGEX WHAT: the flag is given and matches; an optional one may be empty (WHAT begins with "optional").
+# check FLAG REGEX WHAT: exits unless the flag is given and matches. It may be empty if WHAT begins with "optional".
 check() {
   local value=${flags[$1]}
   [[ -z $value && $3 == optional* ]] && return
@@ -59,12 +59,12 @@ check() {
   [[ $value =~ ^($2)$ ]] || die "--$1=$value: must be ${3#optional, }"
 }
 
-needs_config() {
+require_config() {
   [[ " ${rest[*]-}" == *" --config="* || " ${rest[*]-} " == *" --config "* ]] ||
     die "no --config for beit_jax.main; give its flags after --, as in: -- --config=configs/quickstart.py"
 }
 
-# Words that any POSIX shell reads back as they are.
+# Quotes words for any POSIX shell.
 quote() {
   local word out='' tick="'\\''"
   for word; do

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A Cloud TPU slice: makes it, installs the committed code on every worker, trains, and goes on after preemptions.
+# A Cloud TPU slice: creates it, installs the committed code on every worker, trains, and resumes after preemptions.
 #
 #   launch/tpu_pod.sh create  --name=pod --zone=us-west4-a --type=v5litepod-64 [--spot] [--queued]
 #   launch/tpu_pod.sh install --name=pod --zone=us-west4-a --bucket=my-bucket
@@ -8,17 +8,17 @@
 #   launch/tpu_pod.sh tail|status|stop|delete --name=pod --zone=us-west4-a
 #   launch/tpu_pod.sh babysit --name=pod --zone=us-west4-a --type=... [all flags of the above] -- [flags of run]
 #
-# --type: v2-N v3-N v4-N v5litepod-N v5p-N v6e-N     --version: of the runtime; that of the type if not given
-# --project: gcloud's own if not given               --spot: cheap, and taken away at any time
-# --queued: create asks for a queued resource of the same name and waits
-# --bucket: a Cloud Storage bucket, mounted at /mnt/bucket on every worker, for data; the workdir, which all workers
-#   need to see, may be there too, or be gs://BUCKET/RUN, which needs no mount
-# --worker=0: which worker's log tail shows          --poll=60: seconds between two looks of babysit
-# --dry-run: shows the commands
+# --type: v2-N v3-N v4-N v5litepod-N v5p-N v6e-N     --version: runtime version (default: depends on the type)
+# --project: default: that of gcloud                 --spot: cheaper, may be preempted at any time
+# --queued: create requests a queued resource of the same name and waits for it
+# --bucket: a Cloud Storage bucket, mounted at /mnt/bucket on every worker, for data. The workdir, which all workers must
+#   see, may be there too, or be gs://BUCKET/RUN, which needs no mount
+# --worker=0: the worker whose log tail shows        --poll=60: seconds between two checks of babysit
+# --dry-run: prints the commands
 #
-# run: every worker trains detached and writes ~/run.log; the exit status ends up in ~/run.status. stop: asks it to save
-# and end. babysit: does whatever is missing, again and again, until the run has ended with status 0, or 2 (a mistake), or
-# has failed at once too often; end it before stop. The slice stays until delete.
+# run: every worker trains detached from the terminal, logs to ~/run.log, and writes its exit status to ~/run.status.
+# stop: the run saves and ends. babysit: repeats whatever step is needed until the run ends with status 0 or 2 (a mistake),
+# or fails too often right after its start; interrupt babysit before stop. The slice stays until delete.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -48,7 +48,7 @@ check_type() {
     v5litepod-*) version=v2-alpha-tpuv5-lite ;;
     v5p-*) version=v2-alpha-tpuv5 ;;
     v6e-*) version=v2-alpha-tpuv6e ;;
-    *) die "--type=${flags[type]}: there are v2-N v3-N v4-N v5litepod-N v5p-N v6e-N (newer ones: launch/gke/gke.sh)" ;;
+    *) die "--type=${flags[type]}: must be one of v2-N v3-N v4-N v5litepod-N v5p-N v6e-N (for newer types: launch/gke/gke.sh)" ;;
   esac
   version=${flags[version]:-$version}
 }
@@ -56,12 +56,13 @@ check_type() {
 state() { run "${tpu[@]}" describe "$name" "${where[@]}" '--format=value(state)'; }
 requested() { run "${queue[@]}" describe "$name" "${where[@]}" '--format=value(state.state)'; }
 
-# ask state|requested: what gcloud says; MISSING only if it says that there is none; else, as without network, UNKNOWN.
+# ask state|requested: the state that gcloud reports. MISSING only if gcloud reports that there is none; UNKNOWN if it does
+# not answer, for example without a network.
 ask() {
-  local errors said
+  local errors answer
   errors=$(mktemp)
-  if said=$("$1" 2>"$errors"); then
-    echo "${said:-UNKNOWN}"
+  if answer=$("$1" 2>"$errors"); then
+    echo "${answer:-UNKNOWN}"
   elif grep -q -e NOT_FOUND -e 'was not found' "$errors"; then
     echo MISSING
   else
@@ -79,14 +80,14 @@ create() {
   if [[ ${flags[queued]} == yes ]]; then
     run "${queue[@]}" create "$name" "--node-id=$name" "${where[@]}" "--accelerator-type=${flags[type]}" \
       "--runtime-version=$version" "${spot[@]}" || return
-    [[ ${flags[dry-run]} == yes ]] || granted
+    [[ ${flags[dry-run]} == yes ]] || wait_granted
   else
     run "${tpu[@]}" create "$name" "${where[@]}" "--accelerator-type=${flags[type]}" "--version=$version" "${spot[@]}"
   fi
 }
 
-# Waits until the queued resource is there; fails when it never will be.
-granted() {
+# Waits until the queued resource is granted; fails when the request has failed.
+wait_granted() {
   local request before=''
   until [[ $(ask state 2>/dev/null) == READY ]]; do
     request=$(ask requested)
@@ -110,7 +111,7 @@ delete() {
   fi
 }
 
-# The images' Python is too old, so uv brings one.
+# The Python of the images is too old, so uv installs another one.
 install() {
   local archive=/tmp/beit_jax-$name.tgz
   local script='set -e; mkdir -p beit_jax; tar -xzf beit_jax.tgz -C beit_jax; python3 -m pip install --quiet --user uv; '
@@ -128,7 +129,7 @@ install() {
     on all "$script"
 }
 
-# The command crosses gcloud's ssh, the login shell there and a detached bash: quoted once for each.
+# The command passes through gcloud's ssh, the login shell there and a detached bash, and is quoted once for each.
 train() {
   local inner mount='' bucket=${flags[bucket]}
   [[ -z $bucket ]] ||
@@ -141,28 +142,29 @@ exit 1; fi && ${mount}rm -f ../run.status && { setsid nohup bash -c $(quote "$in
 alive="if kill -0 \"\$(cat run.pid 2>/dev/null)\" 2>/dev/null; then echo running; else cat run.status 2>/dev/null || echo none; fi"
 stop() { on all "kill -$1 -- \"-\$(cat run.pid 2>/dev/null)\" 2>/dev/null || echo 'nothing runs here'"; }
 
-# What babysit does. Each may fail (`set -e` does not count below `||`, hence the &&); the next look finds what is left.
-again() { delete && create && install && train; }
-bare() { stop KILL && install && train; } # worker 0 was made anew or rebooted; others may still run
-missing() {
+# The repairs of babysit. Each may fail, and the next check then finds what remains to be done. They use && because
+# `set -e` has no effect in a command before `||`.
+recreate() { delete && create && install && train; }
+reinstall() { stop KILL && install && train; } # worker 0 was recreated or rebooted; others may still run
+obtain() {
   local request=MISSING
   [[ ${flags[queued]} == no ]] || request=$(ask requested)
   case $request in
     UNKNOWN) return 1 ;;
     MISSING) create && install && train ;;
-    ACCEPTED | CREATING | PROVISIONING | WAITING_FOR_RESOURCES) granted && install && train ;;
-    *) again ;; # the request has outlived its slice, or came to nothing
+    ACCEPTED | CREATING | PROVISIONING | WAITING_FOR_RESOURCES) wait_granted && install && train ;;
+    *) recreate ;; # the slice of the request is gone, or the request has failed
   esac
 }
 
-soon=$((600 + 10#${flags[poll]})) # seconds from a restart to a look that finds it failed: it got nowhere
-most_restarts=5                   # of such runs in a row: a bug would keep a slice that costs busy for ever
-restarts=0 started=''             # the latter: $SECONDS at the last restart
+early=$((600 + 10#${flags[poll]})) # a run that fails within so many seconds of a restart has made no progress
+max_restarts=5                     # of such runs in a row: a bug must not keep a slice busy, which costs money
+restarts=0 started=''              # started: $SECONDS at the last restart
 
 restart() {
-  [[ -n $started ]] && ((SECONDS - started <= soon)) || restarts=0
-  ((restarts < most_restarts)) || die "the run failed with status $1 within 10 minutes of each of its last \
-$restarts restarts: see $0 tail --name=$name ${where[*]}; the slice is still there, and costs until it is deleted"
+  [[ -n $started ]] && ((SECONDS - started <= early)) || restarts=0
+  ((restarts < max_restarts)) || die "the run failed with status $1 within 10 minutes of each of its last \
+$restarts restarts: see $0 tail --name=$name ${where[*]}; the slice still exists, and costs money until it is deleted"
   stop KILL && train || return
   restarts=$((restarts + 1)) started=$SECONDS
 }
@@ -174,20 +176,20 @@ babysit() {
     status='' repair=''
     case $now in
       READY) status=$(on 0 "$alive") || status=unreachable ;;
-      PREEMPTED | TERMINATED | STOPPED) repair=again ;;
-      MISSING) repair=missing ;;
+      PREEMPTED | TERMINATED | STOPPED) repair=recreate ;;
+      MISSING) repair=obtain ;;
     esac
     echo "$(date +%T) $name $now $status"
     case $status in
       0) return 0 ;;
-      2) die "the run ended with a mistake of its own: see $0 tail --name=$name ${where[*]}" ;;
-      none) repair=bare ;;
+      2) die "the run reported a mistake in its command, config or data: see $0 tail --name=$name ${where[*]}" ;;
+      none) repair=reinstall ;;
       '' | running | unreachable) ;;
-      *) repair=restart ;; # it failed, or another process of it did
+      *) repair=restart ;; # this process failed, or another one of the run
     esac
     if [[ -n $repair ]]; then
       [[ $repair == restart ]] || restarts=0
-      "$repair" "$status" || echo "$(date +%T) $name a repair failed; looking again in ${flags[poll]} s" >&2
+      "$repair" "$status" || echo "$(date +%T) $name a repair failed; next check in ${flags[poll]} s" >&2
     fi
     sleep "${flags[poll]}"
   done
@@ -196,14 +198,14 @@ babysit() {
 case $action in
   create) check_type && create ;;
   install) install ;;
-  run) needs_config && train ;;
+  run) require_config && train ;;
   tail) on "${flags[worker]}" 'tail -n 100 -F run.log' ;;
   status) state && on all "$alive" ;;
   stop) stop TERM ;;
   delete) delete ;;
   babysit)
-    check_type && needs_config
-    if [[ ${flags[dry-run]} == yes ]]; then # what follows a preemption
+    check_type && require_config
+    if [[ ${flags[dry-run]} == yes ]]; then # the commands after a preemption
       state && delete && create && install && train && state && on 0 "$alive"
     else
       babysit

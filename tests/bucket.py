@@ -1,9 +1,9 @@
-"""A small stand-in for Cloud Storage: one bucket in memory, its JSON API on the loopback address.
+"""A small stand-in for Cloud Storage: one bucket in memory, with the JSON API on the loopback address.
 
-It serves what TensorStore, gcsfs and google-cloud-storage ask for in a run: bucket and object metadata, listings,
-ranges, the three kinds of upload, deletion, copies, preconditions on generations. No authentication.
+It implements what TensorStore, gcsfs and google-cloud-storage use in a run: bucket and object metadata, listings,
+ranges, the three kinds of upload, deletion, copies, preconditions on generations. There is no authentication.
 
-    python -m tests.bucket --port=9000      # then export the two variables that it prints
+    python -m tests.bucket --port=9000      # then export the variables that it prints
 """
 
 import argparse
@@ -26,12 +26,12 @@ API = re.compile(
 
 
 class Bucket:
-  """A context: serves `name` while it is open.
+  """A context manager that serves the bucket `name`.
 
   Attributes:
     objects: name -> (bytes, generation, time of the last change).
-    requests: (method, path) of all so far.
-    refuse: while set, (method, path) -> a status to answer with instead, or None.
+    requests: (method, path) of all requests so far.
+    refuse: if set, a function (method, path) -> HTTP status to answer with, or None.
   """
 
   def __init__(self, name: str = "bucket", port: int = 0):
@@ -42,7 +42,7 @@ class Bucket:
 
   @property
   def environment(self) -> dict[str, str]:
-    """With a token for TensorStore, which would ask the network for one otherwise."""
+    """Variables for clients; with a token for TensorStore, which would request one over the network otherwise."""
     names = ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL")
     return {**dict.fromkeys(names, self.url), "GOOGLE_AUTH_TOKEN_FOR_TESTING": "token"}
 
@@ -180,7 +180,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     self._send(206, data[begin:end], Content_Range=f"bytes {begin}-{end - 1}/{len(data)}", **headers)
 
   def _holds(self, name: str) -> bool:
-    """Whether the preconditions hold; else the answer has been sent."""
+    """Whether the preconditions hold; if not, sends the answer."""
     now = self.bucket.objects[name][1] if name in self.bucket.objects else 0
     match, differ = self.query.get("ifGenerationMatch"), self.query.get("ifGenerationNotMatch")
     if match is not None and int(match) != now:

@@ -6,13 +6,14 @@
 #     --config.pretrain.data.data_dir=/mnt/bucket/tfds
 #   launch/gke/gke.sh render|apply|status|logs|delete --name=NAME [...]
 #
-# --accelerator: v4, v5e, v5p, v6e, tpu7x        --topology: chips, as the node pool has them: 4x4, 2x2x4, ...
-# --bucket: a Cloud Storage bucket, seen as /mnt/bucket by all pods (Cloud Storage FUSE CSI driver), for data; a workdir
+# --accelerator: v4, v5e, v5p, v6e, tpu7x        --topology: chips of the node pool: 4x4, 2x2x4, ...
+# --bucket: a Cloud Storage bucket, mounted at /mnt/bucket in all pods (Cloud Storage FUSE CSI driver), for data; a workdir
 #   gs://BUCKET/RUN needs no mount
-# --service-account: of Kubernetes, which may read and write the bucket     --namespace=default      --spot
-# --restarts=50: of the whole set, when a pod is evicted or fails           --grace=120: seconds to save when evicted
-# apply: deletes a set of that name that has ended first, which would stay as it is; the run goes on in the same workdir
-# --dry-run: shows the commands; the image is built from launch/Dockerfile with --build-arg EXTRA=tpu,gcs
+# --service-account: Kubernetes service account that can access the bucket     --namespace=default      --spot
+# --restarts=50: restarts of the JobSet when a pod is evicted or fails         --grace=120: seconds to save when evicted
+# apply: first deletes a JobSet of that name that has ended, which Kubernetes would not start again; the run resumes in the
+#   same workdir
+# --dry-run: prints the commands. The image is built from launch/Dockerfile with --build-arg EXTRA=tpu,gcs
 #
 # The cluster needs JobSet (https://jobset.sigs.k8s.io).
 set -euo pipefail
@@ -29,7 +30,7 @@ parse "$@"
 check name '[a-z]([-a-z0-9]{0,38}[a-z0-9])?' "lower-case letters, digits and dashes, 40 at most"
 check namespace '[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?' "a Kubernetes namespace"
 kubectl=(kubectl "--namespace=${flags[namespace]}")
-# Foreground: until its Jobs are gone too, whose names the next set needs.
+# Foreground: waits until its Jobs are deleted too, since the next JobSet uses the same names.
 delete=("${kubectl[@]}" delete "jobset/${flags[name]}" --cascade=foreground)
 selector=jobset.sigs.k8s.io/jobset-name=${flags[name]}
 
@@ -40,7 +41,7 @@ plan() {
   check service-account '[a-z0-9][a-z0-9.-]*' "optional, a Kubernetes service account"
   check restarts '[0-9]+' "a number"
   check grace '[0-9]+' "a number of seconds"
-  needs_config
+  require_config
   local dims
   case ${flags[accelerator]} in
     v4) selected=tpu-v4-podslice dims=3 ;;
@@ -48,7 +49,7 @@ plan() {
     v5p) selected=tpu-v5p-slice dims=3 ;;
     v6e) selected=tpu-v6e-slice dims=2 ;;
     tpu7x) selected=tpu7x dims=3 ;;
-    *) die "--accelerator=${flags[accelerator]}: there are v4, v5e, v5p, v6e, tpu7x" ;;
+    *) die "--accelerator=${flags[accelerator]}: must be one of v4, v5e, v5p, v6e, tpu7x" ;;
   esac
   local a b c all=1x1,2x2,2x4,4x4,4x8,8x8,8x16,16x16
   IFS=x read -r a b c <<<"${flags[topology]}"
@@ -64,14 +65,14 @@ plan() {
   fi
 }
 
-# A JSON string, which is one of YAML too. Kubernetes reads $(NAME) in commands; $$ is a dollar sign.
+# A JSON string, which is also a YAML string. Kubernetes expands $(NAME) in commands; $$ is a dollar sign.
 text() {
   local s=${1//\\/\\\\}
   s=${s//\"/\\\"} s=${s//$'\n'/\\n} s=${s//$'\t'/\\t}
   printf '"%s"' "${s//\$/\$\$}"
 }
 
-# The template with a value for every @name@ in it.
+# Prints the template with a value for every @name@.
 render() {
   local word line n=$'\n'
   local -A value=([hosts]=$((chips / per_host)) [per_host]=$per_host [selected]=$selected [command]=''
@@ -85,7 +86,7 @@ render() {
     value[account]="$n              serviceAccountName: ${flags[service-account]}"
   fi
   if [[ -n ${flags[bucket]} ]]; then
-    local key # what the sidecar that mounts may use; "0": no limit
+    local key # resource limits of the sidecar that mounts the bucket; "0": no limit
     value[annotations]='gke-gcsfuse/volumes: "true"'
     for key in cpu memory ephemeral-storage; do value[annotations]+=", gke-gcsfuse/$key-limit: \"0\""; done
     value[annotations]="{${value[annotations]}}"
@@ -107,7 +108,7 @@ render() {
   done <"$ROOT/launch/gke/jobset.yaml"
 }
 
-# Shell commands: a set that has ended makes way.
+# Prints shell commands that delete a JobSet that has ended.
 clear_ended() {
   local get=("${kubectl[@]}" get "jobset/${flags[name]}" --ignore-not-found '--output=jsonpath={.status.terminalState}')
   echo "ended=\$($(quote "${get[@]}"))"

@@ -1,4 +1,4 @@
-"""The launch scripts against fakes of gcloud, kubectl, sbatch, srun: what they call, what arrives at the far end."""
+"""The launch scripts against fakes of gcloud, kubectl, sbatch and srun: their calls, and the arguments that arrive."""
 
 import inspect
 import json
@@ -27,8 +27,8 @@ HARD = (
 POD = ("--name=pod", "--zone=us-west4-a")
 MAIN = ("--", "--config=configs/quickstart.py")
 
-# Writes its argv and standard input to calls.jsonl, then does as $FAKE_<NAME> says. Like the real one, kubectl takes no
-# TYPE/NAME beside a TYPE.
+# Writes its argv and standard input to calls.jsonl, then runs the code in $FAKE_<NAME>. Like the real
+# one, kubectl rejects TYPE/NAME beside a TYPE.
 FAKE = """#!{python} -IS
 import json, os, sys
 name = os.path.basename(sys.argv[0])
@@ -48,7 +48,7 @@ if answers:
 
 @pytest.fixture
 def fakes(tmp_path, monkeypatch):
-  """(run a script, the calls so far); a folder with spaces in its name is home and working directory."""
+  """The home and working directory of the scripts, whose name contains spaces; fakes are first in PATH."""
   folder = tmp_path / "bin"
   folder.mkdir()
   for name in ("gcloud", "kubectl", "sbatch", "srun", "scancel", "scontrol", "python", "git", "sleep"):
@@ -95,8 +95,8 @@ ALL = [
 
 
 @pytest.mark.parametrize("command", ALL, ids=lambda command: " ".join(command[:2]))
-def test_dry_run_pasted_is_the_run(command, fakes):
-  """Same calls and same standard input; the dry run itself calls nobody."""
+def test_output_of_a_dry_run_does_the_same_when_pasted(command, fakes):
+  """Same calls and same standard input; the dry run itself makes no calls."""
   script, *args = command
   at = args.index("--") if "--" in args else len(args)
   dry = _shell([LAUNCH / script, *args[:at], "--dry-run", *args[at:]], fakes)
@@ -113,7 +113,7 @@ def test_dry_run_pasted_is_the_run(command, fakes):
 
 
 def _gcloud(tmp_path, monkeypatch, body):
-  """`body` sees argv; `ssh(command)` runs a command as the shell of a worker would."""
+  """Fakes gcloud: `body` can use argv, and `ssh(command)`, which runs a command like the shell of a worker."""
   path = tmp_path / "gcloud.py"
   path.write_text(
     "import subprocess, pathlib\n"
@@ -133,7 +133,7 @@ def _wait_for(path, seconds=20):
   return path.read_text().strip()
 
 
-def test_pod_run_arguments_arrive_unharmed(fakes, tmp_path, monkeypatch):
+def test_pod_run_preserves_arguments(fakes, tmp_path, monkeypatch):
   """Through gcloud's ssh, the login shell there and the detached bash."""
   _gcloud(tmp_path, monkeypatch, "if argv[0] == 'ssh': sys.exit(ssh(command))")
   run = _shell([LAUNCH / "tpu_pod.sh", "run", *POD, "--", *HARD], fakes)
@@ -161,7 +161,7 @@ def test_pod_stop_lets_the_run_save(fakes, tmp_path, monkeypatch):
   assert _wait_for(fakes / "run.status") == "143"
 
 
-def test_pod_stop_where_nothing_runs(fakes, tmp_path, monkeypatch):
+def test_pod_stop_without_a_run(fakes, tmp_path, monkeypatch):
   _gcloud(tmp_path, monkeypatch, "if argv[0] == 'ssh': sys.exit(ssh(command))")
   run = _shell([LAUNCH / "tpu_pod.sh", "stop", *POD], fakes)
   assert (run.returncode, run.stdout, run.stderr) == (0, "nothing runs here\n", "")
@@ -171,13 +171,13 @@ KINDS = {"run.status 2": "status?", "setsid": "train", "kill -KILL": "kill", "uv
 
 
 def _kind(call):
-  """In one word; those of queued resources begin with q-."""
+  """The kind of a call in one word; calls about queued resources begin with q-."""
   kind = next((kind for text, kind in KINDS.items() if text in call[-1]), call[4])
   return "q-" * (call[3] == "queued-resources") + kind
 
 
 def _answer(tmp_path, monkeypatch, **answers):
-  """The n-th call of a kind is answered by the n-th of its answers, none where none is given; ERROR: it fails so."""
+  """Answers the n-th call of a kind with the n-th of its answers, if any; an answer with ERROR makes it fail."""
   _gcloud(
     tmp_path,
     monkeypatch,
@@ -247,7 +247,7 @@ SETUP = "q-create describe scp install train"
   ids=["no answer", "no request", "no answer on it", "it waits", "it outlived the slice", "it fails"],
 )  # fmt: skip
 def test_babysit_queued(states, requests, wanted, fakes, tmp_path, monkeypatch):
-  """A request is deleted only when gcloud says that there is no slice, and that none will come of it."""
+  """A request is deleted only when gcloud reports that there is no slice and that the request has failed."""
   _answer(tmp_path, monkeypatch, **{"describe": states, "q-describe": requests, "status?": [0]})
   run = _babysit(fakes, "--queued")
   assert run.returncode == 0, run.stderr
@@ -255,7 +255,7 @@ def test_babysit_queued(states, requests, wanted, fakes, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("state", ["FAILED", "SUSPENDED"])
-def test_create_ends_when_the_request_has(state, fakes, tmp_path, monkeypatch):
+def test_create_fails_when_the_request_fails(state, fakes, tmp_path, monkeypatch):
   _answer(tmp_path, monkeypatch, **{"describe": [GONE] * 2, "q-describe": ["ACCEPTED", state]})
   run = _shell([LAUNCH / "tpu_pod.sh", "create", *POD, "--type=v4-32", "--queued", "--poll=0"], fakes)
   assert run.returncode == 1 and f"the queued resource pod is {state}; delete it" in run.stderr
@@ -276,8 +276,8 @@ def test_create_ends_when_the_request_has(state, fakes, tmp_path, monkeypatch):
   ],
   ids=["create", "delete", "scp", "install", "train", "train again", "kill", "kill of a bare one"],
 )  # fmt: skip
-def test_babysit_outlives_its_repairs(broken, states, statuses, wanted, fakes, tmp_path, monkeypatch):
-  """One that fails is tried again at the next look, and nothing that needs it is done."""
+def test_babysit_repeats_repairs_that_fail(broken, states, statuses, wanted, fakes, tmp_path, monkeypatch):
+  """A step that fails is repeated at the next check; steps that depend on it are not started before."""
   answers = {"describe": [*states, *["READY"] * len(statuses)], "status?": statuses, broken: [FLAKY, ""]}
   _answer(tmp_path, monkeypatch, **answers)
   run = _babysit(fakes)
@@ -295,10 +295,10 @@ def test_babysit_outlives_its_repairs(broken, states, statuses, wanted, fakes, t
   ],
   ids=["at once", "after a while", "preempted in between"],
 )
-def test_babysit_gives_up_on_a_run_that_fails_at_once(
+def test_babysit_gives_up_on_a_run_that_fails_right_after_its_start(
   states, passes, restarts, ends, fakes, tmp_path, monkeypatch
 ):
-  """`passes`: seconds between two looks."""
+  """`passes`: seconds between two checks."""
   (tmp_path / "clock.sh").write_text(f"sleep() {{ SECONDS=$((SECONDS + {passes})); }}\n")
   monkeypatch.setenv("BASH_ENV", str(tmp_path / "clock.sh"))
   _answer(tmp_path, monkeypatch, **{"describe": states, "status?": [*[1] * 8, 0]})
@@ -309,7 +309,7 @@ def test_babysit_gives_up_on_a_run_that_fails_at_once(
   assert (message in run.stderr) == ends
 
 
-def test_babysit_dry_run_is_the_round_after_a_preemption(fakes, tmp_path, monkeypatch):
+def test_babysit_dry_run_prints_the_commands_after_a_preemption(fakes, tmp_path, monkeypatch):
   args = ("babysit", *POD, "--type=v6e-16", "--spot", "--poll=0")
   dry = _shell([LAUNCH / "tpu_pod.sh", *args, "--dry-run", *MAIN], fakes)
   _answer(tmp_path, monkeypatch, **{"describe": ["PREEMPTED", "READY"], "status?": [0]})
@@ -323,7 +323,7 @@ def test_babysit_dry_run_is_the_round_after_a_preemption(fakes, tmp_path, monkey
   [("v3-32", "tpu-ubuntu2204-base"), ("v5litepod-256", "v2-alpha-tpuv5-lite"), ("v5p-8", "v2-alpha-tpuv5"),
    ("v6e-256", "v2-alpha-tpuv6e")],
 )  # fmt: skip
-def test_runtime_version_follows_the_type(type_, version, fakes):
+def test_runtime_version_depends_on_the_type(type_, version, fakes):
   run = _shell([LAUNCH / "tpu_pod.sh", "create", *POD, f"--type={type_}", "--dry-run"], fakes)
   assert f"--version={version}" in run.stdout.split()
 
@@ -372,7 +372,7 @@ def test_gke_manifest(accelerator, topology, selector, hosts, per_host, fakes):
     "gke-gcsfuse/memory-limit": "0",
     "gke-gcsfuse/ephemeral-storage-limit": "0",
   }
-  # Kubernetes reads $$ as $ and expands $(NAME) only.
+  # Kubernetes replaces $$ by $ and expands only $(NAME).
   assert [word.replace("$$", "$") for word in container["command"]] == [
     "python",
     "-m",
@@ -396,7 +396,7 @@ def test_gke_without_a_bucket_has_shared_memory(fakes):
 @pytest.mark.parametrize(
   "state, deleted", [("Completed", True), ("Failed", True), ("", False), ("Suspended", False)]
 )
-def test_gke_apply_replaces_a_set_that_has_ended(state, deleted, fakes, tmp_path, monkeypatch):
+def test_gke_apply_replaces_a_jobset_that_has_ended(state, deleted, fakes, tmp_path, monkeypatch):
   (tmp_path / "kubectl.py").write_text(f"if 'get' in sys.argv: print({state!r}, end='')")
   monkeypatch.setenv("FAKE_KUBECTL", str(tmp_path / "kubectl.py"))
   apply = [LAUNCH / GKE[0], *GKE[1:], "--accelerator=v5e", "--topology=2x4"]
@@ -436,7 +436,7 @@ def test_slurm_job(fakes, monkeypatch):
   ],
 )  # fmt: skip
 def test_slurm_signals_and_requeues(signals, status, restarts, requeued, fakes, tmp_path, monkeypatch):
-  """USR1, the warning, reaches the tasks by scancel, not through srun, and once; the job waits for srun."""
+  """After USR1, scancel signals the tasks once, srun does not; the job waits for srun."""
   monkeypatch.setenv("SLURM_JOB_ID", "7")
   monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
   if restarts:
@@ -491,7 +491,7 @@ BAD = [
   (("tpu_pod.sh", "run", "--name=pod", "--zone=us-west4", *MAIN), "--zone=us-west4: must be a zone"),
   (("tpu_pod.sh", "run", "--name=pod", *MAIN), "--zone is missing"),
   (("tpu_pod.sh", "install", *POD, "--bucket=gs://b"), "without gs://"),
-  ((*GKE, "--accelerator=v7", "--topology=4x4", *MAIN), "there are v4, v5e"),
+  ((*GKE, "--accelerator=v7", "--topology=4x4", *MAIN), "must be one of v4, v5e"),
   ((*GKE, "--accelerator=v5e", "--topology=3x3", *MAIN), "v5e has 1x1"),
   ((*GKE, "--accelerator=v4", "--topology=4x4", *MAIN), "AxBxC"),
   ((*GKE, "--accelerator=v4", "--topology=2x2x2"), "no --config"),
@@ -505,7 +505,7 @@ BAD = [
 
 
 @pytest.mark.parametrize("command, fact", BAD, ids=lambda value: None if isinstance(value, tuple) else value)
-def test_mistakes_run_nothing(command, fact, fakes):
+def test_mistakes_make_no_calls(command, fact, fakes):
   run = _shell([LAUNCH / command[0], *command[1:]], fakes)
   assert run.returncode == 2 and fact in run.stderr
   assert run.stderr.count("error: ") == 1 and len(run.stderr.splitlines()) == 1

@@ -1,4 +1,4 @@
-"""A workdir in a bucket, against the stand-in of tests/bucket.py on the loopback address."""
+"""A workdir in a bucket, with the stand-in of tests/bucket.py on the loopback address."""
 
 import importlib.util
 import json
@@ -26,18 +26,17 @@ from tests import kills, tiny
 from tests.bucket import Bucket
 from tests.conftest import ROOT
 
-if not all(
-  importlib.util.find_spec(name) for name in ("gcsfs", "google.cloud.storage")
-):  # imported by the fixture
+# The fixture imports these.
+if not all(importlib.util.find_spec(name) for name in ("gcsfs", "google.cloud.storage")):
   pytest.skip("no gcsfs or google-cloud-storage: pip install -e '.[gcs]'", allow_module_level=True)
 
 SLOW = pytest.mark.slow
-OFFLINE = {"NO_GCE_CHECK": "true", "HOME": "/nowhere", "CLOUDSDK_CONFIG": "/nowhere"}  # nobody is logged in
+OFFLINE = {"NO_GCE_CHECK": "true", "HOME": "/nowhere", "CLOUDSDK_CONFIG": "/nowhere"}  # no credentials
 
 
 @pytest.fixture(scope="module")
 def bucket():
-  """One for all tests, since the libraries keep their clients; each test has a folder of its own in it."""
+  """One bucket for all tests, since the libraries cache their clients; each test uses its own folder."""
   with Bucket() as served, pytest.MonkeyPatch.context() as patch:
     for key, value in served.environment.items():
       patch.setenv(key, value)
@@ -58,7 +57,7 @@ def run(bucket):
 
 
 def _copy(bucket, name, target):
-  """Objects below `name` to another name in the bucket, or to a folder on disk."""
+  """Copies the objects below `name` to another name in the bucket, or to a folder on disk."""
   for key in bucket.names(f"{name}/"):
     rest = key.removeprefix(f"{name}/")
     if isinstance(target, Path):
@@ -77,8 +76,8 @@ def _rows(bucket, name):
 # The run.
 
 
-def test_a_run_in_a_bucket_is_the_run_on_disk(bucket, run, tmp_path):
-  """Same rows, same arrays, same files; the copy on disk of what the bucket holds is a run that verifies."""
+def test_a_run_in_a_bucket_equals_a_run_on_disk(bucket, run, tmp_path):
+  """Same rows, same arrays, same files; a copy of the bucket on disk is a run that verifies."""
   train.run(_config(figures=True, **{"checkpoint.best": "loss"}), tmp_path / "local")
   kills.compare(tmp_path / "local", _copy(bucket, "whole", tmp_path / "copy"), exact=True)
   files = lambda folder: {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
@@ -102,8 +101,8 @@ def test_a_finished_run_is_not_repeated(bucket, run):
   assert before == {name: bucket.objects[name] for name in bucket.names("whole/")}
 
 
-def test_metrics_are_there_before_the_checkpoint_counts(bucket, monkeypatch):
-  """At the moment a digest appears, the rows up to its step are in the bucket; older checkpoints go only then."""
+def test_metrics_are_uploaded_before_the_checkpoint_is_sealed(bucket, monkeypatch):
+  """When a digest appears, the rows up to its step are in the bucket; older checkpoints are deleted only then."""
   seen, original = [], Bucket.write
 
   def write(self, name, data):
@@ -121,7 +120,7 @@ def test_metrics_are_there_before_the_checkpoint_counts(bucket, monkeypatch):
   assert all(step - 1 in steps for step, _, steps in seen[1:]), seen
 
 
-def test_an_old_checkpoint_that_cannot_be_deleted_costs_nothing(bucket, caplog):
+def test_an_old_checkpoint_that_cannot_be_deleted_is_a_warning(bucket, caplog):
   old = lambda path: "kept/checkpoints/1" in urllib.parse.unquote(path)
   bucket.refuse = lambda method, path: 403 if method == "DELETE" and old(path) else None
   try:
@@ -132,8 +131,8 @@ def test_an_old_checkpoint_that_cannot_be_deleted_costs_nothing(bucket, caplog):
   assert "checkpoints/1 could not be deleted" in caplog.text
 
 
-def test_a_resume_goes_on_in_the_bucket(bucket, run):
-  """Objects of the newest checkpoint damaged: the one before is used, the damaged one is put aside."""
+def test_resume_in_a_bucket(bucket, run):
+  """If the newest checkpoint is damaged, it is moved away and the one before is used."""
   _copy(bucket, "whole", "again")
   bucket.objects.pop("again/result.json")
   broken = next(key for key in bucket.names("again/checkpoints/4/params/") if "/d/" in key)
@@ -148,7 +147,7 @@ def test_a_resume_goes_on_in_the_bucket(bucket, run):
 
 
 def test_every_object_is_verified(bucket, run):
-  """Gone, cut, flipped, longer, one too many: never restored."""
+  """A checkpoint with a missing, shortened, changed, longer or additional object is never restored."""
   newest, count = checkpoint.find(run), 0
   for key in bucket.names("whole/checkpoints/4/"):
     data = bucket.read(key)
@@ -187,7 +186,7 @@ def test_a_run_copied_up_from_disk_is_verified_by_its_sha256(bucket, tmp_path):
 
 @SLOW
 def test_weights_from_a_bucket(bucket, run, tmp_path):
-  """init_from a run, single files with what stands beside them, resume; each is the same as from disk."""
+  """init_from a run, from single files with the files beside them, and resume give the same as from disk."""
   wanted = beit_jax.load("gs://bucket/whole")
   beit_jax.save(wanted, tmp_path / "hf", format="hf")
   beit_jax.save(wanted, tmp_path / "model.safetensors", format="unilm")
@@ -222,7 +221,7 @@ def get_config():
 
 @SLOW
 def test_stages_in_a_bucket(bucket, tmp_path, capsys, monkeypatch):
-  """A later stage finds the earlier one's weights there; the doctor finds nothing amiss, before and after."""
+  """A later stage finds the weights of an earlier one; the doctor finds no problem, before and after."""
   from beit_jax import main
   from beit_jax.doctor import __main__ as doctor
   from beit_jax.doctor import host
@@ -244,7 +243,7 @@ def test_stages_in_a_bucket(bucket, tmp_path, capsys, monkeypatch):
   assert storage._staging is None
   Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(tmp_path / "black.png")
   argv = ["gs://bucket/stages/pretrain", str(tmp_path / "black.png"), f"--out={tmp_path / 'seen'}"]
-  assert predict.main(argv) == 0  # the tokenizer that the checkpoint names is in the bucket too
+  assert predict.main(argv) == 0  # the tokenizer of the checkpoint is in the bucket too
   assert predict.main([*argv, "--out=gs://bucket/seen"]) == 2
   said = json.loads(bucket.read("stages/pretrain/checkpoints/1/description.json"))["config"]["tokenizer"]
   assert said["init_from"] == "gs://bucket/stages/tokenizer"
@@ -253,7 +252,7 @@ def test_stages_in_a_bucket(bucket, tmp_path, capsys, monkeypatch):
 
 
 @SLOW
-def test_an_evaluation_leaves_its_files_in_the_bucket(bucket, run):
+def test_an_evaluation_writes_its_files_to_the_bucket(bucket, run):
   result = train.run(
     _config(eval_only=True, init_from="gs://bucket/whole"), storage.path("gs://bucket/evaluated")
   )
@@ -262,7 +261,7 @@ def test_an_evaluation_leaves_its_files_in_the_bucket(bucket, run):
 
 
 @SLOW
-def test_a_batch_that_is_not_finite_is_in_the_bucket(bucket, monkeypatch):
+def test_a_batch_that_is_not_finite_is_uploaded(bucket, monkeypatch):
   from tests.run.test_robustness import _poison
 
   _poison(monkeypatch, "loss", [1, 2, 3, 4, 5])
@@ -297,7 +296,7 @@ def test_a_save_that_fails_is_repeated(bucket, run, monkeypatch, caplog):
 
 @SLOW
 def test_two_processes_and_one_write_and_read_the_same(bucket, tmp_path):
-  """Two processes x 4 devices begin, one with 8 goes on, two end it: losses as those of one on disk, to 1e-6."""
+  """Two processes x 4 devices, then one with 8, then two again: losses equal those of one on disk, to 1e-6."""
   from tests.runtime import test_distributed as several
 
   (tmp_path / "config.py").write_text(several.CONFIG)
@@ -328,7 +327,7 @@ def _foreign(bucket, name):
   bucket.write(f"{name}/lock.json", text.encode())
 
 
-def test_a_lock_without_a_sign_of_life_is_taken_over(bucket, monkeypatch, caplog):
+def test_an_expired_lease_is_taken_over(bucket, monkeypatch, caplog):
   monkeypatch.setattr(lock, "LEASE", 3.0)
   monkeypatch.setattr(lock, "RENEW_INTERVAL", 0.1)
   _foreign(bucket, "stale")
@@ -347,7 +346,7 @@ def test_a_lock_without_a_sign_of_life_is_taken_over(bucket, monkeypatch, caplog
   assert not bucket.names("stale/") and not lock.held(workdir)
 
 
-def test_a_lock_with_signs_of_life_is_respected(bucket, monkeypatch):
+def test_a_renewed_lease_is_respected(bucket, monkeypatch):
   monkeypatch.setattr(lock, "LEASE", 2.0)
   monkeypatch.setattr(lock, "RENEW_INTERVAL", 0.1)
   _foreign(bucket, "living")
@@ -369,8 +368,8 @@ def test_a_lock_with_signs_of_life_is_respected(bucket, monkeypatch):
 
 
 @pytest.mark.parametrize("killed", [False, True])
-def test_who_is_to_be_replaced_has_time_to_end(killed, bucket, monkeypatch):
-  """A sign of life, and then the end, in good order or by a kill: the replacement goes on instead of ending."""
+def test_a_process_that_is_replaced_has_time_to_end(killed, bucket, monkeypatch):
+  """The holder renews its lease once and then ends, regularly or by a kill: the replacement waits and starts."""
   monkeypatch.setattr(lock, "LEASE", 2.0)
   monkeypatch.setattr(lock, "RENEW_INTERVAL", 0.1)
   _foreign(bucket, "replaced")
@@ -388,8 +387,8 @@ def test_who_is_to_be_replaced_has_time_to_end(killed, bucket, monkeypatch):
     timer.join()
 
 
-def test_all_is_uploaded_before_the_lock_is_let_go(bucket, monkeypatch):
-  """A successor may begin at once."""
+def test_everything_is_uploaded_before_the_lock_is_released(bucket, monkeypatch):
+  """Another run may start at once."""
   workdir = storage.path("gs://bucket/ending")
   seen = []
   monkeypatch.setattr(
@@ -400,7 +399,7 @@ def test_all_is_uploaded_before_the_lock_is_let_go(bucket, monkeypatch):
   assert seen == [b"the last line"]
 
 
-def test_who_has_lost_the_lock_ends(bucket, tmp_path):
+def test_a_process_that_has_lost_its_lease_exits(bucket, tmp_path):
   script = (
     "import sys, time\nfrom beit_jax.runtime import bucket as storage, lock, logs\n"
     "lock.RENEW_INTERVAL = 0.2\nlogs.setup()\n"
@@ -450,7 +449,7 @@ def test_no_access(bucket, monkeypatch):
     storage.check_writable(storage.path("gs://bucket/run"))
 
 
-def test_nobody_is_logged_in(bucket):
+def test_no_credentials(bucket):
   env = {key: value for key, value in os.environ.items() if key not in bucket.environment} | OFFLINE
   env.pop("GOOGLE_APPLICATION_CREDENTIALS", None)
   script = "from beit_jax import main; import sys; sys.exit(main.main(sys.argv[1:]))"
@@ -513,7 +512,7 @@ def _until(process, reached):
 
 @SLOW
 def test_stopped_and_killed_and_resumed_exactly(bucket, tmp_path, monkeypatch):
-  """SIGTERM, SIGKILL in a step and in a save: as the run on disk that was left alone, to the bit."""
+  """After SIGTERM, and SIGKILL in a step and in a save, the run equals an uninterrupted one on disk, to the bit."""
   monkeypatch.setenv("CLOUD_OUTPUT", str(tmp_path / "output.txt"))
   assert _start(tmp_path / "whole").wait(300) == 0
   sealed = lambda: {

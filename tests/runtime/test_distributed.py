@@ -1,4 +1,4 @@
-"""Who this process is, who is missing, who died; the same losses with two processes as with one."""
+"""Several processes: detection, missing and dead processes, and the same losses with two processes as with one."""
 
 import http.server
 import json
@@ -29,7 +29,7 @@ from tests.conftest import ROOT
 FLAGS = ("--coordinator=a:1", "--num_processes=4", "--process_id=3")
 
 
-def test_flags_are_taken_off_the_command_line():
+def test_take_flags():
   argv = ["--config", "x", *FLAGS, "--heartbeat_timeout", "9", "--config.a=--process_id=7", "--workdir=w"]
   flags, rest = distributed.take_flags(argv)
   assert rest == ["--config", "x", "--config.a=--process_id=7", "--workdir=w"]
@@ -38,11 +38,11 @@ def test_flags_are_taken_off_the_command_line():
   assert (flags.heartbeat_timeout, flags.initialization_timeout) == (9, 300.0)
 
 
-def test_no_flags_no_place():
+def test_no_flags():
   assert distributed.from_flags(distributed.take_flags(["--config=x"])[0]) is None
 
 
-def test_one_process_whatever_the_environment_says():
+def test_num_processes_1_alone_means_one_process():
   place = distributed.from_flags(distributed.take_flags(["--num_processes=1"])[0])
   assert (place.count, place.index) == (1, 0)
 
@@ -62,7 +62,7 @@ def test_one_process_whatever_the_environment_says():
     (("--initialization_timeout=long",), "invalid float value"),
   ],
 )
-def test_flags_that_cannot_be(argv, fact):
+def test_invalid_flags(argv, fact):
   with pytest.raises(UserError, match=fact.replace("(", "\\(")):
     distributed.from_flags(distributed.take_flags([*argv])[0])
 
@@ -120,7 +120,7 @@ def test_environments(environ, place):
     ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}, "OMPI_COMM_WORLD_RANK"),
   ],
 )
-def test_environments_that_need_flags(environ, fact):
+def test_environments_that_require_flags(environ, fact):
   with pytest.raises(UserError, match="--coordinator=HOST:PORT") as error:
     distributed.detect(environ)
   assert fact in str(error.value)
@@ -158,7 +158,7 @@ def test_first_host_of_a_slurm_list(nodes, first):
   ],
 )  # fmt: skip
 def test_cloud_tpu_metadata_server(attributes, place, monkeypatch):
-  """Against a server that answers as the one of a TPU VM does."""
+  """Uses a server that answers like the one of a TPU VM."""
 
   class Server(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
@@ -193,7 +193,7 @@ class jax_platforms:
     jax.config.update("jax_platforms", self.before)
 
 
-def test_nobody_is_asked_on_other_machines(monkeypatch):
+def test_other_machines_do_not_ask_a_metadata_server(monkeypatch):
   monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda _: True)
   with jax_platforms(""):
     assert distributed.tpu_metadata({"TPU_SKIP_MDS_QUERY": "1"}) is None  # no TPU chips
@@ -205,8 +205,8 @@ def test_nobody_is_asked_on_other_machines(monkeypatch):
 
 
 @pytest.mark.parametrize("environ, count", [({}, 0), (BATCH, 0), (GKE, 0), (SLURM, 1)])
-def test_initialize_calls_jax_only_for_several(environ, count, monkeypatch):
-  """GKE's variables on a worker that was told to use its CPU: one process."""
+def test_initialize_calls_jax_only_for_several_processes(environ, count, monkeypatch):
+  """GKE's variables on a worker that uses only its CPU mean one process."""
   calls = []
 
   class Peers:
@@ -233,7 +233,7 @@ def test_cpu_collectives_between_processes():
   assert jax.config.jax_cpu_collectives_implementation == "gloo"
 
 
-# A folder that all see.
+# The check that all processes share a folder.
 
 
 def _one_of_two(monkeypatch, index, barrier=lambda *_: None):
@@ -243,7 +243,7 @@ def _one_of_two(monkeypatch, index, barrier=lambda *_: None):
   monkeypatch.setattr(distributed, "_peers", peers)
 
 
-def test_a_folder_that_this_process_does_not_see(tmp_path, monkeypatch):
+def test_a_folder_that_is_not_shared(tmp_path, monkeypatch):
   monkeypatch.setattr(distributed, "VISIBILITY_TIMEOUT", 0.1)
   _one_of_two(monkeypatch, 1)
   for flag, more in (("--workdir", "share, or gs://BUCKET/RUN"), ("--out", "share")):
@@ -259,7 +259,7 @@ def test_a_folder_that_this_process_does_not_see(tmp_path, monkeypatch):
   distributed.check_shared("--workdir", epath.Path("gs://bucket/run"))
 
 
-def test_a_folder_that_shows_late_what_is_in_it(tmp_path, monkeypatch):
+def test_a_folder_that_shows_new_files_late(tmp_path, monkeypatch):
   _one_of_two(monkeypatch, 1)
   late = threading.Timer(0.3, (tmp_path / ".shared-t").touch)
   late.start()
@@ -267,7 +267,7 @@ def test_a_folder_that_shows_late_what_is_in_it(tmp_path, monkeypatch):
   late.join()
 
 
-def test_process_0_leaves_nothing_in_the_folder_that_all_see(tmp_path, monkeypatch):
+def test_the_check_leaves_no_file_behind(tmp_path, monkeypatch):
   there = []
   _one_of_two(monkeypatch, 0, lambda *_: there.append([path.name for path in tmp_path.iterdir()]))
   distributed.check_shared("--workdir", tmp_path)
@@ -276,7 +276,7 @@ def test_process_0_leaves_nothing_in_the_folder_that_all_see(tmp_path, monkeypat
     distributed.check_shared("--workdir", tmp_path / "gone")
 
 
-def test_who_makes_sure_of_it(tmp_path, monkeypatch, capsys):
+def test_commands_check_that_their_folder_is_shared(tmp_path, monkeypatch, capsys):
   asked = []
 
   def check(*what):
@@ -407,7 +407,7 @@ def test_three_processes(what, statuses, fact, tmp_path):
     pytest.param((3,), "process 0 did not answer process 3 of 4", marks=SLOW),
   ],
 )
-def test_the_missing_are_named(ids, missing, tmp_path):
+def test_missing_processes_are_named(ids, missing, tmp_path):
   script = tmp_path / "script.py"
   script.write_text(SCRIPT)
   began = time.monotonic()
@@ -423,7 +423,7 @@ def _join(place, timeout, results):
     results[place.index] = error
 
 
-def _roll(places, timeout=20.0):
+def _join_all(places, timeout=20.0):
   results = {}
   threads = [threading.Thread(target=_join, args=(place, timeout, results)) for place in places]
   for thread in threads:
@@ -447,28 +447,28 @@ def _leave(results):
 @pytest.mark.parametrize(
   "hostile", [b"GET / HTTP/1.1\r\n\r\n", b"[1]\n", b'{"hello": "x"}\n', b"", b"x" * 4096]
 )
-def test_strangers_do_not_disturb_the_roll(hostile):
+def test_foreign_connections_do_not_disturb_the_rendezvous(hostile):
   port, results = _port(), {}
   places = [ProcessInfo("flags", f"localhost:{port}", 2, i) for i in range(2)]
   root = threading.Thread(target=_join, args=(places[0], 20, results))
   root.start()
   for _ in range(50):
     try:
-      stranger = socket.create_connection(("localhost", port), timeout=5)
+      foreign = socket.create_connection(("localhost", port), timeout=5)
       break
     except OSError:
       time.sleep(0.1)
-  stranger.sendall(hostile)
+  foreign.sendall(hostile)
   _join(places[1], 20, results)
   root.join()
-  stranger.close()
+  foreign.close()
   assert results[1].hosts == results[0].hosts == [socket.gethostname()] * 2
   _leave(results)
 
 
-def test_one_number_twice_and_different_counts():
+def test_same_number_twice_and_different_counts():
   address = f"localhost:{_port()}"
-  results = _roll(
+  results = _join_all(
     [ProcessInfo("flags", address, 3, i) for i in range(2)] + [ProcessInfo("flags", address, 4, 2)]
   )
   assert "process 2 on" in str(results[0]) and "counts 4 processes" in str(results[0])
@@ -487,22 +487,22 @@ def test_one_number_twice_and_different_counts():
   assert "two processes have the number 1" in str(both[0]) and type(both[0]) is UserError
 
 
-def test_a_late_process_is_nobodys_mistake():
-  """Launchers try again, on whichever host they look."""
+def test_a_late_process_is_a_transient_error():
+  """Launchers try again, whichever host they look at."""
   address = f"localhost:{_port()}"
-  results = _roll([ProcessInfo("flags", address, 3, i) for i in range(2)], timeout=2.0)
+  results = _join_all([ProcessInfo("flags", address, 3, i) for i in range(2)], timeout=2.0)
   assert "process 2 did not connect" in str(results[0]) and str(results[1]) == str(results[0])
   assert {type(result) for result in results.values()} == {TransientError}
-  results = _roll([ProcessInfo("flags", address, 3, 2)], timeout=0.1)
+  results = _join_all([ProcessInfo("flags", address, 3, 2)], timeout=0.1)
   assert "process 0 did not answer" in str(results[2]) and type(results[2]) is TransientError
-  results = _roll([ProcessInfo("flags", address, 2, i) for i in range(2)])
+  results = _join_all([ProcessInfo("flags", address, 2, i) for i in range(2)])
   with pytest.raises(TransientError, match="no sign of process 1"):
     results[0].barrier("saved", 0.1)
   _leave(results)
 
 
-def test_a_process_may_come_again_while_the_roll_is_called():
-  """It is started, dies, and is started again, before the last one comes."""
+def test_a_process_may_restart_during_the_rendezvous():
+  """It connects, dies, and connects again before the last process does."""
   port, results = _port(), {}
   places = [ProcessInfo("flags", f"localhost:{port}", 3, i) for i in range(3)]
   first = [threading.Thread(target=_join, args=(places[0], 20, results))]
@@ -526,9 +526,9 @@ def test_a_process_may_come_again_while_the_roll_is_called():
   _leave(results)
 
 
-def test_port_in_use_is_said():
+def test_port_in_use():
   with socket.create_server(("", 0)) as taken:
-    results = _roll([ProcessInfo("flags", f"localhost:{taken.getsockname()[1]}", 2, 0)], timeout=1.0)
+    results = _join_all([ProcessInfo("flags", f"localhost:{taken.getsockname()[1]}", 2, 0)], timeout=1.0)
   assert "check that no earlier run is alive there" in str(results[0]) and type(results[0]) is TransientError
 
 
@@ -554,9 +554,9 @@ def _train(config, workdir, count, *flags):
 
 @SLOW
 def test_two_processes_train_as_one_does(tmp_path):
-  """2 x 4 devices against 1 x 8, through `python -m beit_jax.main`: losses, checkpoints, one voice.
+  """2 x 4 devices against 1 x 8, through `python -m beit_jax.main`: losses, checkpoints, logs.
 
-  What two have saved, one and four go on from alike.
+  One and four processes resume from the checkpoint of two.
   """
   config = tmp_path / "config.py"
   config.write_text(textwrap.dedent(CONFIG))
@@ -596,13 +596,13 @@ def get_config():
 
 
 @SLOW
-def test_a_stage_begins_when_process_0_has_ended_the_one_before(tmp_path):
-  """Nothing else makes the others wait for the seal, without evaluation and figures. Bad images are those of both."""
+def test_a_stage_begins_when_process_0_has_finished_the_previous_one(tmp_path):
+  """Without evaluation and figures, nothing else waits for the seal. Bad images of both processes are counted."""
   for i in range(32):
     folder = tmp_path / "data" / "train" / "ab"[i % 2]
     folder.mkdir(parents=True, exist_ok=True)
-    picture = Image.fromarray(np.full((16, 16, 3), 8 * i, np.uint8))
-    folder.joinpath(f"{i}.png").write_text("broken") if i % 8 == 0 else picture.save(folder / f"{i}.png")
+    image = Image.fromarray(np.full((16, 16, 3), 8 * i, np.uint8))
+    folder.joinpath(f"{i}.png").write_text("broken") if i % 8 == 0 else image.save(folder / f"{i}.png")
   config = tmp_path / "config.py"
   config.write_text(STAGES.replace("ROOT", str(tmp_path / "data")))
   command = ["-m", "beit_jax.main", f"--config={config}", f"--workdir={tmp_path / 'run'}"]
@@ -615,7 +615,7 @@ def test_a_stage_begins_when_process_0_has_ended_the_one_before(tmp_path):
 
 @SLOW
 def test_a_run_ends_when_one_of_its_processes_is_killed(tmp_path):
-  """In the middle of training: the other says who died, and soon."""
+  """During training, the other process soon names the one that died."""
   config = tmp_path / "config.py"
   config.write_text(CONFIG)
   flags = ["--config.total_steps=100000", "--config.mesh.data=2", "--config.eval.split="]

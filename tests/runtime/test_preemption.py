@@ -1,4 +1,4 @@
-"""Who is told to stop, and by whom: signals, notices of a metadata server, one of several processes."""
+"""Runs that are stopped: by signals, by maintenance events, in one or several processes."""
 
 import contextlib
 import functools
@@ -21,7 +21,7 @@ SLOW = pytest.mark.slow
 
 @pytest.fixture
 def metadata(monkeypatch):
-  """A metadata server on the loopback address: key -> value, as `instance/<key>` gives it."""
+  """A metadata server on the loopback address that serves these values as `instance/<key>`."""
   values = {"preempted": "FALSE", "maintenance-event": "NONE"}
 
   class Server(http.server.BaseHTTPRequestHandler):
@@ -63,7 +63,7 @@ def _asked(values, times=4):
 @pytest.mark.parametrize(
   "key, value", [("preempted", "TRUE"), ("maintenance-event", "TERMINATE_ON_HOST_MAINTENANCE")]
 )
-def test_a_notice_is_a_sigterm(key, value, metadata, caplog):
+def test_a_maintenance_event_sends_sigterm(key, value, metadata, caplog):
   with preemption.Watch() as watch:
     watch.nothing_to_save = False
     assert _asked(metadata) and watch.requested() == 0
@@ -74,14 +74,14 @@ def test_a_notice_is_a_sigterm(key, value, metadata, caplog):
   assert stopped.value.status == 143 and f"{key}={value}" in caplog.text
 
 
-def test_a_notice_from_before_the_start_and_a_live_migration_are_none(metadata):
+def test_earlier_events_and_live_migrations_are_ignored(metadata):
   metadata |= {"preempted": "TRUE", "maintenance-event": "MIGRATE_ON_HOST_MAINTENANCE"}
   with preemption.Watch() as watch:
     watch.nothing_to_save = False
     assert _asked(metadata, 8) and watch.requested() == 0
 
 
-def test_a_server_without_these_keys_and_no_server(metadata, monkeypatch, caplog):
+def test_metadata_server_without_these_keys_and_no_server(metadata, monkeypatch, caplog):
   metadata.clear()
   with preemption.Watch():
     assert _asked(metadata)
@@ -93,7 +93,7 @@ def test_a_server_without_these_keys_and_no_server(metadata, monkeypatch, caplog
     assert _until(lambda: "no metadata server" in caplog.text)
 
 
-def test_machines_that_are_not_googles_ask_nobody(monkeypatch, tmp_path):
+def test_other_machines_send_no_request(monkeypatch, tmp_path):
   monkeypatch.setattr(maintenance_events, "PRODUCT", tmp_path / "product_name")
   assert maintenance_events.metadata_server({}) is None
   (tmp_path / "product_name").write_text("Standard PC\n")
@@ -104,7 +104,7 @@ def test_machines_that_are_not_googles_ask_nobody(monkeypatch, tmp_path):
 
 @pytest.fixture
 def two(monkeypatch):
-  """As in one of two processes: the step that JAX's service was asked about, and the SIGTERMs that it got."""
+  """Pretends to be one of two processes: (steps that JAX's service was asked about, SIGTERMs that it got)."""
   asked, handed = [], []
   monkeypatch.setattr(preemption.jax, "process_count", lambda: 2)
   ask = lambda step: bool(handed) and not asked.append(step)
@@ -114,7 +114,7 @@ def two(monkeypatch):
   signal.signal(signal.SIGTERM, old)
 
 
-def test_the_first_ctrl_c_to_one_of_several_lets_a_compilation_end(two, monkeypatch):
+def test_the_first_ctrl_c_waits_for_a_compilation_in_one_of_several_processes(two, monkeypatch):
   _, handed = two
   left = []
   monkeypatch.setattr(preemption.Watch, "_exit", lambda self, number, reason: left.append(number))
@@ -127,8 +127,8 @@ def test_the_first_ctrl_c_to_one_of_several_lets_a_compilation_end(two, monkeypa
     assert _until(lambda: left) and left == [signal.SIGINT]
 
 
-def test_the_steps_of_a_later_stage_are_later_steps(two):
-  """JAX chooses the step after the latest it was asked about; a notice in the last evaluation of a stage counts."""
+def test_steps_are_numbered_across_stages(two):
+  """JAX chooses the step after the last one it was asked about, so a later stage must continue the numbers."""
   asked, handed = two
   handed.append(1)
   for _ in range(2):
@@ -163,7 +163,7 @@ def test_a_signal_during_a_save_of_a_resumed_run_stops_the_next_step(tmp_path):
       started = kills.start_all(workdir, "resumed", slow=slow, **options)
       for process in started:
         stack.callback(process.wait)
-        stack.callback(process.kill)  # first
+        stack.callback(process.kill)  # runs before `wait`
       assert _until(reached, 240)
       started[1].send_signal(signal.SIGTERM)
       assert kills.ended(started, workdir) == [143, 143]
@@ -171,14 +171,14 @@ def test_a_signal_during_a_save_of_a_resumed_run_stops_the_next_step(tmp_path):
 
 
 @SLOW
-def test_one_of_two_processes_is_asked_in_the_first_compilation(tmp_path):
-  """It saves the step that follows; JAX compiles anew where its cache is empty."""
+def test_a_signal_during_the_first_compilation(tmp_path):
+  """The run saves the step that follows. The compilation cache is empty."""
   workdir, log = tmp_path / "run", tmp_path / "run" / "log.txt"
   with contextlib.ExitStack() as stack:
     started = kills.start_all(workdir, "compiling", processes=2, workers=0, mesh=2, slow=0.0)
     for process in started:
       stack.callback(process.wait)
-      stack.callback(process.kill)  # first
+      stack.callback(process.kill)  # runs before `wait`
     assert _until(lambda: log.exists() and "parameter groups" in log.read_text(), 240)
     started[1].send_signal(signal.SIGINT)
     assert kills.ended(started, workdir) == [143, 130]
@@ -190,8 +190,8 @@ def test_one_of_two_processes_is_asked_in_the_first_compilation(tmp_path):
   "index, number, statuses",
   [(1, signal.SIGTERM, [143, 143]), (0, signal.SIGTERM, [143, 143]), (1, signal.SIGINT, [143, 130])],
 )
-def test_one_of_two_processes_is_asked_and_both_save_the_same_step(index, number, statuses, tmp_path):
-  """And the run that goes on from there is the one that was left alone."""
+def test_a_signal_to_one_of_two_processes_makes_both_save_the_same_step(index, number, statuses, tmp_path):
+  """The resumed run is identical to one that was not interrupted."""
   (tmp_path / "whole").mkdir()
   whole, workdir = tmp_path / "whole" / "run", tmp_path / "run"
   options = dict(processes=2, workers=0, mesh=2, slow=0.0)
@@ -199,7 +199,7 @@ def test_one_of_two_processes_is_asked_and_both_save_the_same_step(index, number
     started = kills.start_all(workdir, "asked", **options)
     for process in started:
       stack.callback(process.wait)
-      stack.callback(process.kill)  # first
+      stack.callback(process.kill)  # runs before `wait`
     assert _until(lambda: kills.logged_steps(workdir) > 12, 240)
     started[index].send_signal(number)
     assert kills.ended(started, workdir) == statuses
