@@ -33,11 +33,12 @@ from beit_jax.run import checkpoint, record
 from beit_jax.run import state as train_state
 from beit_jax.run.best import Best
 from beit_jax.run.meter import Meter
+from beit_jax.run.metric_writer import MetricWriter
 from beit_jax.run.profiling import Trace
 from beit_jax.run.state import TrainState
 from beit_jax.runtime import bucket, distributed, preemption, sharding
 from beit_jax.runtime.lock import exclusive_lock
-from beit_jax.runtime.logs import Logger, log, only_file
+from beit_jax.runtime.logs import log, only_file
 from beit_jax.step import make_optimizer, make_schedules, make_train_step
 from beit_jax.weights import io as weights_io
 
@@ -277,7 +278,7 @@ class _Loop:
     # An evaluation at the step that was restored may have been interrupted.
     self._redo_evaluation = start_step > 0 and self._evaluates_at(start_step)
     redo = self._redo_evaluation or start_step == plan.total_steps
-    self._logger = Logger(workdir, plan.total_steps, name, start_step, redo_evaluation=redo)
+    self._logger = MetricWriter(workdir, plan.total_steps, name, start_step, redo_evaluation=redo)
     stack.enter_context(contextlib.closing(self._logger))
     self.meter = Meter(config, self._logger, workdir, name, plan.schedules, start_step)
     self._trace = Trace(config.profile_steps, workdir / "profile", plan.total_steps)

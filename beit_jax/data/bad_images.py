@@ -9,8 +9,9 @@ import numpy as np
 from beit_jax.data.examples import read_error
 from beit_jax.data.sources import Source
 from beit_jax.errors import UserError
+from beit_jax.run.files import read_json_lines
 from beit_jax.runtime import bucket
-from beit_jax.runtime.logs import log, read_json_lines
+from beit_jax.runtime.logs import log
 
 # How far a sample must exceed the allowed share before the run stops: chance does so in less than one run in 1,000.
 DEVIATIONS, MARGIN = 4, 2

@@ -28,7 +28,7 @@ from beit_jax.data.sources import Example, Source
 from beit_jax.data.views import ViewReader
 from beit_jax.errors import BadImage, UserError
 from beit_jax.run import files
-from beit_jax.runtime.logs import read_json_lines
+from beit_jax.run.files import read_json_lines
 
 DESCRIPTION, SHARD_LIST, VERSION = "cache.json", "shards.jsonl", 1
 SHARD_SIZE = 2**14  # examples; a kill loses at most one shard

@@ -1,5 +1,6 @@
 """Files that a kill or a power cut leaves whole, and their digests; on disk and in a bucket."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -85,3 +86,16 @@ def total_size(folder: Path) -> int:
   if bucket.remote(folder):
     return sum(row["size"] for row in bucket.digests(folder, {}).values())
   return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+  """Reads the objects of a JSON Lines file; [] if there is no file. Lines that a kill cut off are skipped."""
+  try:
+    lines = path.read_text(errors="replace").splitlines()
+  except FileNotFoundError:
+    return []
+  rows = []
+  for line in lines:
+    with contextlib.suppress(ValueError):
+      rows.append(json.loads(line))
+  return [row for row in rows if isinstance(row, dict)]

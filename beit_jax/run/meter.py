@@ -12,8 +12,9 @@ from ml_collections import ConfigDict
 
 from beit_jax.errors import UserError
 from beit_jax.run import record
+from beit_jax.run.metric_writer import MetricWriter
 from beit_jax.runtime import bucket, sharding
-from beit_jax.runtime.logs import Logger, log
+from beit_jax.runtime.logs import log
 
 SKIPPED = "skipped_step"
 
@@ -38,7 +39,7 @@ class Meter:
   def __init__(
     self,
     config: ConfigDict,
-    logger: Logger,
+    logger: MetricWriter,
     workdir: Path,
     name: str,
     schedules: dict[str, Callable[[int], Any]],

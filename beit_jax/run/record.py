@@ -20,7 +20,7 @@ import beit_jax
 from beit_jax import trees
 from beit_jax.errors import UserError
 from beit_jax.run import checkpoint, files
-from beit_jax.runtime import bucket, logs
+from beit_jax.runtime import bucket
 from beit_jax.runtime.logs import log
 
 RESULT = "result.json"
@@ -90,7 +90,7 @@ def _as_json(value: dict[str, Any]) -> dict[str, Any]:
 
 def rows(workdir: Path) -> list[dict[str, Any]]:
   """Returns the complete rows of metrics.jsonl; a kill may have cut off the last one."""
-  found = logs.read_json_lines(bucket.local(workdir / "metrics.jsonl"))
+  found = files.read_json_lines(bucket.local(workdir / "metrics.jsonl"))
   return [row for row in found if isinstance(row.get("step"), int)]
 
 

@@ -342,14 +342,12 @@ def run(main: Callable[[list[str]], int], argv: list[str]) -> None:
   except Exception as error:
     if _peers is None:
       raise
-    text = f"{type(error).__name__}: {error}"
     if isinstance(error, UserError):  # raised after `main` returned
-      text = str(error)
-      print(f"error: {error}", file=sys.stderr)
+      status = report_error(error)
     else:
+      status = 1
       traceback.print_exc()
-    status = getattr(error, "status", 1)
-    notify_peers(text, status)
+      notify_peers(f"{type(error).__name__}: {error}", status)
     if _peers.stopped.is_set():  # its thread names the process that ended first, and ends this one
       time.sleep(2 * GRACE)
   sys.stdout.flush()

@@ -20,6 +20,7 @@ from beit_jax.data.views import ViewReader
 from beit_jax.errors import BadImage, UserError
 from beit_jax.objectives import Classification
 from beit_jax.run import checkpoint, files, record
+from beit_jax.run.metric_writer import MetricWriter
 from beit_jax.runtime import lock, logs, sharding
 from tests import tiny
 from tests.conftest import ROOT
@@ -543,7 +544,7 @@ def test_lines_that_a_kill_or_a_power_cut_left_half(tmp_path):
   (tmp_path / "metrics.jsonl").write_bytes(rows)
   assert [row["step"] for row in record.rows(tmp_path)] == [1, 2]
   assert record.first_and_last(tmp_path)[1]["loss"] == 1.0 and record.count(tmp_path, "loss") == 2
-  logs.Logger(tmp_path, 10, start_step=1).close()
+  MetricWriter(tmp_path, 10, start_step=1).close()
   assert _rows(tmp_path) == [{"step": 1, "loss": 2.0}]
 
   path = tmp_path / "bad_images.jsonl"
@@ -617,7 +618,7 @@ def test_tensorboard_on_a_full_disk_is_an_error_and_no_waiting(tmp_path, monkeyp
   """tensorboardX's own writer ends its thread at such an error, and whoever hands it more waits for ever."""
   from tensorboardX import record_writer
 
-  logger = logs.Logger(tmp_path, 10)
+  logger = MetricWriter(tmp_path, 10)
   logger.write(1, {"loss": 1.0})
 
   def fail(*_):
@@ -632,7 +633,7 @@ def test_tensorboard_on_a_full_disk_is_an_error_and_no_waiting(tmp_path, monkeyp
 def test_tensorboard_reads_what_is_written(tmp_path):
   from tensorboardX.proto.event_pb2 import Event
 
-  logger = logs.Logger(tmp_path, 10, start_step=4)
+  logger = MetricWriter(tmp_path, 10, start_step=4)
   logger.write(5, {"loss": 1.5, "nothing": float("nan")})
   logger.close()
   (path,) = (tmp_path / "tensorboard").iterdir()
