@@ -163,10 +163,13 @@ def _total_steps(config: ConfigDict, num_examples: int, steps_per_epoch: int) ->
 
 
 def _check_batch_size(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
-  if config.batch_size % (config.microbatches * mesh.size):
+  unit = config.microbatches * mesh.size
+  below = config.batch_size // unit * unit
+  if below != config.batch_size:
+    choices = " or ".join(str(size) for size in (below, below + unit) if size)
     raise UserError(
-      f"config key 'batch_size': {config.batch_size} must be a multiple of microbatches={config.microbatches} x "
-      f"{mesh.size} devices"
+      f"config key 'batch_size': {config.batch_size} is not a multiple of microbatches={config.microbatches} x "
+      f"{mesh.size} devices; set batch_size to {choices}"
     )
 
 

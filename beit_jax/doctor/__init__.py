@@ -1,1 +1,1 @@
-"""Looks at a machine before a long run: `python -m beit_jax.doctor`."""
+"""Checks a machine before a long run."""

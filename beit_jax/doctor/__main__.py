@@ -1,33 +1,36 @@
-"""`python -m beit_jax.doctor [--config=FILE[:variant]] [--workdir=DIR] [--config.key=value ...] [--json]`
+"""Checks a machine before a long run.
 
-Looks at a machine before a long run. One line for each thing looked at: `ok`, `warn` or `fail`, what was found and what
-to do. Nothing is trained, and nothing stays behind. Exit status 0: nothing fails; 1: something does; 2: a mistake in
-the command. `--json`: the same as JSON lines.
+    python -m beit_jax.doctor [--config=FILE[:variant]] [--workdir=DIR] [--config.key=value ...] [--json]
 
-Several processes are found, or told, as by `beit_jax.main`; process 0 speaks for all.
+Prints one line for each thing that it checks: `ok`, `warn` or `fail`, what it found, and what to do. It trains nothing
+and leaves nothing behind. `--json` prints JSON lines.
+
+Exit status 0: nothing fails; 1: something does; 2: the command is wrong.
+
+Several processes find each other as those of `beit_jax.main` do; process 0 reports for all.
 """
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
-from beit_jax.doctor.findings import FAIL, Line, guarded
+from beit_jax.doctor.findings import FAIL, Found, Line, guarded
 from beit_jax.doctor.versions import versions
 from beit_jax.errors import UserError
 
+BROKEN: Exception | None = None
 try:
   from beit_jax.doctor import host, runs
-  from beit_jax.doctor.machine import prepare
+  from beit_jax.doctor.machine import Machine, prepare
   from beit_jax.doctor.processes import gather, processes, shared
   from beit_jax.runtime import distributed, logs
-
-  BROKEN = None
-except Exception as broken:  # whatever a broken installation leads to
-  BROKEN = broken
+except Exception as error:  # a broken installation can raise anything
+  BROKEN = error
 
 
-def checks() -> dict:
-  """What is looked at, in order: nobody may touch a device before it was asked who else does."""
+def checks() -> dict[str, Callable[[Any], Found]]:
+  """Returns all checks in order; those of who uses a device come before the first use of one."""
   return {
     "versions": versions,
     "processes": processes,
@@ -47,18 +50,10 @@ def checks() -> dict:
 
 def main(argv: list[str]) -> int:
   as_json, argv = "--json" in argv, [word for word in argv if word != "--json"]
-
-  def say(lines: Iterable[Line]) -> list[Line]:
-    lines = list(lines)
-    for line in lines:
-      fields = {key: value for key, value in line._asdict().items() if key != "process" or value}
-      print(json.dumps(fields) if as_json else line, flush=True)
-    return lines
-
   if BROKEN is not None:
-    say(Line("versions", *found) for found in guarded(versions()))
+    _print((Line("versions", *found) for found in guarded(versions())), as_json)
     what = f"beit_jax cannot be imported: {type(BROKEN).__name__}: {' '.join(str(BROKEN).split())}"
-    say([Line("import", FAIL, what, "pip install -e . in the environment of the run")])
+    _print([Line("import", FAIL, what, "pip install -e . in the environment of the run")], as_json)
     return 1
   logs.setup()
   try:
@@ -66,24 +61,36 @@ def main(argv: list[str]) -> int:
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
-  except Exception as error:  # of the config file's own code
-    print(f"error: the config cannot be read: {type(error).__name__}: {error}", file=sys.stderr)
-    return 2
-  lines: list[Line] = []
-  said = 0
   try:
-    for name, check in checks().items():
-      for found in guarded(check(machine)):
-        lines.append(Line(name, *found))
-        speaks = machine.place is None or machine.place.index == 0
-        if speaks and name != "versions":  # when it is known who speaks
-          said += len(say(lines[said:]))
-    lines += say(gather(machine, lines))
+    lines = _check(machine, as_json)
   except KeyboardInterrupt:
     distributed.notify_peers("stopped by hand", 130)
     print("stopped", file=sys.stderr)
     return 130
   return int(any(line.status == FAIL for line in lines))
+
+
+def _check(machine: "Machine", as_json: bool) -> list[Line]:
+  """Makes all checks; prints each line as soon as it is known that this process reports."""
+  lines: list[Line] = []
+  printed = 0
+  for name, check in checks().items():
+    for found in guarded(check(machine)):
+      if found[0] == FAIL and any(found == (line.status, line.found, line.advice) for line in lines):
+        continue  # an earlier check has met the same error
+      lines.append(Line(name, *found))
+      if name != "versions" and (machine.process is None or machine.process.index == 0):
+        _print(lines[printed:], as_json)
+        printed = len(lines)
+  others = gather(machine, lines)
+  _print(others, as_json)
+  return lines + others
+
+
+def _print(lines: Iterable[Line], as_json: bool) -> None:
+  for line in lines:
+    fields = {key: value for key, value in line._asdict().items() if key != "process" or value}
+    print(json.dumps(fields) if as_json else line, flush=True)
 
 
 if __name__ == "__main__":

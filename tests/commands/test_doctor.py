@@ -1,4 +1,4 @@
-"""The doctor: planted faults are found and named with what to do, a healthy machine is healthy."""
+"""The doctor finds planted faults and says what to do; on a healthy machine it finds none."""
 
 import contextlib
 import importlib.metadata
@@ -36,7 +36,7 @@ time.sleep(60)
 
 @pytest.fixture(autouse=True)
 def _plain_machine(monkeypatch, tmp_path):
-  """No accelerator, no lock file of one, whatever the machine of the tests has."""
+  """A machine without an accelerator and without its lock file, whatever the tests run on."""
   monkeypatch.setattr(host, "TPU_LOCK", tmp_path / "no" / "libtpu_lockfile")
   for name in ("nvidia_gpus", "tpu_chips"):
     monkeypatch.setattr(host, name, list)
@@ -44,7 +44,7 @@ def _plain_machine(monkeypatch, tmp_path):
 
 @pytest.fixture
 def flags(tmp_path):
-  """The command line of a small run: `flags("classify", "--config.batch_size=8")`."""
+  """`flags("classify", "--config.batch_size=8")` gives the command line of a small run."""
 
   def make(objective, *more):
     run = tiny.raw(objective).to_dict()
@@ -57,7 +57,7 @@ def flags(tmp_path):
 
 @pytest.fixture
 def ask(capsys):
-  """Runs the doctor: (exit status, its lines)."""
+  """Runs the doctor; returns its exit status and its lines."""
 
   def run(argv):
     status = doctor.main([*argv, "--json"])
@@ -70,7 +70,7 @@ def ask(capsys):
 
 
 def _only(lines, check, status, *facts):
-  """The one line that is not as it should be, but for beit_jax not being installed."""
+  """Asserts that one line is not OK, apart from those about an installation without metadata."""
   bad = [line for line in lines if line["status"] != "ok" and line["check"] != "versions"]
   assert [(line["check"], line["status"]) for line in bad] == [(check, status)], bad
   for fact in facts:
@@ -94,7 +94,7 @@ def test_a_healthy_machine(flags, ask, tmp_path):
   assert sorted(path.name for path in tmp_path.iterdir()) == ["config.py"]
 
 
-def test_the_quickstart_in_a_process_of_its_own(tmp_path):
+def test_quickstart_in_a_subprocess(tmp_path):
   command = [sys.executable, "-m", "beit_jax.doctor", f"--config={ROOT}/configs/quickstart.py"]
   run = subprocess.run(
     [*command, f"--workdir={tmp_path / 'run'}"],
@@ -109,7 +109,7 @@ def test_the_quickstart_in_a_process_of_its_own(tmp_path):
   found = run.stdout.splitlines()
   assert all(line.split()[0] in ("ok", "warn") for line in found)
   assert any("the result of stage 'tokenizer' is not yet there" in line for line in found)
-  assert any("begins with the result of stage 'pretrain', not yet there" in line for line in found)
+  assert any("starts with the result of stage 'pretrain', not yet there" in line for line in found)
   assert not list(tmp_path.iterdir())
 
 
@@ -153,7 +153,7 @@ def test_missing_data_set(flags, ask, tmp_path):
   assert {line["status"] for line in lines if line["check"] in ("sizes", "checkpoints")} <= {"warn", "ok"}
 
 
-def _pictures(folder, count=6):
+def _images(folder, count=6):
   for i in range(count):
     path = folder / f"class{i % 2}" / f"{i}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -161,8 +161,8 @@ def _pictures(folder, count=6):
   return folder
 
 
-def test_damaged_picture(flags, ask, tmp_path):
-  folder = _pictures(tmp_path / "pictures")
+def test_damaged_image(flags, ask, tmp_path):
+  folder = _images(tmp_path / "images")
   broken = folder / "class0" / "0.png"
   broken.write_bytes(broken.read_bytes()[:40])
   more = ("--config.data.source=folder", f"--config.data.root={folder}", "--config.eval.split=")
@@ -173,8 +173,8 @@ def test_damaged_picture(flags, ask, tmp_path):
   assert ask([*run, "--config.data.max_bad=0"])[0] == 1
 
 
-def test_labels_are_missing(flags, ask, tmp_path):
-  folder = _pictures(tmp_path / "pictures") / "class0"
+def test_missing_labels(flags, ask, tmp_path):
+  folder = _images(tmp_path / "images") / "class0"
   more = ("--config.data.source=folder", f"--config.data.root={folder}", "--config.eval.split=")
   status, lines = ask(flags("classify", *more, "--config.batch_size=2"))
   assert status == 1
@@ -188,11 +188,11 @@ def test_workdir_below_a_file(flags, ask, tmp_path):
   assert [line["check"] for line in lines if line["status"] == "fail"][0] == "workdir"
 
 
-def test_workdir_cannot_be_written(monkeypatch, tmp_path):
+def test_read_only_workdir(monkeypatch, tmp_path):
   def refuse(**options):
     raise PermissionError(13, "Permission denied")
 
-  monkeypatch.setattr(host.tempfile, "mkstemp", refuse)
+  monkeypatch.setattr(host.tempfile, "NamedTemporaryFile", refuse)
   ((status, what, advice),) = _found(host.workdir, Machine(tmp_path))
   assert status == "fail" and "Permission denied" in what and "--workdir" in advice
 
@@ -257,7 +257,7 @@ def test_held_lock(flags, tmp_path):
 
 
 def _save(machine, step):
-  """A checkpoint that says it is of this run, with little in it."""
+  """Writes a small checkpoint that claims to be of this run."""
   (run,) = machine.runs
   description = record.describe(run.config, machine.objective(run), machine.main_source(run))
   folder = run.folder / "checkpoints" / str(step)
@@ -270,22 +270,19 @@ def test_damaged_checkpoint(flags):
   command = flags("classify")
   machine = prepare(command)
   folders = [_save(machine, step) for step in (2, 4)]
-  assert _found(doctor.runs.checkpoints, machine) == [("ok", "goes on from step 4", "")]
+  assert _found(doctor.runs.checkpoints, machine) == [("ok", "continues from step 4", "")]
   (folders[1] / "description.json").write_text("{}")
   (status, what, advice), (_, then, _) = _found(doctor.runs.checkpoints, machine)
-  assert (
-    (status, then) == ("warn", "goes on from step 2")
-    and f"{folders[1]} is damaged" in what
-    and "step 2" in advice
-  )
+  assert (status, then) == ("warn", "continues from step 2")
+  assert f"{folders[1]} is damaged" in what and "step 2" in advice
   other = prepare([*command, "--config.seed=7"])
   assert any(found[0] == "fail" and "seed" in found[1] for found in _found(doctor.runs.checkpoints, other))
   (folders[0] / "description.json").write_text("{}")
   ((status, what, advice),) = _found(doctor.runs.checkpoints, machine)
-  assert status == "fail" and str(folders[0]) in what and "begin anew" in advice
+  assert status == "fail" and str(folders[0]) in what and "start over" in advice
 
 
-def test_a_run_that_is_longer_than_it_is_to_be(flags):
+def test_run_that_has_passed_its_last_step(flags):
   command = flags("classify")
   _save(prepare(command), 4)
   found = _found(doctor.runs.checkpoints, prepare([*command, "--config.total_steps=3"]))
@@ -295,7 +292,7 @@ def test_a_run_that_is_longer_than_it_is_to_be(flags):
   )
 
 
-def test_checkpoints_that_are_gone(flags):
+def test_lost_checkpoints(flags):
   machine = prepare(flags("classify"))
   folder = machine.runs[0].folder
   folder.mkdir()
@@ -341,7 +338,7 @@ def test_tpu_lock_file(monkeypatch, tmp_path):
 def test_batch_that_does_not_divide(flags, ask):
   status, lines = ask(flags("classify", "--config.microbatches=4", "--config.batch_size=10"))
   assert status == 1
-  _only(lines, "sizes", "fail", "batch_size=10", "microbatches=4", "set batch_size to 8 or 12")
+  _only(lines, "sizes", "fail", "'batch_size': 10", "microbatches=4", "set batch_size to 8 or 12")
 
 
 def test_patch_that_does_not_divide(flags, ask):
@@ -350,7 +347,7 @@ def test_patch_that_does_not_divide(flags, ask):
   assert any(line["check"] == "sizes" and "(17, 17) is not divisible" in line["found"] for line in lines)
 
 
-def test_gpu_without_its_jax(monkeypatch):
+def test_accelerator_that_jax_does_not_use(monkeypatch):
   monkeypatch.setattr(host, "nvidia_gpus", lambda: ["GPU 0: a fast one"])
   ((status, what, advice),) = _found(host.devices)
   assert status == "warn" and "GPU 0: a fast one" in what and "JAX_PLATFORMS" in advice and "[cuda]" in advice
@@ -378,15 +375,15 @@ def test_gpu_in_use(monkeypatch):
   assert [found[0] for found in _found(host.gpu_memory)] == ["fail", "warn"]
 
 
-def test_an_exception_is_a_finding(flags, ask, monkeypatch):
+def test_exception_is_a_finding(flags, ask, monkeypatch):
   def broken(machine):
-    yield "ok", "half of it", ""
-    raise RuntimeError("no such\nluck")
+    yield "ok", "the first half", ""
+    raise RuntimeError("bad\nluck")
 
   monkeypatch.setattr(host, "clock", broken)
   status, lines = ask([])
   assert status == 1
-  _only(lines, "clock", "fail", "RuntimeError: no such luck")
+  _only(lines, "clock", "fail", "RuntimeError: bad luck")
   assert lines[-1]["check"] == "space"
 
 
@@ -412,14 +409,14 @@ def test_mistakes_in_the_command(flags, capsys, tmp_path):
     assert not out and text in error and error.count("error: ") == 1 and "Traceback" not in error, error
 
 
-def test_what_differs_between_processes():
+def test_differences_between_processes():
   mine = {"jax": "0.10.2", "data.root": "/a", **{f"k{i}": "1" for i in range(5)}}
   assert processes.differences(mine, mine) == ""
   assert processes.differences(mine, {**mine, "jax": "0.10.1"}) == "jax '0.10.1' (here '0.10.2')"
   assert processes.differences(mine, {}).endswith(" and 3 more")
 
 
-def test_processes_that_do_not_come(flags, ask):
+def test_missing_processes(flags, ask):
   more = ("--coordinator=127.0.0.1:1", "--num_processes=2", "--process_id=1", "--initialization_timeout=0.5")
   status, lines = ask(flags("classify", *more))
   assert status == 1
