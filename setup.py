@@ -44,6 +44,7 @@ setup(
     # There are no wheels for Linux on ARM, where Pillow replaces it (beit_jax/data/resize.py).
     "cykooz-resizer>=4.0.1,<5; sys_platform != 'linux' or platform_machine != 'aarch64'",
     "tensorboardX>=2.6,<3",
+    "packaging>=24",
     "safetensors>=0.5,<1",
   ],
   extras_require={

@@ -18,7 +18,6 @@ from beit_jax.errors import UserError
 from beit_jax.objectives import Objective, stages
 from beit_jax.objectives.base import Loader
 from beit_jax.objectives.stages import Stage
-from beit_jax.plan import abstract
 from beit_jax.run import checkpoint
 from beit_jax.runtime import bucket, distributed, lock, sharding
 from beit_jax.runtime.rendezvous import ProcessInfo
@@ -122,7 +121,7 @@ def pending(run: Stage) -> dict[str, Stage]:
 
 
 def _loader(run: Stage) -> Loader | None:
-  return abstract.loader(pending(run).values()) if pending(run) else None
+  return stages.loader(pending(run).values()) if pending(run) else None
 
 
 def parts_of(run: Stage) -> tuple[str, ...]:

@@ -1,12 +1,16 @@
 """The runs of a config: one, or its stages with the results that each takes from earlier ones."""
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from beit_jax.errors import UserError
 from beit_jax.objectives import OBJECTIVES, Objective
+from beit_jax.objectives.base import Loader
+from beit_jax.weights import io as weights_io
+from beit_jax.weights.pretrained import Pretrained
 
 PREFIX = "stage:"
 
@@ -79,6 +83,21 @@ def resolve(config: ConfigDict, folder: Path) -> list[Stage]:
         stage.uses[key] = earlier
     stages[name] = stage
   return list(stages.values())
+
+
+def loader(pending: Iterable[Stage]) -> Loader:
+  """A loader of frozen models for a run that is only planned or checked.
+
+  Args:
+    pending: stages that have not run yet; their models have shapes in place of parameters.
+  """
+  results = {str(stage.folder): stage for stage in pending}
+
+  def load(path: str) -> Pretrained:
+    stage = results.get(path)
+    return weights_io.load(path) if stage is None else stage.objective.expected_result(stage.config)
+
+  return load
 
 
 def _section(config: ConfigDict, key: str) -> tuple[ConfigDict, str]:

@@ -2,7 +2,6 @@
 
 import functools
 import re
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,14 +11,12 @@ from ml_collections import ConfigDict
 from beit_jax import train
 from beit_jax.data import sources
 from beit_jax.errors import UserError
-from beit_jax.objectives import OBJECTIVES
-from beit_jax.objectives.base import Loader, PyTree
+from beit_jax.objectives import OBJECTIVES, stages
+from beit_jax.objectives.base import PyTree
 from beit_jax.objectives.stages import Stage
 from beit_jax.run import state as train_state
 from beit_jax.runtime import sharding
 from beit_jax.step import make_train_step
-from beit_jax.weights import io as weights_io
-from beit_jax.weights.pretrained import Pretrained
 
 # Examples and classes of the training split of the data sets that the recipes name; 0 classes: label maps.
 KNOWN: dict[str, tuple[int, int]] = {
@@ -76,21 +73,6 @@ def make_source(config: ConfigDict, examples: int | None) -> sources.Source:
   return PlannedSource(examples, classes if labels == "class" else 0, labels != "none")
 
 
-def loader(needed: Iterable[Stage]) -> Loader:
-  """Returns a loader of frozen models that gives shapes in place of the parameters that other stages will make.
-
-  Args:
-    needed: stages that have not run yet.
-  """
-  stages = {str(stage.folder): stage for stage in needed}
-
-  def load(path: str) -> Pretrained:
-    stage = stages.get(path)
-    return weights_io.load(path) if stage is None else stage.objective.expected_result(stage.config)
-
-  return load
-
-
 class Step(NamedTuple):
   """A jitted training step, and its arguments as shapes with shardings.
 
@@ -130,7 +112,7 @@ def make_step(stage: Stage, devices: list[Any], examples: int | None = None) -> 
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
   root = jax.random.key(config.seed)  # outside the mesh, whose devices cannot hold arrays
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-    plan = train.prepare(config, mesh, make_source(config, examples), loader(stage.uses.values()))
+    plan = train.prepare(config, mesh, make_source(config, examples), stages.loader(stage.uses.values()))
     objective, decay = plan.objective, config.optimizer.ema_decay
     init = functools.partial(objective.init, jax.random.fold_in(root, 0))
     _, shapes, shardings = train_state.abstract(init, plan.tx, mesh, ema=decay > 0)

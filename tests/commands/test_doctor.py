@@ -286,7 +286,7 @@ def test_run_that_has_passed_its_last_step(flags):
   command = flags("classify")
   _save(prepare(command), 4)
   found = _found(doctor.runs.checkpoints, prepare([*command, "--config.total_steps=3"]))
-  assert [status for status, *_ in found] == ["fail"] and "begins at step 4 already" in found[0][1]
+  assert [status for status, *_ in found] == ["fail"] and "starts at step 4 already" in found[0][1]
   assert (
     "only evaluates" in _found(doctor.runs.checkpoints, prepare([*command, "--config.total_steps=4"]))[0][1]
   )

@@ -1,7 +1,6 @@
 """Segmentation from label maps to mIoU: formulas, the reference's windows and metrics, whole images, mistakes."""
 
 import io
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -15,6 +14,7 @@ from beit_jax.data.bad_images import BadImageTracker
 from beit_jax.doctor import runs
 from beit_jax.errors import BadImage, UserError
 from beit_jax.objectives import Segmentation, sliding
+from beit_jax.objectives.stages import Stage
 from beit_jax.runtime import sharding
 from tests import reference, tiny
 
@@ -287,9 +287,9 @@ def test_the_doctor_tolerates_a_broken_label_map(tmp_path):
   """As a run does; a map of another size is a mistake."""
   source, config = _scenes(tmp_path, 3), tiny.config("segment")
   reader = segmentation.LabelMapReader((16, 16), 9, config.data.to_dict(), config.segment.to_dict())
-  machine = SimpleNamespace(objective=lambda run: SimpleNamespace(reader=lambda: reader))
   Image.new("L", (8, 8), 1).save(tmp_path / "annotations" / "training" / "04.png")
-  found = [runs._trouble(machine, SimpleNamespace(config=config), source, index) for index in (2, 3, 4)]
+  run = Stage("", config, tmp_path)
+  found = [runs.problem_of(run, source, index, reader) for index in (2, 3, 4)]
   assert found[0] is None and [tolerable for tolerable, _ in found[1:]] == [True, False]
 
 

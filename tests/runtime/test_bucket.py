@@ -233,7 +233,7 @@ def test_stages_in_a_bucket(bucket, tmp_path, capsys, monkeypatch):
   (tmp_path / "config.py").write_text(STAGES)
   argv = [f"--config={tmp_path / 'config.py'}", "--workdir=gs://bucket/stages"]
   look = lambda: (doctor.main(argv), capsys.readouterr().out)
-  for answer in ("begins anew", "finished earlier"):
+  for answer in ("starts from scratch", "finished earlier"):
     status, text = look()
     assert status == 0 and "gs://bucket/stages: can be written" in text and answer in text, text
     assert main.main(argv) == 0
