@@ -122,6 +122,18 @@ def _bucket(name: str) -> Any:
   return bucket
 
 
+def _blob(path: Any) -> Any:
+  """The object at a path, which need not exist."""
+  name, key = _split(path)
+  return _bucket(name).blob(key)
+
+
+def _find(path: Any) -> Any:
+  """The object at a path with its metadata; None when it does not exist."""
+  name, key = _split(path)
+  return _bucket(name).get_blob(key)
+
+
 def _first(error: Exception) -> str:
   return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
@@ -171,8 +183,7 @@ def check_writable(folder: Any) -> None:
   """Creates and deletes a test object; raises a UserError when the account has no permission."""
   if not remote(folder):
     return
-  name, key = _split(folder)
-  blob = _bucket(name).blob(f"{key}/.beit_jax-test-{uuid.uuid4().hex}")
+  blob = _blob(folder / f".beit_jax-test-{uuid.uuid4().hex}")
   try:
     blob.upload_from_string(b"beit_jax\n")
     blob.delete()
@@ -200,11 +211,10 @@ def local(path: Any) -> Path:
     if _staging is None:
       _staging, _stop = _temporary_folder(), threading.Event()
       threading.Thread(target=_push_regularly, args=(_stop,), daemon=True).start()
-    name, key = _split(path)
-    file = _staging / name / key
+    file = _staging.joinpath(*_split(path))
     if not file.exists():
       file.parent.mkdir(parents=True, exist_ok=True)
-      blob = _bucket(name).get_blob(key)
+      blob = _find(path)
       if blob is not None:
         blob.download_to_filename(str(file))
         _uploaded[file] = _version(file)
@@ -237,8 +247,8 @@ def push() -> None:
       if not file.is_file() or file.suffix == ".tmp" or _uploaded.get(file) == _version(file):
         continue
       version = _version(file)
-      name, key = _split(file.relative_to(_staging).as_posix())
-      _bucket(name).blob(key).upload_from_string(file.read_bytes(), "application/octet-stream")
+      blob = _blob(file.relative_to(_staging).as_posix())
+      blob.upload_from_string(file.read_bytes(), "application/octet-stream")
       _uploaded[file] = version
 
 
@@ -277,7 +287,7 @@ def fetch(path: Any) -> Path:
   name, key = _split(path)
   target = _temporary_folder()
   parent, _, file_name = key.rpartition("/")
-  single = _bucket(name).get_blob(key) is not None
+  single = _find(path) is not None
   folder = parent if single else key
   for blob in _bucket(name).list_blobs(prefix=f"{folder}/" if folder else "", delimiter="/"):
     base = blob.name.rpartition("/")[2]
@@ -316,13 +326,10 @@ def digests(folder: Any, wanted: Mapping[str, Mapping[str, Any]]) -> dict[str, d
 
 def move(folder: Any, target: Any, first: str) -> None:
   """Copies all objects, then deletes the originals, the one named `first` before the others."""
-  bucket_name, key = _split(target)
-  bucket = _bucket(bucket_name)
-  objects = _objects(folder)
-  for name, blob in objects.items():
-    bucket.copy_blob(blob, bucket, f"{key}/{name}")
-  for name in sorted(objects, key=lambda name: name != first):
-    objects[name].delete()
+  name, key = _split(target)
+  for relative, blob in _objects(folder).items():
+    blob.bucket.copy_blob(blob, _bucket(name), f"{key}/{relative}")
+  remove(folder, first)
 
 
 def remove(folder: Any, first: str) -> None:
@@ -339,22 +346,17 @@ def read(path: Any) -> tuple[str, int]:
   """(text, generation) of an object; ("", 0) where there is none."""
   from google.api_core.exceptions import NotFound, PreconditionFailed
 
-  name, key = _split(path)
-  while True:
-    blob = _bucket(name).get_blob(key)
-    if blob is None:
-      return "", 0
-    # It may be replaced or deleted in between.
-    with contextlib.suppress(NotFound, PreconditionFailed):
+  while (blob := _find(path)) is not None:
+    with contextlib.suppress(NotFound, PreconditionFailed):  # it was replaced or deleted in between
       return blob.download_as_text(if_generation_match=blob.generation), blob.generation
+  return "", 0
 
 
 def write(path: Any, text: str, generation: int) -> int:
   """Replaces exactly this generation, 0 for none; returns the new one, or 0 when another process was faster."""
   from google.api_core.exceptions import PreconditionFailed
 
-  name, key = _split(path)
-  blob = _bucket(name).blob(key)
+  blob = _blob(path)
   try:
     blob.upload_from_string(text, if_generation_match=generation)
   except PreconditionFailed:
@@ -364,8 +366,7 @@ def write(path: Any, text: str, generation: int) -> int:
 
 def age(path: Any) -> float:
   """Seconds since an object was written, by the clock of this machine; infinite where there is none."""
-  name, key = _split(path)
-  blob = _bucket(name).get_blob(key)
+  blob = _find(path)
   return math.inf if blob is None else time.time() - blob.updated.timestamp()
 
 
@@ -373,6 +374,5 @@ def delete(path: Any, generation: int) -> None:
   """Deletes exactly this generation; does nothing when there is another one."""
   from google.api_core.exceptions import NotFound, PreconditionFailed
 
-  name, key = _split(path)
   with contextlib.suppress(NotFound, PreconditionFailed):
-    _bucket(name).blob(key).delete(if_generation_match=generation)
+    _blob(path).delete(if_generation_match=generation)

@@ -95,7 +95,7 @@ class _Hub:
     self._hosts = [""] * info.count
     self._channels: dict[int, _Channel] = {}
     self._changed = threading.Condition()
-    self._complete = False  # every process has connected
+    self._started = False  # every process has connected, and the run has started
     self._refusal: UserError | None = None
     self._arrived: dict[str, set[int]] = collections.defaultdict(set)
     self._ending = False  # by a failure or as planned; the end of a process is no longer reported
@@ -120,13 +120,13 @@ class _Hub:
     end = time.monotonic() + self._timeout
     with server:
       server.settimeout(RETRY)
-      while not (self._complete or (self._refusal and 0 in self._channels)) and time.monotonic() < end:
-        with contextlib.suppress(TimeoutError):
+      while self._waiting() and time.monotonic() < end:
+        with contextlib.suppress(OSError):
           channel = _Channel(server.accept()[0], self._heartbeat)
           threading.Thread(target=self._serve, args=(channel,), name="serve", daemon=True).start()
     with self._changed:
-      if not (self._complete or self._refusal):
-        missing, count = self._missing_from(self._channels.keys()), self._info.count
+      missing, count = self._missing_from(self._channels), self._info.count
+      if missing and not self._refusal:
         self._refusal = TransientError(
           f"{_names(missing, self._hosts)} did not connect to {self._info.coordinator} within {self._timeout:g} s; "
           f"{count - len(missing)} of {count} are connected. See the log of the missing process; check that this "
@@ -135,7 +135,12 @@ class _Hub:
       if self._refusal:
         self._broadcast(refused=str(self._refusal), status=self._refusal.status)
       else:
+        self._started = True
         self._broadcast(hosts=self._hosts, start_id=uuid.uuid4().hex)
+
+  def _waiting(self) -> bool:
+    """Whether processes are missing; a refusal ends the rendezvous when process 0 itself can receive it."""
+    return 0 not in self._channels or not self._refusal and len(self._channels) < self._info.count
 
   def _serve(self, channel: _Channel) -> None:
     """Registers the process at the other end and handles its messages until the connection ends."""
@@ -152,7 +157,7 @@ class _Hub:
       with self._changed:
         del self._channels[index]  # until all have connected, the process may connect once more
         self._changed.notify_all()
-        if self._complete:
+        if self._started:
           self._report(f"{_names([index], self._hosts)} died", True, LOST_STATUS)
 
   def _register(self, channel: _Channel, message: dict[str, Any]) -> int:
@@ -168,7 +173,6 @@ class _Hub:
         channel.send(refused=str(self._refusal), status=self._refusal.status)
         raise ConnectionError("refused")
       self._channels[index], self._hosts[index] = channel, host
-      self._complete = len(self._channels) == count
     return index
 
   def _handle(self, index: int, message: dict[str, Any]) -> None:
