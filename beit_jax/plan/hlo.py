@@ -10,14 +10,10 @@ import math
 import re
 from collections.abc import Iterator
 
-COLLECTIVES = (
-  "all-reduce",
-  "all-gather",
-  "reduce-scatter",
-  "all-to-all",
-  "collective-permute",
-  "collective-broadcast",
-)
+import numpy as np
+
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all")
+COLLECTIVES += ("collective-permute", "collective-broadcast")
 BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "f16": 2, "token": 0, "opaque": 0}
 CONTROL_FLOW = ("while", "call", "conditional")
 # These run a computation on single numbers, whose cost does not count.
@@ -30,8 +26,8 @@ ELEMENT_WISE_CALLERS = (
   "select-and-scatter",
   *COLLECTIVES,
 )
-NO_TRAFFIC = (
-  *("parameter", "tuple", "get-tuple-element", "bitcast", "constant", "after-all", "partition-id", "iota"),
+NO_TRAFFIC = frozenset(
+  "parameter tuple get-tuple-element bitcast constant after-all partition-id iota".split()
 )
 COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
@@ -55,14 +51,8 @@ class Instruction:
 
   @functools.cached_property
   def operands(self) -> list[str]:
-    """The names of the operands, without those that the attributes mention."""
-    depth, end = 1, len(self.rest)
-    for position, letter in enumerate(self.rest):
-      depth += (letter in "({[") - (letter in ")}]")
-      if depth == 0:
-        end = position
-        break
-    return re.findall(r"%([\w.\-]+)", self.rest[:end])
+    """The names of the operands."""
+    return re.findall(r"%([\w.\-]+)", self.rest.split(")", 1)[0])
 
   @property
   def called(self) -> list[str]:
@@ -83,12 +73,12 @@ Computation = dict[str, Instruction]  # by the instruction's name, in the order 
 
 @dataclasses.dataclass
 class Moved:
-  """Collectives of one kind in one step of one device.
+  """The collectives of one kind in one step of one device.
 
   Attributes:
     count: how many run.
     bytes: what the device puts in (for an all-gather: what it gets out).
-    unknown: those of `count` that are inside a loop of unknown length; they count once.
+    unknown: how many of them are in a loop of unknown length, which counts once.
   """
 
   count: int = 0
@@ -103,8 +93,8 @@ class Program:
   Attributes:
     collectives: by kind.
     flops: of matrix products and convolutions.
-    traffic: bytes read from and written to main memory; what TPUs keep on the chip (memory space 1) is left out.
-    loops: the trip counts of loops that contain matrix products; 0 for an unknown one.
+    traffic: bytes read from and written to main memory, without what TPUs keep on the chip (memory space 1).
+    loops: trip counts of the loops that contain matrix products; 0 if unknown.
   """
 
   collectives: dict[str, Moved]
@@ -170,13 +160,8 @@ def _walk(
 ) -> Iterator[tuple[str, Instruction, tuple[int, ...], bool]]:
   """Yields every instruction of a computation and of those it calls; the call graph of HLO has no cycles.
 
-  Args:
-    name: the computation.
-    loops: the trip counts of the loops around it, 0 where unknown.
-    in_fusion: whether it is part of a fusion, whose intermediate results do not reach main memory.
-
-  Yields:
-    The name of the instruction's computation, the instruction, and `loops` and `in_fusion` at that place.
+  With each comes the name of its computation, the trip counts of the loops around it (0 if unknown), and whether it is
+  part of a fusion, whose intermediate results do not reach main memory.
   """
   for instruction in computations.get(name, {}).values():
     yield name, instruction, loops, in_fusion
@@ -306,13 +291,10 @@ def valid_positions(
   side: int, taps: int, places: int, *, stride: int, low: int, dilation: int = 1, tap_dilation: int = 1
 ) -> int:
   """Counts the pairs of an output place and a kernel tap that meet a real input, along one axis of a convolution."""
-  total = 0
-  for tap in range(taps):
-    first = tap * tap_dilation - low
-    for place in range(places):
-      position = place * stride + first
-      total += 0 <= position <= (side - 1) * dilation and position % dilation == 0
-  return total
+  starts, offsets = np.arange(places) * stride - low, np.arange(taps) * tap_dilation
+  positions = starts[:, None] + offsets
+  is_input = (positions >= 0) & (positions <= (side - 1) * dilation) & (positions % dilation == 0)
+  return int(is_input.sum())
 
 
 # Main memory traffic.

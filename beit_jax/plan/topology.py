@@ -16,27 +16,16 @@ GIB = 2.0**30
 
 
 class Chip(NamedTuple):
-  """The published numbers of one chip.
+  """The published numbers of one chip."""
 
-  Attributes:
-    flops: peak of bfloat16 products, per second.
-    hbm: bytes of main memory.
-    hbm_bandwidth: bytes/s.
-    ici: bytes/s to other chips in one direction, all links together.
-    sides: of the grid of a slice, 2 or 3.
-    host: chips that one host drives.
-    cores: of one host, as its operating system counts them.
-    devices: JAX devices of one chip.
-  """
-
-  flops: float
-  hbm: float
-  hbm_bandwidth: float
-  ici: float
-  sides: int
-  host: int
-  cores: int
-  devices: int = 1
+  flops: float  # peak of bfloat16 products, per second
+  hbm: float  # bytes of main memory
+  hbm_bandwidth: float  # bytes/s
+  ici: float  # bytes/s to other chips in one direction, all links together
+  sides: int  # of the grid of a slice, 2 or 3
+  host: int  # chips that one host drives
+  cores: int  # of one host, as its operating system counts them
+  devices: int = 1  # JAX devices of one chip
 
 
 # Google Cloud, "TPU architecture" and the page of each generation ("Key chip specifications": peak compute per chip,
