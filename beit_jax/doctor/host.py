@@ -15,7 +15,7 @@ import jax
 
 from beit_jax.doctor.findings import FAIL, OK, WARN, Found, unless_worse
 from beit_jax.doctor.machine import Machine
-from beit_jax.runtime import bucket, distributed
+from beit_jax.runtime import bucket, distributed, lock
 
 TPU_LOCK = Path("/tmp/libtpu_lockfile")
 NETWORK = re.compile(r"(nfs|cifs|smb|lustre|ceph|gluster|beegfs|9p|afs|gpfs|fuse\.)")
@@ -50,18 +50,13 @@ def _users(paths: list[str]) -> list[int]:
   return sorted(found - {os.getpid()})
 
 
-def _flocked(path: Path) -> bool | None:
-  """Whether another process holds a lock on a file; None if that is unknown."""
+def _locked(path: Path) -> bool | None:
+  """Whether another process holds a lock on a file; None if the file system has no locks."""
   try:
-    import fcntl
-
-    with path.open("rb") as file:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError:
-    return True
-  except (ImportError, OSError):
+    with path.open() as file:
+      return not lock.acquire(file)
+  except OSError:
     return None
-  return False
 
 
 def tpu_lock(machine: Machine) -> Found:
@@ -70,7 +65,7 @@ def tpu_lock(machine: Machine) -> Found:
     yield OK, "no lock file of a TPU", ""
     return
   users = _users([str(TPU_LOCK), *tpu_chips()])
-  if users or _flocked(TPU_LOCK):
+  if users or _locked(TPU_LOCK):
     who = f"process {', '.join(map(str, users))}" if users else "a process of another user or container"
     advice = f"wait for it or stop it, one process at a time gets the TPU (sudo fuser -v {TPU_LOCK} shows it)"
     yield FAIL, f"{TPU_LOCK}: {who} uses the TPU", advice
@@ -134,16 +129,8 @@ def devices(machine: Machine) -> Found:
 @contextlib.contextmanager
 def trial_file(folder: Path) -> Iterator[Path]:
   """Writes a new file with a few bytes, which is deleted at the end."""
-  if bucket.remote(folder):
-    path = folder / f".doctor-{platform.node()}-{os.getpid()}"
-    path.write_text("beit_jax\n")
-    try:
-      yield path
-    finally:
-      path.unlink()
-    return
-  with tempfile.NamedTemporaryFile(prefix=f".doctor-{platform.node()}-", dir=folder) as file:
-    file.write(b"beit_jax\n")
+  with tempfile.NamedTemporaryFile(mode="w", prefix=f".doctor-{platform.node()}-", dir=folder) as file:
+    file.write("beit_jax\n")
     file.flush()
     os.fsync(file.fileno())
     yield Path(file.name)
@@ -172,7 +159,7 @@ def workdir(machine: Machine) -> Found:
     return
   try:
     with trial_file(ground) as path:
-      has_locks = _flocked(path) is False
+      has_locks = _locked(path) is False
   except OSError as error:
     advice = "use another --workdir, or change its owner or its mount"
     yield FAIL, f"{machine.workdir}: no file can be written in {ground} ({error.strerror or error})", advice

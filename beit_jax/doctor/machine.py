@@ -42,19 +42,13 @@ class Machine:
   flags: distributed.Flags = dataclasses.field(default_factory=distributed.Flags)
   process: ProcessInfo | None = None
   disconnected: bool = False
-  _made: dict[Any, tuple[Any, Exception | None]] = dataclasses.field(default_factory=dict)
+  _made: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
   def once(self, key: Any, make: Callable[[], Any]) -> Any:
-    """Returns what `make` returned the first time, or raises what it raised."""
+    """Returns what `make` returned the first time."""
     if key not in self._made:
-      try:
-        self._made[key] = (make(), None)
-      except Exception as error:
-        self._made[key] = (None, error)
-    value, failure = self._made[key]
-    if failure is not None:
-      raise failure
-    return value
+      self._made[key] = make()
+    return self._made[key]
 
   def source(self, run: Stage, part: str) -> sources.Source | None:
     """Returns the data of "train", or of "eval", which is None without a split."""

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import platform
-from collections.abc import Iterator
 from typing import Any
 
 import beit_jax
@@ -11,7 +10,7 @@ from beit_jax.doctor.findings import FAIL, OK, Found, Line, unless_worse
 from beit_jax.doctor.host import trial_file
 from beit_jax.doctor.machine import Machine
 from beit_jax.run import record
-from beit_jax.runtime import distributed
+from beit_jax.runtime import bucket, distributed
 from beit_jax.runtime.logs import log
 
 SHOWN = 4  # differences of a process
@@ -39,16 +38,9 @@ def identity(machine: Machine) -> dict[str, str]:
   same |= {name: record.version(name) for name in record.PACKAGES}
   same |= {"--workdir": str(machine.workdir)}
   for run in machine.runs:
-    same |= _leaves(run.config.to_dict(), f"{run.name}." if run.name else "")
+    keys = record.flatten_config(run.config.to_dict())
+    same |= {f"{run.name}.{key}".lstrip("."): str(value) for key, value in keys.items()}
   return same
-
-
-def _leaves(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
-  for key, value in tree.items():
-    if isinstance(value, dict):
-      yield from _leaves(value, f"{prefix}{key}.")
-    else:
-      yield prefix + key, str(value)
 
 
 def differences(mine: dict[str, str], theirs: dict[str, str]) -> str:
@@ -84,7 +76,7 @@ def processes(machine: Machine) -> Found:
 @unless_worse
 def shared(machine: Machine) -> Found:
   """Checks that all processes see the same workdir."""
-  if machine.process is None:
+  if machine.process is None or bucket.remote(machine.workdir):
     return
   if machine.process.index:
     name = _fetch("trial", 0)

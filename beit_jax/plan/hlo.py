@@ -12,8 +12,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all")
-COLLECTIVES += ("collective-permute", "collective-broadcast")
+COLLECTIVES = tuple(
+  "all-reduce all-gather reduce-scatter all-to-all collective-permute collective-broadcast".split()
+)
 BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "f16": 2, "token": 0, "opaque": 0}
 CONTROL_FLOW = ("while", "call", "conditional")
 # These run a computation on single numbers, whose cost does not count.

@@ -215,7 +215,10 @@ def section_differences(folder: Path, config: ConfigDict, section: str) -> str:
 
 def _differences(folder: Path, config: ConfigDict) -> dict[str, str]:
   """Dotted key -> its values in a checkpoint's config and in this one, where they differ."""
-  old, new = _flat(checkpoint.read_description(folder).get("config", {})), _flat(config.to_dict())
+  old, new = (
+    flatten_config(checkpoint.read_description(folder).get("config", {})),
+    flatten_config(config.to_dict()),
+  )
   names = [name for name in sorted(old.keys() & new.keys()) if old[name] != new[name]]
   return {name: f"{name}: {old[name]!r} in the checkpoint, {new[name]!r} in the config" for name in names}
 
@@ -224,7 +227,7 @@ def _differences(folder: Path, config: ConfigDict) -> dict[str, str]:
 ADDED = {"optimizer.name": "adamw", "optimizer.momentum": 0.9}
 
 
-def _flat(config: dict[str, Any]) -> dict[str, Any]:
+def flatten_config(config: dict[str, Any]) -> dict[str, Any]:
   """A config as JSON: dotted key -> value."""
   return ADDED | dict(_leaves(_as_json(config)))
 
@@ -260,4 +263,8 @@ def finished(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
     result = json.loads((workdir / RESULT).read_text())
   except (OSError, ValueError):
     return None
-  return result if isinstance(before, dict) and _flat(before) == _flat(config.to_dict()) else None
+  return (
+    result
+    if isinstance(before, dict) and flatten_config(before) == flatten_config(config.to_dict())
+    else None
+  )

@@ -49,12 +49,12 @@ def held(workdir: Path) -> bool:
     return bucket.age(workdir / LOCK) < LEASE and _alive(holder(workdir)) is not False
   try:
     with (workdir / LOCK).open("r+") as file:
-      return not _acquire(file)
+      return not acquire(file)
   except OSError:
     return False
 
 
-def _acquire(file: TextIO) -> bool:
+def acquire(file: TextIO) -> bool:
   """Locks an open file, if no other process has; raises an OSError on file systems without locks."""
   try:
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -82,7 +82,7 @@ def exclusive_lock(workdir: Path) -> Iterator[None]:
     with (workdir / LOCK).open("a+") as file:
       previous = holder(workdir)
       try:
-        if not _acquire(file):
+        if not acquire(file):
           raise _refusal(workdir, previous)
       except OSError as error:
         reason = errno.errorcode.get(error.errno or 0, str(error))
