@@ -43,8 +43,8 @@ def test_no_flags():
 
 
 def test_num_processes_1_alone_means_one_process():
-  place = distributed.from_flags(distributed.take_flags(["--num_processes=1"])[0])
-  assert (place.count, place.index) == (1, 0)
+  info = distributed.from_flags(distributed.take_flags(["--num_processes=1"])[0])
+  assert (info.count, info.index) == (1, 0)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ MEGASCALE = dict(
 
 
 @pytest.mark.parametrize(
-  "environ, place",
+  "environ, info",
   [
     ({}, None),
     (SLURM, ProcessInfo("Slurm", "gpu07:10861", 4, 2)),
@@ -105,12 +105,12 @@ MEGASCALE = dict(
     ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}, None),
   ],
 )
-def test_environments(environ, place):
+def test_environments(environ, info):
   found = distributed.detect(environ)
   if found and found.origin == "Open MPI":  # the port is a checksum
     assert 10000 <= int(found.coordinator.split(":")[1]) < 30000
-    place = ProcessInfo(place.origin, found.coordinator, place.count, place.index, place.local_device)
-  assert found == place
+    info = ProcessInfo(info.origin, found.coordinator, info.count, info.index, info.local_device)
+  assert found == info
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_first_host_of_a_slurm_list(nodes, first):
 
 
 @pytest.mark.parametrize(
-  "attributes, place",
+  "attributes, info",
   [
     ({}, None),
     ({"agent-worker-number": "0", "worker-network-endpoints": "10.0.0.2"}, None),
@@ -157,7 +157,7 @@ def test_first_host_of_a_slurm_list(nodes, first):
     ),
   ],
 )  # fmt: skip
-def test_cloud_tpu_metadata_server(attributes, place, monkeypatch):
+def test_cloud_tpu_metadata_server(attributes, info, monkeypatch):
   """Uses a server that answers like the one of a TPU VM."""
 
   class Server(http.server.BaseHTTPRequestHandler):
@@ -178,7 +178,7 @@ def test_cloud_tpu_metadata_server(attributes, place, monkeypatch):
     with jax_platforms(""):
       found = distributed.detect(environ, distributed.tpu_metadata(environ))
     server.shutdown()
-  assert found == place
+  assert found == info
 
 
 class jax_platforms:
@@ -220,8 +220,8 @@ def test_initialize_calls_jax_only_for_several_processes(environ, count, monkeyp
   monkeypatch.setattr(distributed, "Peers", lambda *args: Peers())
   monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **kwargs: calls.append((args, kwargs)))
   monkeypatch.setattr(distributed, "_peers", None)
-  place = distributed.initialize(distributed.Flags())
-  assert len(calls) == count and (place is not None) == bool(count) == distributed.active()
+  info = distributed.initialize(distributed.Flags())
+  assert len(calls) == count and (info is not None) == bool(count) == distributed.active()
   if calls:
     ((coordinator,), settings) = calls[0]
     assert coordinator == "gpu07:10861" and settings["cluster_detection_method"] == "deactivate"
@@ -416,16 +416,16 @@ def test_missing_processes_are_named(ids, missing, tmp_path):
   assert time.monotonic() - began < 30
 
 
-def _join(place, timeout, results):
+def _join(info, timeout, results):
   try:
-    results[place.index] = rendezvous.Peers(place, timeout, 60)
+    results[info.index] = rendezvous.Peers(info, timeout, 60)
   except UserError as error:
-    results[place.index] = error
+    results[info.index] = error
 
 
-def _join_all(places, timeout=20.0):
+def _join_all(infos, timeout=20.0):
   results = {}
-  threads = [threading.Thread(target=_join, args=(place, timeout, results)) for place in places]
+  threads = [threading.Thread(target=_join, args=(info, timeout, results)) for info in infos]
   for thread in threads:
     thread.start()
   for thread in threads:
@@ -449,9 +449,9 @@ def _leave(results):
 )
 def test_foreign_connections_do_not_disturb_the_rendezvous(hostile):
   port, results = _port(), {}
-  places = [ProcessInfo("flags", f"localhost:{port}", 2, i) for i in range(2)]
-  root = threading.Thread(target=_join, args=(places[0], 20, results))
-  root.start()
+  infos = [ProcessInfo("flags", f"localhost:{port}", 2, i) for i in range(2)]
+  coordinator = threading.Thread(target=_join, args=(infos[0], 20, results))
+  coordinator.start()
   for _ in range(50):
     try:
       foreign = socket.create_connection(("localhost", port), timeout=5)
@@ -459,8 +459,8 @@ def test_foreign_connections_do_not_disturb_the_rendezvous(hostile):
     except OSError:
       time.sleep(0.1)
   foreign.sendall(hostile)
-  _join(places[1], 20, results)
-  root.join()
+  _join(infos[1], 20, results)
+  coordinator.join()
   foreign.close()
   assert results[1].hosts == results[0].hosts == [socket.gethostname()] * 2
   _leave(results)
@@ -504,8 +504,8 @@ def test_a_late_process_is_a_transient_error():
 def test_a_process_may_restart_during_the_rendezvous():
   """It connects, dies, and connects again before the last process does."""
   port, results = _port(), {}
-  places = [ProcessInfo("flags", f"localhost:{port}", 3, i) for i in range(3)]
-  first = [threading.Thread(target=_join, args=(places[0], 20, results))]
+  infos = [ProcessInfo("flags", f"localhost:{port}", 3, i) for i in range(3)]
+  first = [threading.Thread(target=_join, args=(infos[0], 20, results))]
   first[0].start()
   for _ in range(50):
     try:
@@ -517,8 +517,8 @@ def test_a_process_may_restart_during_the_rendezvous():
   time.sleep(0.5)
   early.close()
   time.sleep(0.5)
-  for place in places[1:]:
-    first.append(threading.Thread(target=_join, args=(place, 20, results)))
+  for info in infos[1:]:
+    first.append(threading.Thread(target=_join, args=(info, 20, results)))
     first[-1].start()
   for thread in first:
     thread.join()
