@@ -85,11 +85,10 @@ def gpu_memory(machine: Machine) -> Found:
   text = os.environ.get(name) or "0.75"
   if not re.fullmatch(r"(0?\.\d+|1(\.0*)?)", text) or not float(text):
     yield FAIL, f"{name}={text}: must be a number in (0, 1]", f"export {name}=0.92"
-  if os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE", "").lower() in ("false", "0"):
-    what = (
-      "XLA_PYTHON_CLIENT_PREALLOCATE=false: memory is allocated piece by piece and may fragment after hours"
-    )
-    yield WARN, what, "unset XLA_PYTHON_CLIENT_PREALLOCATE, unless several programs share the GPU on purpose"
+  switch = "XLA_PYTHON_CLIENT_PREALLOCATE"
+  if os.environ.get(switch, "").lower() in ("false", "0"):
+    what = f"{switch}=false: memory is allocated piece by piece and may fragment after hours"
+    yield WARN, what, f"unset {switch}, unless several programs share the GPU on purpose"
   others = nvidia_smi("--query-compute-apps=pid,process_name,used_memory", "--format=csv,noheader")
   free = "set CUDA_VISIBLE_DEVICES to the free ones"
   if others:
@@ -99,11 +98,7 @@ def gpu_memory(machine: Machine) -> Found:
     if not others and used > 0.1 * total:
       what = f"GPU {index}: {used:,} of {total:,} MiB are in use by a process that is not visible here"
       yield WARN, what, f"look for it on the host (nvidia-smi), or {free}"
-  yield (
-    OK,
-    f"{len(nvidia_gpus())} GPUs, a fraction of {text} of the memory is allocated at the start ({name})",
-    "",
-  )
+  yield OK, f"{len(nvidia_gpus())} GPUs; JAX allocates {text} of the memory at the start ({name})", ""
 
 
 def devices(machine: Machine) -> Found:

@@ -50,19 +50,19 @@ class Machine:
       self._made[key] = make()
     return self._made[key]
 
-  def source(self, run: Stage, part: str) -> sources.Source | None:
-    """Returns the data of "train", or of "eval", which is None without a split."""
+  def train_source(self, run: Stage) -> sources.Source:
+    data = run.config.data.to_dict()
+    return self.once(json.dumps(data, default=str), lambda: sources.make_source(data))
+
+  def eval_source(self, run: Stage) -> sources.Source | None:
+    names = tuple(self.train_source(run).class_names) if trains(run) else ()
     data, split = (json.dumps(run.config[key].to_dict(), default=str) for key in ("data", "eval"))
-    if part == "train":
-      return self.once(data, lambda: sources.make_source(run.config.data.to_dict()))
-    training = self.source(run, "train") if trains(run) else None
-    names = tuple(training.class_names) if training else ()
     return self.once((data, split, names), lambda: evaluation.eval_source(run.config, names))
 
   def main_source(self, run: Stage) -> sources.Source:
     """Returns the data that the objective is made with."""
     try:
-      source = self.source(run, parts_of(run)[0])
+      source = self.eval_source(run) if only_evaluates(run) else self.train_source(run)
     except Exception:
       raise Skip(WARN, "not checked, because the data cannot be read") from None
     if source is None:
@@ -109,6 +109,11 @@ def trains(run: Stage) -> bool:
   return run.objective.trains and not run.config.eval_only
 
 
+def only_evaluates(run: Stage) -> bool:
+  """Whether a run reads no training data; an objective that never trains may read it for its evaluation."""
+  return run.objective.trains and run.config.eval_only
+
+
 def pending(run: Stage) -> dict[str, Stage]:
   """Config key of each frozen model that is not there yet -> the stage that will make it."""
   return {key: stage for key, stage in run.uses.items() if key not in ("init_from", "resume")}
@@ -116,11 +121,6 @@ def pending(run: Stage) -> dict[str, Stage]:
 
 def _loader(run: Stage) -> Loader | None:
   return stages.loader(pending(run).values()) if pending(run) else None
-
-
-def parts_of(run: Stage) -> tuple[str, ...]:
-  """Which of "train" and "eval" a run reads; its objective is made with the first."""
-  return ("eval",) if run.objective.trains and run.config.eval_only else ("train", "eval")
 
 
 def each_run(check: Callable[[Machine, Stage], Found]) -> Callable[[Machine], Found]:

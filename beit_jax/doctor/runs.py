@@ -9,7 +9,7 @@ import numpy as np
 from beit_jax import trees
 from beit_jax.data import examples, sources
 from beit_jax.doctor.findings import FAIL, OK, WARN, Found, Skip, unless_worse
-from beit_jax.doctor.machine import Machine, each_run, parts_of, pending, trains
+from beit_jax.doctor.machine import Machine, each_run, only_evaluates, pending, trains
 from beit_jax.errors import BadImage, UserError
 from beit_jax.objectives.stages import Stage
 from beit_jax.run import checkpoint, record
@@ -23,8 +23,8 @@ OLDER = 4  # checkpoints that are verified besides the newest good one
 
 @each_run
 def data(machine: Machine, run: Stage) -> Found:
-  for part in parts_of(run):
-    source = machine.source(run, part)
+  for part in ("eval",) if only_evaluates(run) else ("train", "eval"):
+    source = machine.train_source(run) if part == "train" else machine.eval_source(run)
     if source is None:
       continue
     split = run.config.data.split if part == "train" else run.config.eval.split
@@ -53,13 +53,7 @@ def data(machine: Machine, run: Stage) -> Found:
 def problem_of(
   run: Stage, source: sources.Source, index: int, reader: examples.Reader | None
 ) -> tuple[bool, str] | None:
-  """Reads one example as a run does.
-
-  Args:
-    run: the run.
-    source: its data.
-    index: of the example.
-    reader: prepares label maps.
+  """Reads one example as a run does; `reader` prepares label maps.
 
   Returns:
     None for a good example; otherwise whether a run replaces it by another one, and what is wrong.

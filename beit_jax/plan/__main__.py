@@ -61,12 +61,7 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
   add("--topology", required=True, help="the slice, such as v5e:16x16 or cpu:8")
   add("--stage", help="the stage to plan (default: the one that computes most)")
   add("--examples", type=_number(int, 1), help="number of training examples, if the data is not here")
-  add(
-    "--utilization",
-    type=_number(float, 0.01, 1),
-    default=0.4,
-    help="fraction of the peak that products reach",
-  )
+  add("--utilization", type=_number(float, 0.01, 1), default=0.4, help="fraction of the peak to assume")
   add("--rate_per_core", type=_number(float, 1), default=500.0, help="images/s that one core can read")
   add("--hbm_gib", type=_number(float, 0.001), help="memory of a device, instead of the published figure")
   add("--tries", type=_number(int, 0), default=6, help="settings to compile if the given one does not fit")

@@ -12,24 +12,13 @@ from collections.abc import Iterator
 
 import numpy as np
 
-COLLECTIVES = tuple(
-  "all-reduce all-gather reduce-scatter all-to-all collective-permute collective-broadcast".split()
-)
+REDUCTIONS = ("all-reduce", "reduce-scatter")
+COLLECTIVES = (*REDUCTIONS, "all-gather", "all-to-all", "collective-permute", "collective-broadcast")
 BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "f16": 2, "token": 0, "opaque": 0}
 CONTROL_FLOW = ("while", "call", "conditional")
-# These run a computation on single numbers, whose cost does not count.
-ELEMENT_WISE_CALLERS = (
-  "reduce",
-  "reduce-window",
-  "sort",
-  "scatter",
-  "map",
-  "select-and-scatter",
-  *COLLECTIVES,
-)
-NO_TRAFFIC = frozenset(
-  "parameter tuple get-tuple-element bitcast constant after-all partition-id iota".split()
-)
+ELEMENT_WISE = ("reduce", "reduce-window", "sort", "scatter", "map", "select-and-scatter", *REDUCTIONS)
+# Opcodes without main memory traffic.
+FREE = ("parameter", "tuple", "get-tuple-element", "bitcast", "constant", "after-all", "partition-id", "iota")
 COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
 SHAPE = re.compile(r"([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
@@ -57,8 +46,8 @@ class Instruction:
 
   @property
   def called(self) -> list[str]:
-    """The computations that this instruction runs."""
-    if self.opcode in ELEMENT_WISE_CALLERS:
+    """The computations that this instruction runs, apart from those on single numbers, whose cost does not count."""
+    if self.opcode in ELEMENT_WISE:
       return []
     names = ",".join(group or single for group, single in CALLED.findall(self.rest))
     return [name.strip().lstrip("%") for name in names.split(",") if name.strip()]
@@ -306,7 +295,7 @@ def _traffic(
 ) -> float:
   """Bytes that one instruction reads from and writes to main memory; of an operand that is sliced, the slice."""
   opcode, operands = instruction.opcode, instruction.operands
-  if opcode in NO_TRAFFIC or opcode.endswith("-done"):
+  if opcode in FREE or opcode.endswith("-done"):
     return 0.0
   if opcode in ("copy-start", "slice-start"):  # from main memory to the chip, or back
     parts = SHAPE.findall(instruction.shape)
