@@ -5,9 +5,6 @@ import platform
 
 from beit_jax.doctor.findings import FAIL, OK, WARN, Found
 
-# Their versions must be the same as jaxlib's.
-PLUGINS = ("jax-cuda12-plugin", "jax-cuda12-pjrt", "jax-cuda13-plugin", "jax-cuda13-pjrt")
-
 
 def within(version: str, bounds: str) -> bool:
   """Whether a version satisfies bounds such as ">=0.10,<0.12"; every version satisfies ""."""
@@ -49,8 +46,4 @@ def versions(machine: object = None) -> Found:
   for by, name, bounds in needs:
     if have[name] == "missing" or not within(have[name], bounds):
       yield FAIL, f"{name} {have[name]}, {by} needs {bounds or 'it'}", f"pip install '{name}{bounds}'"
-  for name in PLUGINS:
-    if installed(name) not in (None, have.get("jaxlib")):
-      what = f"{name} {installed(name)} with jaxlib {have.get('jaxlib')}"
-      yield WARN, what, "pip install -e '.[cuda]', which installs matching versions"
   yield OK, ", ".join([f"python {python}", *(f"{name} {version}" for name, version in have.items())]), ""
