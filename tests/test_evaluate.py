@@ -1,4 +1,4 @@
-"""Evaluation counts every image once, on any mesh and any number of processes; what it writes; several labels."""
+"""Evaluation counts every image once, on any mesh and any number of processes; report files; several labels."""
 
 import csv
 import json
@@ -26,7 +26,7 @@ SETTINGS = {"eval_only": True, "eval.num_examples": COUNT, "eval.batch_size": 64
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-  """A classifier of shapes that guesses well apart: random weights, head not scaled down."""
+  """A classifier of shapes with random weights and an unscaled head, so that its outputs differ clearly."""
   encoder = dict(image_size=(16, 16), patch_size=2, width=32, depth=2, num_heads=2, weight_init="finetune")
   encoder |= dict(rel_pos="per_block", layer_scale_init=0.1)
   module = make_module("classifier", dict(encoder=encoder, num_classes=8, head_init_scale=20.0))
@@ -126,7 +126,7 @@ def test_average_precision_by_hand():
 
 
 def _many_labels(folder):
-  """40 pictures, red or green or blue or two of them or none."""
+  """40 images: red, green, blue, two of these, or none."""
   rng, rows = np.random.default_rng(0), []
   folder.mkdir()
   for i in range(40):
@@ -144,8 +144,8 @@ MANY = {
 
 
 @pytest.mark.slow
-def test_several_labels_an_image(tmp_path):
-  """Learnt by heart in 60 steps: mAP near 1; the files list classes and scores."""
+def test_several_labels_per_image(tmp_path):
+  """60 steps memorize the data: mAP is near 1; the files list classes and scores."""
   _many_labels(tmp_path / "data")
   changes = {**MANY, "data.root": str(tmp_path / "data")}
   training = {"total_steps": 60, "data.crop": "center", "loss.mixup_alpha": 0.2, "optimizer.layer_decay": 1.0}
@@ -172,7 +172,7 @@ def test_a_label_file_with_unknown_names(tmp_path):
 
 
 def test_rows_of_one_file_are_one_example(tmp_path):
-  """Several rows an image, and a byte-order mark, as spreadsheets write them."""
+  """Several rows per image, and a byte-order mark, as spreadsheets write them."""
   _many_labels(tmp_path / "data")
   (tmp_path / "data" / "labels.csv").write_text(
     "\ufeff00.png,red\n01.png,blue\n00.png,green\n", encoding="utf-8"
@@ -193,7 +193,7 @@ def _by_class(folder, split, names):
 
 @pytest.mark.slow
 def test_classes_keep_their_numbers_in_another_split(tmp_path):
-  """Trained on a, b, c; evaluated on a folder with b and c only: right; on one with d: refused."""
+  """A model of a, b, c is evaluated on a folder with b and c only; a folder with d is refused."""
   _by_class(tmp_path / "data", "train", "abc")
   _by_class(tmp_path / "data", "val", "bc")
   _by_class(tmp_path / "data", "odd", "bd")

@@ -1,4 +1,4 @@
-"""The seams of the loop: meshes, accumulation, stop and resume, data workers, stages, sys.modules."""
+"""The training loop: meshes, accumulation, stop and resume, data workers, checkpoints, averaged weights."""
 
 import json
 import shutil
@@ -74,7 +74,7 @@ def test_fsdp_spreads_parameters_and_moments(monkeypatch):
 
 @pytest.mark.slow
 def test_accumulation_does_not_change_the_run(whole_run, tokenizer_run, tmp_path):
-  """Also where images have different numbers of masked patches. No stochastic depth: its keys differ."""
+  """Even if images have different numbers of masked patches. Without stochastic depth, whose keys differ."""
   one, four = tmp_path / "one", tmp_path / "four"
   common = {"model.drop_path_rate": 0.0, "mask.kind": "block_at_most", "total_steps": 4}
   train.run(_beit(tokenizer_run, **common), one)
@@ -117,7 +117,7 @@ def test_resume_on_another_mesh(whole_run, tokenizer_run, tmp_path, monkeypatch)
 
 
 def test_data_workers_do_not_change_the_run(whole_run, tokenizer_run, tmp_path):
-  """Resumed in mid-epoch with two worker processes where there were none: bit-identical."""
+  """A run without workers, resumed in mid-epoch with two worker processes, is bit-identical."""
   workdir = tmp_path / "workers"
   shutil.copytree(whole_run[0], workdir)
   for step in (6, 9, 10):
@@ -197,7 +197,7 @@ def test_another_architecture_is_refused(whole_run, tokenizer_run):
 
 @pytest.mark.slow
 def test_another_tokenizer_is_refused(whole_run, tokenizer_run, tmp_path):
-  """The same words in another order would be learnt without a complaint."""
+  """A tokenizer with its words in another order would be accepted silently and ruin the run."""
   other = tmp_path / "tokenizer"
   train.run(tiny.config("dvae", total_steps=1, seed=5), other)
   with pytest.raises(UserError, match="tokenizer's sha256"):
@@ -251,7 +251,7 @@ def test_figures(whole_run, tokenizer_run, tmp_path):
 
 
 def test_overfits_one_batch(tmp_path):
-  """Everything together learns: 16 images, 60 steps, from chance (1/8) to near certainty."""
+  """The whole program learns: 16 images, 60 steps, from chance (1/8) to near certainty."""
   config = tiny.config(
     "classify",
     total_steps=80,
@@ -269,7 +269,7 @@ def test_overfits_one_batch(tmp_path):
 
 @pytest.mark.slow
 def test_one_compilation_of_the_step(whole_run, tokenizer_run, tmp_path):
-  """Shapes are static: the step is traced once, whatever the masks look like."""
+  """Shapes are static: the step is traced once, whatever the masks are."""
   import chex
 
   chex.clear_trace_counter()
@@ -314,7 +314,7 @@ def test_averaged_weights_by_hand(tmp_path):
 
 
 @pytest.mark.slow
-def test_averages_asked_for_where_there_are_none(tmp_path):
+def test_averaged_weights_of_a_run_without_them_are_refused(tmp_path):
   train.run(tiny.config("classify", total_steps=2), tmp_path)
   with pytest.raises(UserError, match="no averaged weights"):
     beit_jax.load(tmp_path, ema=True)
@@ -346,7 +346,7 @@ def test_the_best_state_is_kept(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_begun_anew_may_be_better_at_an_earlier_step(tmp_path):
+def test_a_restarted_run_forgets_the_earlier_best_state(tmp_path):
   """Checkpoints deleted, best kept, another metric: what was best before does not count, nor stand in the way.
 
   That is refused until what tells of the checkpoints is moved away too.
@@ -393,8 +393,8 @@ def test_mistakes_are_found_before_the_first_step(changes, fact, tmp_path):
   assert not (tmp_path / "metrics.jsonl").exists() or not (tmp_path / "metrics.jsonl").read_text()
 
 
-def test_a_loss_that_is_no_number_ends_the_run(tmp_path):
-  """A learning rate of 1e30: refused within a few steps, and nothing that is not finite was saved."""
+def test_a_loss_that_stays_not_finite_ends_the_run(tmp_path):
+  """With a learning rate of 1e30 the run stops within a few steps and saves only finite values."""
   changes = {
     "optimizer.learning_rate": 1e30,
     "optimizer.min_lr": 1e30,

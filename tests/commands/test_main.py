@@ -1,4 +1,4 @@
-"""The user's commands: exit status 2 and a message that helps for mistakes; a whole chain in a subprocess."""
+"""`python -m beit_jax.main`: mistakes give exit status 2 and a helpful message; a whole chain in a subprocess."""
 
 import json
 import os
@@ -89,7 +89,7 @@ def test_checkpoint_of_another_width(tmp_path, capsys):
   )
 
 
-def test_a_tokenizer_that_is_none(tmp_path, capsys):
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path, capsys):
   _fails(
     capsys, _run(tmp_path, tiny.raw("beit")), "'tokenizer.init_from'", "stage:tokenizer", "configs/dvae.py"
   )
@@ -165,7 +165,7 @@ def _stages(tmp_path, **data):
 
 
 def test_whole_chain_without_tensorflow_or_torch(tmp_path):
-  """The user's command where neither can be imported (tensorboardX would load torch if it could).
+  """The command runs where neither can be imported (tensorboardX would load torch if it could).
 
   The same command again skips what is done.
   """
@@ -212,9 +212,9 @@ def test_a_tokenizer_stage_can_be_skipped(tmp_path, tokenizer_run):
 @pytest.mark.slow
 @pytest.mark.parametrize("labelled", [False, True])
 def test_own_images_of_any_kind(tmp_path, labelled):
-  """configs/own_images.py on a folder of colour, grey, 16-bit, palette and odd-sized pictures."""
+  """configs/own_images.py on a folder of color, gray, 16-bit, palette and odd-sized images."""
   rng = np.random.default_rng(0)
-  folder = tmp_path / "pictures"
+  folder = tmp_path / "images"
   for i in range(24):
     sub = folder / ("ab"[i % 2] if labelled else "")
     sub.mkdir(parents=True, exist_ok=True)
@@ -245,7 +245,7 @@ def test_own_images_of_any_kind(tmp_path, labelled):
 
 
 def test_a_run_that_failed_waits_for_no_thread():
-  """A save of Orbax that failed leaves some behind, which wait for ten minutes."""
+  """A failed save of Orbax leaves threads behind that wait for ten minutes."""
   script = (
     "import sys, threading, time\nfrom beit_jax.runtime import distributed\n"
     "def main(argv):\n  threading.Thread(target=time.sleep, args=(600,)).start()\n  print('said')\n  return 2\n"
@@ -270,8 +270,8 @@ def test_where_compiled_programs_are_kept(folder, chosen, processes, wanted):
 
 
 @pytest.mark.slow
-def test_a_second_start_compiles_nothing_anew(tmp_path):
-  """As JAX's log says; a program that cannot be read is compiled again."""
+def test_a_second_start_compiles_nothing_again(tmp_path):
+  """JAX's log tells; a program that cannot be read is compiled again."""
   config = _config_file(tmp_path / "config.py", tiny.raw("dvae", total_steps=2))
   environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
   environment |= dict(

@@ -1,4 +1,4 @@
-"""The table at the end of a staged run, and the files of a log."""
+"""The table at the end of a staged run, and the log files."""
 
 import json
 

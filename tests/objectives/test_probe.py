@@ -1,4 +1,4 @@
-"""Linear probe and k-NN on a frozen encoder: the features, one hand-made step, the vote, the runs."""
+"""Linear probe and k-NN on a frozen encoder: features, the loss by hand, the vote, whole runs."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from tests import tiny
 
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory):
-  """A trained-looking encoder: the random one of a masked image model, saved as ours."""
+  """A masked image model with random weights, saved in our format."""
   from beit_jax.weights.pretrained import Pretrained, make_module
 
   encoder = dict(image_size=(16, 16), patch_size=2, width=32, depth=2, num_heads=2, weight_init="finetune")
@@ -42,7 +42,7 @@ def test_features_are_cls_and_the_mean_of_the_patches_of_every_block():
   np.testing.assert_allclose(features[0, :, 8:], out["block_00"][:, 1:].mean(1), rtol=1e-6)
 
 
-def test_probes_start_small_and_do_not_touch_one_another():
+def test_probes_start_small_and_are_independent():
   features = jax.random.normal(jax.random.key(0), (3, 4, 64))
   module = LinearProbes(10)
   params = module.init(jax.random.key(1), features)
@@ -95,7 +95,7 @@ def test_the_loss_is_the_sum_over_blocks_and_the_encoder_stays(backbone, tmp_pat
 
 
 def test_vote_by_hand():
-  """Three neighbours at angles 0, 60 and 90 degrees, T = 0.5: exp(2) for class 1, exp(1) + exp(0) for class 0."""
+  """Three neighbors at angles 0, 60 and 90 degrees, T = 0.5: exp(2) for class 1, exp(1) + exp(0) for class 0."""
   bank = jnp.array([[1.0, 0.0], [0.5, 3**0.5 / 2], [0.0, 1.0], [-1.0, 0.0]])
   votes = probe.knn_vote(
     jnp.array([[1.0, 0.0]]), bank, label=jnp.array([1, 0, 0, 2]), num_classes=3, k=3, temperature=0.5
@@ -104,7 +104,7 @@ def test_vote_by_hand():
 
 
 def test_knn_finds_the_training_images_themselves(backbone, tmp_path):
-  """With k = 1 the nearest to a training image is itself: 100 %; and on another mesh the same."""
+  """With k = 1 every training image finds itself: 100 %, also on another mesh."""
   changes = {"encoder.init_from": str(backbone), "knn.k": 1, "eval.split": "train", "eval.num_examples": 96}
   result = train.run(tiny.config("knn", **changes), tmp_path / "run")
   assert result["eval"]["acc1_00"] == result["eval"]["acc1_01"] == 1.0 and result["examples"] == 96

@@ -1,4 +1,4 @@
-"""Segmentation from label maps to mIoU: formulas, the reference's windows and metrics, whole images, mistakes."""
+"""Segmentation from label maps to mIoU: formulas, the reference's windows and metrics, whole images, bad input."""
 
 import io
 
@@ -60,7 +60,7 @@ def test_zero_label_reduction_by_formula():
 
 
 def test_a_crop_is_not_filled_by_one_class():
-  """Half of the map one class: a crop of one class alone is redrawn; with ratio 1 it is not."""
+  """If one class fills half of the map, a crop of a single class is redrawn, but not with ratio 1."""
   labels = np.zeros((40, 40), np.uint8)
   labels[:, 20:] = 1
   labels[:, 39] = 255
@@ -78,7 +78,7 @@ def test_a_crop_is_not_filled_by_one_class():
   assert filled[0.75] / 300 == pytest.approx((30 / 33) ** 9 * 28 / 33, abs=0.09)
 
 
-def test_distortion_keeps_the_shape_and_sometimes_the_picture():
+def test_distortion_keeps_the_shape_and_sometimes_the_image():
   image = np.random.default_rng(0).integers(0, 256, (8, 8, 3)).astype(np.uint8)
   found = [segmentation.distort(np.random.default_rng(i), image) for i in range(200)]
   assert all(f.shape == image.shape and f.dtype == np.uint8 for f in found)
@@ -89,7 +89,7 @@ def test_distortion_keeps_the_shape_and_sometimes_the_picture():
 
 
 def test_labels_move_with_their_pixels():
-  """The picture shows its own label map: after resize, crop and flip both still agree."""
+  """The image shows its own label map: after resize, crop and flip both still agree."""
   labels = np.random.default_rng(0).integers(0, 9, (12, 18)).astype(np.uint8).repeat(4, 0).repeat(4, 1)
   image = Image.fromarray(np.stack([labels * 25] * 3, -1))
   data = dict(mean=(0.5,) * 3, interpolation="nearest", flip=True)
@@ -189,7 +189,7 @@ def test_images_that_all_differ_in_size_compile_eight_programs():
 @pytest.mark.slow
 @pytest.mark.parametrize("head", ["upernet", "setr_pup"])
 def test_a_run_learns_and_loads(head, tmp_path):
-  """1,000 steps on scenes: better than any constant; the loaded model gives a class for every pixel."""
+  """1,000 steps on scenes beat any constant; the loaded model gives a class for every pixel."""
   easy = {"segment.photometric": False, "segment.cat_max_ratio": 1.0, "segment.resize_ratio": (1.0, 1.0)}
   rate = {"optimizer.learning_rate": 3e-3, "optimizer.warmup_steps": 20, "optimizer.weight_decay": 0.0}
   changes = {**easy, **rate, "model.head": head, "data.num_examples": 512, "eval.num_examples": 24}
@@ -228,7 +228,7 @@ def _pairs(folder, label, *, mode="L", size=(20, 16)):
     (1, dict(size=(10, 8)), ("a.png", "10x8", "20x16")),
   ],
 )
-def test_label_maps_that_are_none(label, options, facts, tmp_path):
+def test_invalid_label_maps_are_refused(label, options, facts, tmp_path):
   source = _pairs(tmp_path, label, **options)
   data, segment = tiny.config("segment").data.to_dict(), tiny.config("segment").segment.to_dict()
   reader = segmentation.LabelMapReader((16, 16), 150, data, {**segment, "reduce_zero_label": True})
@@ -239,7 +239,7 @@ def test_label_maps_that_are_none(label, options, facts, tmp_path):
 
 
 def _scenes(folder, *broken):
-  """Twelve pictures with their label maps, some of these maps empty files."""
+  """Twelve images with their label maps, some of which are empty files."""
   rng = np.random.default_rng(0)
   for name in ("images", "annotations"):
     (folder / name / "training").mkdir(parents=True)
@@ -254,8 +254,8 @@ def _scenes(folder, *broken):
   return sources.PairsSource(str(folder), "training")
 
 
-def test_a_broken_label_map_is_a_broken_picture(tmp_path):
-  """Another example takes its place, whole."""
+def test_a_broken_label_map_is_a_broken_image(tmp_path):
+  """Another example, image and map, takes its place."""
   source, config = _scenes(tmp_path, 3), tiny.config("segment")
   reader = segmentation.LabelMapReader((16, 16), 9, config.data.to_dict(), config.segment.to_dict())
   noted = BadImageTracker(source, 0.1)
@@ -270,7 +270,7 @@ def test_a_broken_label_map_is_a_broken_picture(tmp_path):
 
 
 def test_an_evaluation_leaves_broken_label_maps_out(tmp_path, monkeypatch):
-  """Of twelve one is left out, two are too many."""
+  """One of twelve is left out; two are too many."""
   source, seen = _scenes(tmp_path, 3), []
   objective = Segmentation(tiny.config("segment", **{"data.max_bad": 0.1}), source)
   monkeypatch.setattr(
@@ -284,7 +284,7 @@ def test_an_evaluation_leaves_broken_label_maps_out(tmp_path, monkeypatch):
 
 
 def test_the_doctor_tolerates_a_broken_label_map(tmp_path):
-  """As a run does; a map of another size is a mistake."""
+  """Like a run; but a map of another size is an error."""
   source, config = _scenes(tmp_path, 3), tiny.config("segment")
   reader = segmentation.LabelMapReader((16, 16), 9, config.data.to_dict(), config.segment.to_dict())
   Image.new("L", (8, 8), 1).save(tmp_path / "annotations" / "training" / "04.png")
@@ -294,8 +294,8 @@ def test_the_doctor_tolerates_a_broken_label_map(tmp_path):
 
 
 @pytest.mark.slow
-def test_what_is_left_out_does_not_count(tmp_path):
-  """The numbers are those of a set without it."""
+def test_examples_left_out_do_not_count(tmp_path):
+  """The metrics are those of a set without it."""
   source, mesh = _scenes(tmp_path, 3), sharding.make_mesh(data=1)
   objective = Segmentation(
     tiny.config("segment", **{"segment.resize": (40, 20), "data.max_bad": 0.1}), source
