@@ -444,6 +444,17 @@ def _leave(results):
     time.sleep(0.01)
 
 
+def _connect(port):
+  """A plain connection to a hub that is about to listen."""
+  end = time.monotonic() + 10
+  while True:
+    try:
+      return socket.create_connection(("localhost", port), timeout=5)
+    except OSError:
+      assert time.monotonic() < end
+      time.sleep(0.1)
+
+
 @pytest.mark.parametrize(
   "hostile", [b"GET / HTTP/1.1\r\n\r\n", b"[1]\n", b'{"hello": "x"}\n', b"", b"x" * 4096]
 )
@@ -452,12 +463,7 @@ def test_foreign_connections_do_not_disturb_the_rendezvous(hostile):
   infos = [ProcessInfo("flags", f"localhost:{port}", 2, i) for i in range(2)]
   coordinator = threading.Thread(target=_join, args=(infos[0], 20, results))
   coordinator.start()
-  for _ in range(50):
-    try:
-      foreign = socket.create_connection(("localhost", port), timeout=5)
-      break
-    except OSError:
-      time.sleep(0.1)
+  foreign = _connect(port)
   foreign.sendall(hostile)
   _join(infos[1], 20, results)
   coordinator.join()
@@ -507,12 +513,7 @@ def test_a_process_may_restart_during_the_rendezvous():
   infos = [ProcessInfo("flags", f"localhost:{port}", 3, i) for i in range(3)]
   first = [threading.Thread(target=_join, args=(infos[0], 20, results))]
   first[0].start()
-  for _ in range(50):
-    try:
-      early = socket.create_connection(("localhost", port), timeout=5)
-      break
-    except OSError:
-      time.sleep(0.1)
+  early = _connect(port)
   early.sendall(json.dumps(dict(hello=1, count=3, host="h")).encode() + b"\n")
   time.sleep(0.5)
   early.close()
@@ -524,6 +525,19 @@ def test_a_process_may_restart_during_the_rendezvous():
     thread.join()
   assert results[2].hosts == [socket.gethostname()] * 3
   _leave(results)
+
+
+def test_a_process_that_dies_before_the_start_is_missing():
+  port, results = _port(), {}
+  info = ProcessInfo("flags", f"localhost:{port}", 3, 0)
+  coordinator = threading.Thread(target=_join, args=(info, 3, results))
+  coordinator.start()
+  with _connect(port) as early:
+    early.sendall(json.dumps(dict(hello=1, count=3, host="h")).encode() + b"\n")
+    time.sleep(0.5)
+  coordinator.join()
+  assert "process 1 (h), process 2 did not connect" in str(results[0])
+  assert "1 of 3 are connected" in str(results[0]) and type(results[0]) is TransientError
 
 
 def test_port_in_use():
