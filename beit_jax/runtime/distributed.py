@@ -206,11 +206,6 @@ def _platforms() -> str | None:
 _peers: Peers | None = None
 
 
-def active() -> bool:
-  """Whether this process is one of several."""
-  return _peers is not None
-
-
 def initialize(flags: Flags) -> ProcessInfo | None:
   """Connects to the other processes of this run; None when there are none.
 
@@ -262,13 +257,13 @@ def check_shared(flag: str, folder: Path) -> None:
   """
   if _peers is None or bucket.remote(folder):
     return
-  is_writer, visible = _peers.info.index == 0, True
+  is_writer = _peers.info.index == 0
   file = folder / f".shared-{_peers.start_id}"
   try:
     if is_writer:
       file.write_text("beit_jax\n")
     barrier("test file is written")
-    visible = is_writer or _appears(file)
+    visible = _appears(file)
     barrier("test file was looked for", VISIBILITY_TIMEOUT + 300)
   except OSError as error:
     raise UserError(f"{flag}={folder}: nothing can be written there ({error})") from None

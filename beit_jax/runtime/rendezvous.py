@@ -236,7 +236,6 @@ class Peers:
     self.info, self.stopped, self.leaving = info, threading.Event(), False
     self._hub = _Hub(info, timeout, heartbeat) if info.index == 0 else None
     self._changed = threading.Condition()
-    self._calls: collections.Counter[str] = collections.Counter()
     self._released: set[str] = set()  # barriers that all processes have reached
     self._missing: dict[str, list[int]] = {}  # barriers that the hub was asked about -> missing processes
     self._channel, welcome = self._connect(timeout, heartbeat)
@@ -310,16 +309,14 @@ class Peers:
 
   def barrier(self, name: str, timeout: float) -> None:
     """Waits until all processes have called this; raises a TransientError that names the missing ones."""
-    self._calls[name] += 1
-    key = name if name == END else f"{name} {self._calls[name]}"
-    self._channel.send(arrived=key)
+    self._channel.send(arrived=name)
     with self._changed:
-      if self._changed.wait_for(lambda: key in self._released, timeout):
-        self._released.discard(key)
+      if self._changed.wait_for(lambda: name in self._released, timeout):
+        self._released.discard(name)  # the same name may be used again
         return
-      self._channel.send(query=key)
-      self._changed.wait_for(lambda: key in self._missing, 10)
-    missing = _names(self._missing.get(key, [0]), self.hosts)
+      self._channel.send(query=name)
+      self._changed.wait_for(lambda: name in self._missing, 10)
+    missing = _names(self._missing.get(name, [0]), self.hosts)
     raise TransientError(f"{self.info}: after {timeout:g} s at {name!r} there is no sign of {missing}")
 
   def fail(self, text: str, status: int) -> None:
