@@ -8,7 +8,7 @@ from beit_jax.plan.topology import GIB, Topology
 Line = tuple[str, str]  # heading, text
 UNITS = ((GIB, "GiB"), (2.0**20, "MiB"), (2.0**10, "KiB"), (1.0, "B"))
 MEMORY = {
-  "state": "parameters and moments",
+  "state": "parameters and optimizer state",
   "frozen": "frozen",
   "batch": "batch",
   "temporaries": "temporaries",
