@@ -27,21 +27,15 @@ USAGE = "usage: python -m beit_jax.doctor [--config=FILE[:variant]] [--workdir=D
 
 @dataclasses.dataclass
 class Machine:
-  """What the checks look at.
-
-  Attributes:
-    workdir: the folder of the command line.
-    runs: what a config asks for. Their `uses` name only results that are not there yet.
-    flags: how to find other processes.
-    process: this process among several, or None.
-    disconnected: whether the processes did not find each other.
-  """
+  """What the checks look at."""
 
   workdir: Path
-  runs: list[Stage] = dataclasses.field(default_factory=list)
+  runs: list[Stage] = dataclasses.field(
+    default_factory=list
+  )  # `uses` names only results that are not there yet
   flags: distributed.Flags = dataclasses.field(default_factory=distributed.Flags)
-  process: ProcessInfo | None = None
-  disconnected: bool = False
+  process: ProcessInfo | None = None  # this process among several
+  disconnected: bool = False  # whether the processes did not find each other
   _made: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
   def once(self, key: Any, make: Callable[[], Any]) -> Any:

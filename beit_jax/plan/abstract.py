@@ -74,21 +74,12 @@ def make_source(config: ConfigDict, examples: int | None) -> sources.Source:
 
 
 class Step(NamedTuple):
-  """A jitted training step, and its arguments as shapes with shardings.
+  """A jitted training step, and its arguments as shapes with shardings."""
 
-  Attributes:
-    function: the very function that `train.run` jits.
-    state: its `TrainState`.
-    frozen: arrays that take part but are not trained.
-    batch: the global batch.
-    plan: see `train.prepare`.
-    mesh: of the devices.
-  """
-
-  function: Any
+  function: Any  # the very function that `train.run` jits
   state: train_state.TrainState
-  frozen: PyTree
-  batch: dict[str, jax.ShapeDtypeStruct]
+  frozen: PyTree  # arrays that take part but are not trained
+  batch: dict[str, jax.ShapeDtypeStruct]  # the global batch
   plan: train.Plan
   mesh: jax.sharding.Mesh
 

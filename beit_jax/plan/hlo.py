@@ -19,8 +19,8 @@ CONTROL_FLOW = ("while", "call", "conditional")
 ELEMENT_WISE = ("reduce", "reduce-window", "sort", "scatter", "map", "select-and-scatter", *REDUCTIONS)
 # Opcodes without main memory traffic.
 FREE = ("parameter", "tuple", "get-tuple-element", "bitcast", "constant", "after-all", "partition-id", "iota")
-COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
-INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
+COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \([^\n]*\{\s*$(.*?)^\}", re.MULTILINE | re.DOTALL)
+INSTRUCTION = re.compile(r"^ +(ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$", re.MULTILINE)
 SHAPE = re.compile(r"([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
 SHAPE_AND_LAYOUT = re.compile(r"[a-z]+\d*[a-z0-9]*\[[\d,]*\](?:\{[^}]*\})?")
 ON_CHIP = re.compile(r"S\([1-9]")  # a memory space other than main memory, part of a layout
@@ -63,34 +63,21 @@ Computation = dict[str, Instruction]  # by the instruction's name, in the order 
 
 @dataclasses.dataclass
 class Moved:
-  """The collectives of one kind in one step of one device.
-
-  Attributes:
-    count: how many run.
-    bytes: what the device puts in (for an all-gather: what it gets out).
-    unknown: how many of them are in a loop of unknown length, which counts once.
-  """
+  """The collectives of one kind in one step of one device."""
 
   count: int = 0
-  bytes: float = 0.0
-  unknown: int = 0
+  bytes: float = 0.0  # what the device puts in (for an all-gather: what it gets out)
+  unknown: int = 0  # of `count`, those in a loop of unknown length, which count once
 
 
 @dataclasses.dataclass
 class Program:
-  """One step of one device.
+  """One step of one device."""
 
-  Attributes:
-    collectives: by kind.
-    flops: of matrix products and convolutions.
-    traffic: bytes read from and written to main memory, without what TPUs keep on the chip (memory space 1).
-    loops: trip counts of the loops that contain matrix products; 0 if unknown.
-  """
-
-  collectives: dict[str, Moved]
-  flops: int
-  traffic: float
-  loops: tuple[int, ...]
+  collectives: dict[str, Moved]  # by kind
+  flops: int  # of matrix products and convolutions
+  traffic: float  # bytes from and to main memory, without what TPUs keep on the chip (memory space 1)
+  loops: tuple[int, ...]  # trip counts of the loops that contain matrix products; 0 if unknown
 
 
 def read(text: str) -> Program:
@@ -128,20 +115,13 @@ def read(text: str) -> Program:
 
 def parse(text: str) -> tuple[str, dict[str, Computation]]:
   """Returns the name of the entry computation, and all computations by name."""
-  entry, name = "", ""
-  computations: dict[str, Computation] = {}
-  for line in text.splitlines():
-    if line and not line[0].isspace():
-      head = COMPUTATION.match(line)
-      name = head.group(2) if head else ""
-      if head:
-        computations[name] = {}
-        entry = name if head.group(1) else entry
-      continue
-    found = INSTRUCTION.match(line) if name else None
-    if found:
-      root, own, shape, opcode, rest = found.groups()
-      computations[name][own] = Instruction(own, shape, opcode, rest, bool(root))
+  entry, computations = "", {}
+  for is_entry, name, body in COMPUTATION.findall(text):
+    entry = name if is_entry else entry
+    computations[name] = {
+      own: Instruction(own, shape, opcode, rest, bool(root))
+      for root, own, shape, opcode, rest in INSTRUCTION.findall(body)
+    }
   return entry, computations
 
 
