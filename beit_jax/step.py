@@ -19,6 +19,10 @@ from beit_jax.run import state as train_state
 from beit_jax.run.state import TrainState
 
 
+# (state, frozen, batch, key) -> (gradients of the summed loss, output of the loss)
+Gradients = Callable[[TrainState, PyTree, Batch, jax.Array], tuple[PyTree, LossOutput]]
+
+
 def make_train_step(
   objective: Objective,
   tx: optax.GradientTransformation,
@@ -29,15 +33,13 @@ def make_train_step(
 ) -> Callable[[TrainState, PyTree, Batch], tuple[TrainState, dict[str, jax.Array]]]:
   """Makes the jitted training step, the same function for every objective.
 
-  The loss is sum / count over the global batch: gradients of sums are added over microbatches and divided once.
-  Microbatch m holds the rows m, m + M, ... of the batch, so that regrouping moves nothing between devices.
-
-  If the loss or the norm of the gradient is not finite, the step is counted and everything else stays as it is.
+  The loss is sum / count over the global batch. If the loss or the norm of the gradient is not finite, the step is
+  counted and everything else stays as it is.
 
   Args:
     objective: what is trained.
     tx: the optimizer.
-    microbatches: number of parts in which the batch is run.
+    microbatches: number of parts in which the batch is run, with the same result.
     root: key of the run's randomness; every step folds its number into it.
     shardings: of the new state.
     ema_decay: of averaged parameters; only used if the state has some.
@@ -45,19 +47,48 @@ def make_train_step(
   Returns:
     (state, frozen, batch) -> (state, metrics). The state is donated. `metrics` are means over the batch, and grad_norm.
   """
+  compute = _gradients(objective)
+  if microbatches > 1:
+    compute = _accumulated(compute, microbatches)
 
+  def train_step(state: TrainState, frozen: PyTree, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+    grads, output = compute(state, frozen, batch, jax.random.fold_in(root, state.step))
+    count = jnp.maximum(output.metrics["loss"].n, 1.0)
+    grads = jax.tree.map(lambda g: g / count, grads)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    collections = objective.after_update(params, output.collections, output.statistics, state.step)
+    metrics = {name: total / jnp.maximum(n, 1.0) for name, (total, n) in output.metrics.items()}
+    metrics["grad_norm"] = optax.tree.norm(grads)
+    ema = train_state.update_ema(state.ema, params, ema_decay)
+    is_finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+    new = TrainState(state.step + 1, params, collections, opt_state, ema)
+    old = dataclasses.replace(state, step=state.step + 1)
+    return jax.tree.map(lambda n, o: jnp.where(is_finite, n, o), new, old), metrics
+
+  return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def _gradients(objective: Objective) -> Gradients:
   def gradients(state: TrainState, frozen: PyTree, batch: Batch, key: jax.Array) -> tuple[PyTree, LossOutput]:
     def loss(params: PyTree) -> tuple[jax.Array, LossOutput]:
       output = objective.loss({"params": params, **state.collections}, frozen, batch, key, state.step)
       return output.metrics["loss"].total, output
 
-    grads, output = jax.grad(loss, has_aux=True)(state.params)
-    return grads, output
+    return jax.grad(loss, has_aux=True)(state.params)
 
-  def accumulated_gradients(
+  return gradients
+
+
+def _accumulated(gradients: Gradients, microbatches: int) -> Gradients:
+  """Runs a batch in parts, one after the other: sums are added, collections are averaged.
+
+  Microbatch m holds the rows m, m + M, ... of the batch, so that regrouping moves nothing between devices.
+  """
+
+  def accumulated(
     state: TrainState, frozen: PyTree, batch: Batch, key: jax.Array
   ) -> tuple[PyTree, LossOutput]:
-    """`gradients` over all microbatches: sums are added, collections are averaged."""
     parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, microbatches, *x.shape[1:]), 1, 0), batch)
 
     def add(total: PyTree, part: tuple[jax.Array, Batch]) -> tuple[PyTree, PyTree]:
@@ -74,24 +105,7 @@ def make_train_step(
     grads, metrics, statistics = sums
     return grads, LossOutput(metrics, jax.tree.map(lambda x: x.mean(0), collections), statistics)
 
-  def train_step(state: TrainState, frozen: PyTree, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-    key = jax.random.fold_in(root, state.step)
-    compute = gradients if microbatches == 1 else accumulated_gradients
-    grads, output = compute(state, frozen, batch, key)
-    count = jnp.maximum(output.metrics["loss"].n, 1.0)
-    grads = jax.tree.map(lambda g: g / count, grads)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    collections = objective.after_update(params, output.collections, output.statistics, state.step)
-    metrics = {name: total / jnp.maximum(n, 1.0) for name, (total, n) in output.metrics.items()}
-    metrics["grad_norm"] = optax.tree.norm(grads)
-    ema = train_state.update_ema(state.ema, params, ema_decay)
-    is_finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
-    new = TrainState(state.step + 1, params, collections, opt_state, ema)
-    old = dataclasses.replace(state, step=state.step + 1)
-    return jax.tree.map(lambda n, o: jnp.where(is_finite, n, o), new, old), metrics
-
-  return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
+  return accumulated
 
 
 def make_schedules(config: ConfigDict, steps_per_epoch: int, total_steps: int) -> dict[str, Any]:
