@@ -18,7 +18,6 @@ from beit_jax.objectives.base import Batch, PyTree
 from beit_jax.run import state as train_state
 from beit_jax.run.state import TrainState
 
-
 # (state, frozen, batch, key) -> (gradients of the summed loss, output of the loss)
 Gradients = Callable[[TrainState, PyTree, Batch, jax.Array], tuple[PyTree, LossOutput]]
 

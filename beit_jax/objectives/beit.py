@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from beit_jax import augment, losses
 from beit_jax.config.defaults import OptionalOf
-from beit_jax.config.parse import duration, pair
+from beit_jax.config.parse import duration
 from beit_jax.data import drawing, token_cache
 from beit_jax.data.images import ViewSizes
 from beit_jax.data.sources import Source
@@ -45,9 +45,8 @@ class MaskedImageModeling(EncoderObjective):
     super().__init__(config, source, load)
     self.tokenizer = self._load_tokenizer(config.tokenizer.init_from)
     self._tokenizer: Any = self.tokenizer.module
-    encoder = encoder_fields(config.model, self.image_size, pretrain=True)
-    self.module = BeitForMaskedImageModeling(encoder, self.tokenizer.module.vocab_size)
-    self.grid_size = tuple(side // encoder["patch_size"] for side in self.image_size)
+    self.module = self.make_module(config.model, self.image_size, self.tokenizer.module.vocab_size)
+    self.grid_size = tuple(side // self.module.encoder["patch_size"] for side in self.image_size)
     self._check_token_grid()
     self._sample_masks = masked.make_sampler(config.mask, self.grid_size)
     self.cache = None
@@ -69,11 +68,14 @@ class MaskedImageModeling(EncoderObjective):
     )
 
   @classmethod
-  def expected_result(cls, config: ConfigDict) -> Pretrained:
-    size = pair(config.data.image_size, "data.image_size")
-    encoder = encoder_fields(config.model, size, pretrain=True)
-    module = BeitForMaskedImageModeling(encoder, config.model.vocab_size or 8192)
-    return base.abstract_model(cls.kind, module, size, base.image_preprocessing(config.data, size))
+  def make_module(
+    cls, model: ConfigDict, image_size: tuple[int, int], outputs: int
+  ) -> BeitForMaskedImageModeling:
+    return BeitForMaskedImageModeling(encoder_fields(model, image_size, pretrain=True), outputs)
+
+  @classmethod
+  def expected_outputs(cls, config: ConfigDict) -> int:
+    return config.model.vocab_size or 8192
 
   def _load_tokenizer(self, path: str) -> Pretrained:
     if not path or path.startswith("stage:"):

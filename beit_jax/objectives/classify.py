@@ -11,7 +11,6 @@ from ml_collections import ConfigDict
 from beit_jax import augment, losses, metrics
 from beit_jax.config import ranges
 from beit_jax.config.defaults import OptionalOf
-from beit_jax.config.parse import pair
 from beit_jax.data import drawing
 from beit_jax.data.sources import Source
 from beit_jax.errors import UserError
@@ -46,7 +45,7 @@ class Classification(EncoderObjective):
     self.multi_label = source.multi_label
     self.eval_metrics = ("loss", "mAP") if self.multi_label else ("loss", "acc1", "acc5")
     self.mixes = config.loss.mixup_alpha > 0 or config.loss.cutmix_alpha > 0
-    self.module = _make_module(config.model, self.image_size, self._num_classes())
+    self.module = self.make_module(config.model, self.image_size, self._num_classes())
 
   @classmethod
   def config_section(cls) -> dict[str, Any]:
@@ -65,10 +64,15 @@ class Classification(EncoderObjective):
     )
 
   @classmethod
-  def expected_result(cls, config: ConfigDict) -> Pretrained:
-    size = pair(config.data.image_size, "data.image_size")
-    module = _make_module(config.model, size, config.model.num_classes or 1000)
-    return base.abstract_model(cls.kind, module, size, base.image_preprocessing(config.data, size))
+  def make_module(
+    cls, model: ConfigDict, image_size: tuple[int, int], outputs: int
+  ) -> BeitForImageClassification:
+    encoder = {**encoder_fields(model, image_size, pretrain=False), "weight_init": "finetune"}
+    return BeitForImageClassification(encoder, outputs, model.pool, model.head_init_scale)
+
+  @classmethod
+  def expected_outputs(cls, config: ConfigDict) -> int:
+    return config.model.num_classes or config.data.num_classes or 1000
 
   def _num_classes(self) -> int:
     source, wanted = self.source, self.config.model.num_classes
@@ -197,13 +201,6 @@ class Classification(EncoderObjective):
       labels=list(self.source.class_names),
       multi_label=self.multi_label,
     )
-
-
-def _make_module(
-  model: ConfigDict, image_size: tuple[int, int], num_classes: int
-) -> BeitForImageClassification:
-  encoder = {**encoder_fields(model, image_size, pretrain=False), "weight_init": "finetune"}
-  return BeitForImageClassification(encoder, num_classes, model.pool, model.head_init_scale)
 
 
 def _report_scores(rows: Rows, names: list[str], folder: Path) -> list[Path]:

@@ -1,5 +1,6 @@
 """What all objectives with a BEiT encoder share: config keys, their checks, and the start from a checkpoint."""
 
+import abc
 import difflib
 import math
 from collections.abc import Callable
@@ -10,10 +11,19 @@ from ml_collections import ConfigDict
 
 from beit_jax import transfer
 from beit_jax.config.defaults import OptionalOf
+from beit_jax.config.parse import pair
 from beit_jax.data.images import ViewSizes
 from beit_jax.errors import UserError
 from beit_jax.models import attention, beit
-from beit_jax.objectives.base import Array, Objective, PyTree, Variables, module_fields
+from beit_jax.objectives.base import (
+  Array,
+  Objective,
+  PyTree,
+  Variables,
+  abstract_model,
+  image_preprocessing,
+  module_fields,
+)
 from beit_jax.runtime.logs import log
 from beit_jax.weights.pretrained import Pretrained
 
@@ -26,6 +36,22 @@ INTERNAL = ("image_size", "use_mask_token", "final_norm", "weight_init", "init")
 
 class EncoderObjective(Objective):
   """Base class of objectives whose `module` has an encoder and sees images of `data.image_size`."""
+
+  @classmethod
+  @abc.abstractmethod
+  def make_module(cls, model: ConfigDict, image_size: tuple[int, int], outputs: int) -> nn.Module:
+    """The module that the config's `model` section describes; `outputs` is the number of classes or words."""
+
+  @classmethod
+  @abc.abstractmethod
+  def expected_outputs(cls, config: ConfigDict) -> int:
+    """The number of classes or words, as far as the config alone says it."""
+
+  @classmethod
+  def expected_result(cls, config: ConfigDict) -> Pretrained:
+    size = pair(config.data.image_size, "data.image_size")
+    module = cls.make_module(config.model, size, cls.expected_outputs(config))
+    return abstract_model(cls.kind, module, size, image_preprocessing(config.data, size))
 
   def views(self) -> ViewSizes:
     return {"image": (self.image_size, self.config.data.interpolation)}

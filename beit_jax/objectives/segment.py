@@ -56,8 +56,8 @@ class Segmentation(EncoderObjective):
 
   def __init__(self, config: ConfigDict, source: Source, load: Loader | None = None) -> None:
     super().__init__(config, source, load)
-    model, options = config.model, config.segment
-    self.num_classes = model.num_classes or config.data.num_classes
+    options = config.segment
+    self.num_classes = self.expected_outputs(config)
     if not self.num_classes:
       raise UserError(
         "config key 'data.num_classes': label maps do not say how many classes there are; set it"
@@ -65,12 +65,7 @@ class Segmentation(EncoderObjective):
     if self.num_classes >= segmentation.IGNORE:
       raise UserError(f"config key 'data.num_classes': {self.num_classes} must lie in [1, 254]")
     self.class_names, self.colors = _names_and_colors(options, source, self.num_classes)
-    encoder = {**encoder_fields(model, self.image_size, pretrain=False), "weight_init": "finetune"}
-    head = {
-      name: model[name] for name in base.module_fields(BeitForSemanticSegmentation, without=("encoder",))
-    }
-    head["out_indices"] = tuple(model.out_indices) or _default_out_indices(encoder["depth"])
-    self.module = BeitForSemanticSegmentation(encoder, **{**head, "num_classes": self.num_classes})
+    self.module = self.make_module(config.model, self.image_size, self.num_classes)
     self.stride = pair(options.stride, "segment.stride") if options.stride else self.image_size
     if any(step > side for step, side in zip(self.stride, self.image_size, strict=True)):
       raise UserError(
@@ -114,6 +109,21 @@ class Segmentation(EncoderObjective):
         palette=EitherOf((str, tuple), ()),  # "camvid", or (red, green, blue) of all classes; () = made up
       ),
     )
+
+  @classmethod
+  def make_module(
+    cls, model: ConfigDict, image_size: tuple[int, int], outputs: int
+  ) -> BeitForSemanticSegmentation:
+    encoder = {**encoder_fields(model, image_size, pretrain=False), "weight_init": "finetune"}
+    head = {
+      name: model[name] for name in base.module_fields(BeitForSemanticSegmentation, without=("encoder",))
+    }
+    head["out_indices"] = tuple(model.out_indices) or _default_out_indices(encoder["depth"])
+    return BeitForSemanticSegmentation(encoder, **{**head, "num_classes": outputs})
+
+  @classmethod
+  def expected_outputs(cls, config: ConfigDict) -> int:
+    return config.model.num_classes or config.data.num_classes or 0
 
   def reader(self) -> Any:
     config = self.config
