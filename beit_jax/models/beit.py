@@ -1,8 +1,9 @@
-"""The BEiT encoder, a masked ViT, and its two models: masked image modelling and classification.
+"""The BEiT encoder, a masked ViT, and its models for masked image modeling and classification.
 
-Follows unilm `beit/modeling_pretrain.py` and `beit/modeling_finetune.py`. Parameter names (the public
-interface of checkpoints): `encoder/{patch_embed, cls_token, mask_token, pos_embed, rel_pos_bias, block_00...,
-norm}`, then `lm_head`, or `fc_norm` and `head`. Letters: see layers.py; V vocabulary, C classes, M masked.
+Follows unilm `beit/modeling_pretrain.py` and `beit/modeling_finetune.py`. Parameter names are the public interface of
+checkpoints: `encoder/{patch_embed, cls_token, mask_token, pos_embed, rel_pos_bias, block_00..., norm}`, then `lm_head`,
+or `fc_norm` and `head`.
+Shapes: as in layers.py; V = vocabulary size, C = classes, M = slots for masked patches.
 """
 
 from typing import Any
@@ -13,40 +14,40 @@ import jax.numpy as jnp
 import numpy as np
 
 from beit_jax.models.constrain import constrain_batch
-from beit_jax.models.layers import INITS, Block, PatchEmbed, RelPosBias
+from beit_jax.models.layers import INITS, Block, PatchEmbed, RelPosBias, scaled_init
 
-# BEiT paper, Table 12 (base, large); tiny and small are DeiT's sizes, which no official release has.
+# base and large: BEiT paper, Table 12. tiny and small are DeiT's sizes; BEiT was not released in them.
 VARIANTS: dict[str, dict[str, Any]] = {
   "tiny": dict(width=192, depth=12, num_heads=3),
   "small": dict(width=384, depth=12, num_heads=6),
   "base": dict(width=768, depth=12, num_heads=12),
   "large": dict(width=1024, depth=24, num_heads=16),
 }
-LAYER_SCALE_INIT = {"large": 1e-5}  # all others 0.1 (unilm README commands)
+LAYER_SCALE_INIT = {"large": 1e-5}  # 0.1 for all other variants (commands in unilm's README)
 
 
 def preset_fields(preset: str, variant: str, *, pretrain: bool) -> dict[str, Any]:
   """Module fields of a preset.
 
-  "plus" is what unilm released (relative-position bias, shared in pre-training and per block afterwards,
-  and LayerScale); "paper" is Table 1 of the paper (absolute positions, neither of these).
+  Args:
+    preset: "plus" is what unilm released: LayerScale, and a relative-position bias that all blocks share in
+      pre-training and each block has for itself afterwards. "paper" is Table 1 of the paper: absolute positions.
+    variant: Key of `VARIANTS`.
+    pretrain: Whether the model is for pre-training.
+
+  Raises:
+    ValueError: The preset is unknown.
   """
   if preset == "plus":
     layer_scale = LAYER_SCALE_INIT.get(variant, 0.1)
     return dict(rel_pos="shared" if pretrain else "per_block", abs_pos=False, layer_scale_init=layer_scale)
   if preset == "paper":
     return dict(rel_pos="none", abs_pos=True, layer_scale_init=0.0)
-  raise ValueError(f"preset {preset!r} is unknown; there are 'plus' and 'paper'")
+  raise ValueError(f"preset {preset!r} is unknown; expected 'plus' or 'paper'")
 
 
 class Beit(nn.Module):
-  """The encoder.
-
-  Call: image float [B, H, W, 3], normalised; mask bool [B, h, w] or None, True = masked. Returns
-  `(x, out)`: x [B, 1 + N, D] after `norm` (before it when `final_norm` is off), and out, a dict with the
-  residual stream after each block, `block_00`... [B, 1 + N, D], cls first, not normalised.
-  With `train=True` stochastic depth draws from the "drop_path" rng.
-  """
+  """The BEiT encoder."""
 
   image_size: tuple[int, int] = (224, 224)
   patch_size: int = 16
@@ -56,35 +57,51 @@ class Beit(nn.Module):
   mlp_ratio: float = 4.0
   rel_pos: str = "shared"  # "shared" | "per_block" | "none"
   abs_pos: bool = False
-  layer_scale_init: float = 0.1  # 0 = no LayerScale
-  drop_path_rate: float = 0.0  # of the last block; linear from 0 at the first
+  layer_scale_init: float = 0.1  # 0: no LayerScale
+  drop_path_rate: float = 0.0  # of the last block; rises linearly from 0 in the first
   use_mask_token: bool = True
   final_norm: bool = True
   norm_eps: float = 1e-6
-  weight_init: str = "pretrain"  # "pretrain" | "finetune": the two differ, see layers.INITS
+  weight_init: str = "pretrain"  # "pretrain" | "finetune"; see layers.INITS
   dtype: str = "float32"  # of the computation; parameters are float32
-  remat: bool = False  # recompute the blocks' activations in the backward pass
-  scan: bool = False  # one compiled block for all; parameters stay one tree per block
-  attention: str = "auto"  # "auto" | "xla" | "cudnn": the same numbers, see attention.py
+  remat: bool = False  # recompute the activations of the blocks in the backward pass
+  scan: bool = False  # compile one block for all; the parameters stay one tree per block
+  attention: str = "auto"  # "auto" | "xla" | "cudnn"; see attention.py
 
   @property
   def grid_size(self) -> tuple[int, int]:
+    """(h, w) in patches."""
     return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
 
   @nn.compact
-  def __call__(self, image, mask=None, *, train: bool = False):
+  def __call__(
+    self, image: jax.Array, mask: jax.Array | None = None, *, train: bool = False
+  ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Encodes images.
+
+    Args:
+      image: Normalized float pixels [B, H, W, 3].
+      mask: bool [B, h, w], True = masked; or None.
+      train: Turns on stochastic depth, which draws from the "drop_path" rng.
+
+    Returns:
+      Tokens [B, 1 + N, D], cls token first, after `norm` (before it if `final_norm` is off); and the residual stream
+      after each block, not normalized: `{"block_00": [B, 1 + N, D], ...}`.
+
+    Raises:
+      ValueError: The image has another size than `image_size`, or there is a mask and no mask token.
+    """
     dtype, init = jnp.dtype(self.dtype), INITS[self.weight_init]
     if tuple(image.shape[1:3]) != tuple(self.image_size):
       raise ValueError(f"the encoder was built for images of {self.image_size}, got {image.shape[1:3]}")
-    x = PatchEmbed(self.width, self.patch_size, self.weight_init, dtype, name="patch_embed")(
-      image
-    )  # [B, N, D]
+    patch_embed = PatchEmbed(self.width, self.patch_size, self.weight_init, dtype, name="patch_embed")
+    x = patch_embed(image)  # [B, N, D]
     if self.use_mask_token:
       mask_token = self.param("mask_token", init, (1, 1, self.width)).astype(dtype)
-      if mask is not None:  # before positions are added: a masked patch still knows where it is
+      if mask is not None:  # before positions are added, so that masked patches keep theirs
         x = jnp.where(mask.reshape(len(x), -1, 1), mask_token, x)
     elif mask is not None:
-      raise ValueError("this encoder has no mask token (a fine-tuned model); call it without a mask")
+      raise ValueError("this encoder has no mask token, as it is fine-tuned; call it without a mask")
     cls_token = self.param("cls_token", init, (1, 1, self.width)).astype(dtype)
     x = jnp.concatenate([jnp.broadcast_to(cls_token, (len(x), 1, self.width)), x], 1)  # [B, T, D]
     if self.abs_pos:
@@ -94,8 +111,8 @@ class Beit(nn.Module):
       bias = RelPosBias(self.grid_size, self.num_heads, name="rel_pos_bias")()
 
     rates = np.linspace(0, self.drop_path_rate, self.depth).astype(np.float32)
-    dropping = train and self.drop_path_rate > 0
-    keys = jax.random.split(self.make_rng("drop_path"), self.depth) if dropping else None
+    drops = train and self.drop_path_rate > 0
+    keys = jax.random.split(self.make_rng("drop_path"), self.depth) if drops else None
     x = constrain_batch(x)
     if self.scan and not self.is_initializing():
       x, out = self._scan_blocks(x, bias, rates, keys)
@@ -109,7 +126,7 @@ class Beit(nn.Module):
       x = nn.LayerNorm(self.norm_eps, dtype=dtype, name="norm")(x)
     return x, out
 
-  def _block_fields(self, i):
+  def _block_fields(self, i: int) -> dict[str, Any]:
     return dict(
       width=self.width,
       num_heads=self.num_heads,
@@ -123,16 +140,18 @@ class Beit(nn.Module):
       attention=self.attention,
     )
 
-  def _scan_blocks(self, x, bias, rates, keys):
-    """The same blocks as one `jax.lax.scan` over their stacked parameters: compiled once, not `depth` times."""
+  def _scan_blocks(
+    self, x: jax.Array, bias: jax.Array | None, rates: np.ndarray, keys: jax.Array | None
+  ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Runs the blocks as one `jax.lax.scan` over their stacked parameters, so that XLA compiles one block only."""
     names = [f"block_{i:02d}" for i in range(self.depth)]
     params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(self.variables["params"][n] for n in names))
     block = Block(**self._block_fields(0), parent=None)
 
-    def step(x, xs):
+    def step(x: jax.Array, xs: Any) -> tuple[Any, Any]:
       block_params, rate, key = xs
-      x = block.apply({"params": block_params}, x, bias, rate, key)
-      return x, x
+      out = block.apply({"params": block_params}, x, bias, rate, key)
+      return out, out
 
     step = jax.checkpoint(step, prevent_cse=False) if self.remat else step
     x, stacked = jax.lax.scan(step, x, (params, rates, keys))
@@ -140,13 +159,15 @@ class Beit(nn.Module):
 
 
 def masked_slots(mask: jax.Array, num_slots: int) -> tuple[jax.Array, jax.Array]:
-  """Positions of the masked patches, row-major, in a fixed number of slots.
+  """Positions of the masked patches in a fixed number of slots.
 
   Args:
-    mask: bool [B, h, w], True = masked, at most `num_slots` per image.
+    mask: bool [B, h, w], True = masked. At most `num_slots` patches of an image are masked.
+    num_slots: M.
 
   Returns:
-    index int32 [B, M] into the N patches, and weight float32 [B, M]: 1 for a masked patch, 0 for a spare slot.
+    Indices into the N patches in row-major order, int32 [B, M]; and weights, float32 [B, M]: 1 for a masked patch, 0
+    for an unused slot.
   """
   flat = mask.reshape(len(mask), -1)
   index = jnp.argsort(~flat, axis=1, stable=True)[:, :num_slots]
@@ -154,16 +175,32 @@ def masked_slots(mask: jax.Array, num_slots: int) -> tuple[jax.Array, jax.Array]
 
 
 class BeitForMaskedImageModeling(nn.Module):
-  """Encoder and vocabulary head. Call with `slots` [B, M]: logits float32 [B, M, V]; without: [B, N, V].
-
-  The head runs on the gathered positions only: at 75 of 196 patches that saves 62 % of its work.
-  """
+  """Encoder and vocabulary head."""
 
   encoder: dict[str, Any]
   vocab_size: int = 8192
 
   @nn.compact
-  def __call__(self, image, mask=None, *, slots=None, train: bool = False):
+  def __call__(
+    self,
+    image: jax.Array,
+    mask: jax.Array | None = None,
+    *,
+    slots: jax.Array | None = None,
+    train: bool = False,
+  ) -> jax.Array:
+    """Predicts visual tokens.
+
+    Args:
+      image: Normalized float pixels [B, H, W, 3].
+      mask: bool [B, h, w], True = masked; or None.
+      slots: int32 [B, M], the patches to predict. The head then runs on these only, which saves 62 % of its work for
+        75 of 196 patches. None: all patches.
+      train: Turns on stochastic depth.
+
+    Returns:
+      Logits float32 [B, M, V], or [B, N, V] without `slots`.
+    """
     encoder = Beit(**self.encoder, name="encoder")
     x, _ = encoder(image, mask, train=train)
     x = x[:, 1:]
@@ -176,27 +213,22 @@ class BeitForMaskedImageModeling(nn.Module):
 
 
 class BeitForImageClassification(nn.Module):
-  """Encoder and classifier: [B, H, W, 3] -> logits float32 [B, C].
-
-  `pool="mean"`: mean of the patch tokens (cls excluded), then `fc_norm`; `"cls"`: the cls token after
-  `norm`. Kernel and bias of the head start `head_init_scale` times smaller (unilm --init_scale).
-  """
+  """Encoder and classifier: [B, H, W, 3] -> logits float32 [B, C]."""
 
   encoder: dict[str, Any]
   num_classes: int = 1000
-  pool: str = "mean"
-  head_init_scale: float = 0.001
+  pool: str = "mean"  # "mean" of the patch tokens, then `fc_norm` | "cls" token after `norm`
+  head_init_scale: float = 0.001  # factor of the head's initial kernel (unilm --init_scale)
 
   @nn.compact
-  def __call__(self, image, *, train: bool = False):
+  def __call__(self, image: jax.Array, *, train: bool = False) -> jax.Array:
     fields = {**self.encoder, "use_mask_token": False, "final_norm": self.pool == "cls"}
     encoder = Beit(**fields, name="encoder")
     x, _ = encoder(image, train=train)
     if self.pool == "mean":
-      # Averaging 196 tokens in bfloat16 would lose digits.
+      # The mean of 196 tokens is taken in float32, since bfloat16 would lose digits.
       x = nn.LayerNorm(encoder.norm_eps, name="fc_norm")(x[:, 1:].astype(jnp.float32).mean(1))
     else:
       x = x[:, 0].astype(jnp.float32)
-    init = INITS[encoder.weight_init]
-    scaled = lambda *args: init(*args) * self.head_init_scale  # noqa: E731
-    return nn.Dense(self.num_classes, kernel_init=scaled, name="head")(x)
+    init = scaled_init(INITS[encoder.weight_init], self.head_init_scale)
+    return nn.Dense(self.num_classes, kernel_init=init, name="head")(x)

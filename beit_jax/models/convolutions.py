@@ -1,6 +1,6 @@
-"""Parts that the segmentation heads share. Letters: B batch, H W map, C channels in, O channels out.
+"""Layers that the segmentation heads share. Follows mmcv's ConvModule and PyTorch's SyncBatchNorm and ConvTranspose2d.
 
-Follows mmcv ConvModule and PyTorch's SyncBatchNorm and ConvTranspose2d.
+Shapes: B = batch size, H, W = size of the map, C = input channels, O = output channels.
 """
 
 import flax.linen as nn
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from beit_jax.models.constrain import constrain_batch
+from beit_jax.models.layers import uniform_init
 
 BN_EPS = 1e-5
 BN_DECAY = 0.9  # PyTorch's momentum 0.1
@@ -16,16 +17,16 @@ DROPOUT = 0.1
 
 
 class BatchNorm(nn.Module):
-  """Batch normalisation over (B, H, W), [B, H, W, C] -> [B, H, W, C]; running `mean` and `var` in `batch_stats`.
+  """Batch normalization over (B, H, W) in float32, [B, H, W, C] -> [B, H, W, C].
 
-  Under jit the mean over a batch that is spread over a mesh is the global one, so this is SyncBN. It computes in
-  float32. Two differences from flax.linen.BatchNorm, both as PyTorch does it: the running variance is the unbiased
-  one (the batch is normalised with the biased one), and the variance is a second pass over x - mean, since
-  E[x^2] - E[x]^2 loses all digits where the mean is large.
+  The running `mean` and `var` are in the collection `batch_stats`. Under jit the statistics are those of the global
+  batch, so this is SyncBN. It differs from flax.linen.BatchNorm in two points, both as in PyTorch: the running
+  variance is unbiased (the biased variance normalizes the batch), and the variance comes from a second pass over
+  x - mean, since E[x^2] - E[x]^2 cancels catastrophically for a large mean.
   """
 
   @nn.compact
-  def __call__(self, x, *, train: bool = False):
+  def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
     channels, count = x.shape[-1], int(np.prod(x.shape[:-1]))
     scale = self.param("scale", nn.initializers.ones, (channels,))
     bias = self.param("bias", nn.initializers.zeros, (channels,))
@@ -35,7 +36,7 @@ class BatchNorm(nn.Module):
     if train:
       if count < 2:
         raise ValueError(
-          f"batch statistics of one value per channel (map {x.shape}): train with 2 images or more"
+          f"batch statistics need more than one value per channel (map {x.shape}): train with 2 images or more"
         )
       mean = y.mean((0, 1, 2))
       var = jnp.square(y - mean).mean((0, 1, 2))
@@ -50,9 +51,9 @@ class BatchNorm(nn.Module):
 
 
 class ConvModule(nn.Module):
-  """Convolution without bias (`conv`), BatchNorm (`bn`), ReLU; the size stays. [B, H, W, C] -> [B, H, W, O].
+  """Convolution without bias (`conv`), BatchNorm (`bn`) and ReLU: [B, H, W, C] -> [B, H, W, O].
 
-  The kernel starts from N(0, 2 / (k * k * O)), mmcv's kaiming_init (fan out).
+  The initial kernel is drawn from N(0, 2 / (k * k * O)), which is mmcv's kaiming_init (fan out).
   """
 
   features: int
@@ -60,7 +61,7 @@ class ConvModule(nn.Module):
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, x, *, train: bool = False):
+  def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
     conv = nn.Conv(
       self.features,
       (self.kernel_size,) * 2,
@@ -73,22 +74,21 @@ class ConvModule(nn.Module):
 
 
 class TransposedConv(nn.Module):
-  """ConvTranspose2d(kernel 2, stride 2): [B, H, W, C] -> [B, 2H, 2W, O].
+  """ConvTranspose2d with kernel 2 and stride 2: [B, H, W, C] -> [B, 2H, 2W, O].
 
-  The windows do not overlap, so it is one matrix product to 4 * O numbers a pixel and a rearrangement; XLA on
-  the CPU needs 20 to 30 times longer for the gradient of the general operation. Parameters: `kernel`
-  [2, 2, C, O] (PyTorch's [C, O, 2, 2] transposed by 2, 3, 0, 1) and `bias` [O]; both start from PyTorch's
-  default, whose fan in is 4 * O for this layer.
+  The windows do not overlap, so the operation is one matrix product to 4 * O values per pixel and a rearrangement. On
+  CPU the gradient of the general operation takes 20 to 30 times longer. The parameters are `kernel` [2, 2, C, O]
+  (PyTorch's [C, O, 2, 2], transposed) and `bias` [O]. Both have PyTorch's default initial values, for which the fan in
+  of this layer is 4 * O.
   """
 
   features: int
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x: jax.Array) -> jax.Array:
     batch, height, width, channels = x.shape
-    bound = 1 / np.sqrt(4 * self.features)
-    init = lambda key, shape: jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+    init = uniform_init(4 * self.features)
     kernel = self.param("kernel", init, (2, 2, channels, self.features)).astype(self.dtype)
     bias = self.param("bias", init, (self.features,)).astype(self.dtype)
     x = x.astype(self.dtype) @ kernel.transpose(2, 0, 1, 3).reshape(channels, -1)
@@ -97,9 +97,17 @@ class TransposedConv(nn.Module):
 
 
 def classify(x: jax.Array, num_classes: int, dtype: jnp.dtype) -> jax.Array:
-  """The last 1x1 convolution of a head, `conv_seg`: [B, H, W, C] -> logits float32 [B, H, W, num_classes].
+  """Final 1x1 convolution of a head, `conv_seg`; call it in a compact method.
 
-  To be called in a compact method. The kernel starts from N(0, 0.01) (mmseg BaseDecodeHead).
+  The initial kernel has a standard deviation of 0.01 (mmseg BaseDecodeHead).
+
+  Args:
+    x: [B, H, W, C].
+    num_classes: Number of output channels.
+    dtype: Data type of the computation.
+
+  Returns:
+    Logits float32 [B, H, W, num_classes].
   """
   init = nn.initializers.normal(0.01)
   conv = nn.Conv(num_classes, (1, 1), kernel_init=init, dtype=dtype, name="conv_seg")
@@ -107,5 +115,5 @@ def classify(x: jax.Array, num_classes: int, dtype: jnp.dtype) -> jax.Array:
 
 
 def drop_channels(x: jax.Array, *, train: bool) -> jax.Array:
-  """Dropout2d(0.1): whole channels of an image, from the "dropout" rng. To be called in a compact method."""
+  """Dropout2d(0.1), which zeroes whole channels of an image; call it in a compact method. Uses the "dropout" rng."""
   return nn.Dropout(DROPOUT, broadcast_dims=(1, 2), deterministic=not train, name="dropout")(x)

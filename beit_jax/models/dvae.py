@@ -1,10 +1,12 @@
 """The discrete VAE of DALL-E: image -> visual tokens -> image.
 
-Architecture of openai/DALL-E `dall_e/encoder.py`, `decoder.py` with configurable sizes; parameter names are
-those of the published files with `.` as `/` and `w`, `b` as `kernel`, `bias`. Differs on purpose: one compute
-dtype for all convolutions but the first and the last, which are float32 (there: float16 on CUDA).
-Letters: B batch, H W pixels, h w token grid (H / stride), V vocabulary.
+Has the architecture of openai/DALL-E `dall_e/encoder.py` and `decoder.py` with configurable sizes. Parameter names are
+those of the published files with `/` for `.`, `kernel` for `w` and `bias` for `b`. One deliberate difference: the first
+and the last convolution compute in float32 and all others in `dtype` (OpenAI: float16 on CUDA).
+Shapes: B = batch size, H, W = image size in pixels, h, w = token grid (H / stride), N = h * w, V = vocabulary size.
 """
+
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -13,42 +15,43 @@ import numpy as np
 
 from beit_jax.models.resampling import max_pool_2x2
 
-EPS = 0.1  # map_pixels keeps pixels EPS away from 0 and 1, where the logit is infinite
+EPS = 0.1  # distance of mapped pixels from 0 and 1, where the logit is infinite
 
 
 def map_pixels(image: jax.Array) -> jax.Array:
-  """[0, 1] -> [0.1, 0.9]: what the tokenizer sees."""
+  """Maps pixels from [0, 1] to [0.1, 0.9], the range of the tokenizer's input."""
   return (1 - 2 * EPS) * image + EPS
 
 
 def unmap_pixels(x: jax.Array) -> jax.Array:
-  """The inverse of `map_pixels`, clipped to [0, 1]."""
+  """Inverts `map_pixels` and clips to [0, 1]."""
   return jnp.clip((x - EPS) / (1 - 2 * EPS), 0, 1)
 
 
-def _conv(features: int, size: int, dtype, name: str) -> nn.Conv:
-  def init(key, shape, dtype=jnp.float32):  # N(0, 1/sqrt(fan_in)), biases zero (dall_e/utils.py Conv2d)
+def _conv(features: int, size: int, dtype: jnp.dtype, name: str) -> nn.Conv:
+  # Standard deviation 1/sqrt(fan_in), biases zero (dall_e/utils.py Conv2d).
+  def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
     return jax.random.normal(key, shape, dtype) / np.sqrt(np.prod(shape[:-1]))
 
   return nn.Conv(features, (size, size), padding="SAME", kernel_init=init, dtype=dtype, name=name)
 
 
 class _Residual(nn.Module):
-  """Four ReLU-convolutions; `sizes` are the kernels: 3331 in the encoder, 1333 in the decoder."""
+  """Four ReLU-convolutions with kernels of `sizes`: (3, 3, 3, 1) in the encoder, (1, 3, 3, 3) in the decoder."""
 
   features: int
   sizes: tuple[int, ...]
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x: jax.Array) -> jax.Array:
     hidden = self.features // 4
     for i, size in enumerate(self.sizes, 1):
       x = _conv(self.features if i == 4 else hidden, size, self.dtype, f"conv_{i}")(nn.relu(x))
     return x
 
 
-class _Block(nn.Module):
+class _ResidualBlock(nn.Module):
   """identity + post_gain * residual."""
 
   features: int
@@ -57,7 +60,7 @@ class _Block(nn.Module):
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x: jax.Array) -> jax.Array:
     residual = _Residual(self.features, self.sizes, self.dtype, name="res_path")(x)
     if x.shape[-1] != self.features:
       x = _conv(self.features, 1, self.dtype, "id_path")(x)
@@ -65,7 +68,7 @@ class _Block(nn.Module):
 
 
 class _Group(nn.Module):
-  """`count` blocks of one width at one resolution."""
+  """`count` residual blocks of one width at one resolution."""
 
   features: int
   count: int
@@ -74,14 +77,14 @@ class _Group(nn.Module):
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x: jax.Array) -> jax.Array:
     for i in range(1, self.count + 1):
-      x = _Block(self.features, self.sizes, self.post_gain, self.dtype, name=f"block_{i}")(x)
+      x = _ResidualBlock(self.features, self.sizes, self.post_gain, self.dtype, name=f"block_{i}")(x)
     return x
 
 
 class DvaeEncoder(nn.Module):
-  """Pixels in [0.1, 0.9] (`map_pixels`), [B, H, W, 3] -> logits float32 [B, h, w, V]."""
+  """Pixels mapped to [0.1, 0.9], [B, H, W, 3] -> logits float32 [B, h, w, V]."""
 
   n_hid: int = 256
   n_blk_per_group: int = 2
@@ -90,7 +93,7 @@ class DvaeEncoder(nn.Module):
   dtype: str = "float32"
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x: jax.Array) -> jax.Array:
     dtype = jnp.dtype(self.dtype)
     post_gain = 1 / (self.group_count * self.n_blk_per_group) ** 2
     x = _conv(self.n_hid, 7, jnp.float32, "input")(x).astype(dtype)
@@ -103,7 +106,7 @@ class DvaeEncoder(nn.Module):
 
 
 class DvaeDecoder(nn.Module):
-  """One-hot or soft tokens [B, h, w, V] -> float32 [B, H, W, 6]: mean and log-scale before the sigmoid."""
+  """One-hot or soft tokens [B, h, w, V] -> mean and log-scale before the sigmoid, float32 [B, H, W, 6]."""
 
   n_init: int = 128
   n_hid: int = 256
@@ -112,7 +115,7 @@ class DvaeDecoder(nn.Module):
   dtype: str = "float32"
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x: jax.Array) -> jax.Array:
     dtype = jnp.dtype(self.dtype)
     post_gain = 1 / (self.group_count * self.n_blk_per_group) ** 2
     x = _conv(self.n_init, 1, jnp.float32, "input")(x).astype(dtype)
@@ -125,9 +128,10 @@ class DvaeDecoder(nn.Module):
 
 
 class Dvae(nn.Module):
-  """Encoder and decoder. `token_image` is uint8-like RGB scaled to [0, 1] unless said otherwise.
+  """Encoder and decoder.
 
-  Fields are OpenAI's names; the published model is the defaults: stride 8, so 112x112 pixels give 14x14.
+  The fields have OpenAI's names and, as defaults, the values of the published model. Its stride is 8: 112x112 pixels
+  give 14x14 tokens.
   """
 
   n_hid: int = 256
@@ -139,42 +143,53 @@ class Dvae(nn.Module):
 
   @property
   def stride(self) -> int:
+    """Pixels per token, in each direction."""
     return 2 ** (self.group_count - 1)
 
-  def setup(self):
-    shared = dict(n_blk_per_group=self.n_blk_per_group, group_count=self.group_count, dtype=self.dtype)
+  def setup(self) -> None:
+    shared: dict[str, Any] = dict(
+      n_blk_per_group=self.n_blk_per_group, group_count=self.group_count, dtype=self.dtype
+    )
     self.encoder = DvaeEncoder(n_hid=self.n_hid, vocab_size=self.vocab_size, **shared)
     self.decoder = DvaeDecoder(n_hid=self.n_hid, n_init=self.n_init, **shared)
 
-  def logits(self, x):
-    """float32 [B, H, W, 3], already `map_pixels`'d -> logits [B, h, w, V]."""
+  def logits(self, x: jax.Array) -> jax.Array:
+    """Pixels mapped by `map_pixels`, float32 [B, H, W, 3] -> logits [B, h, w, V]."""
     return self.encoder(x)
 
-  def tokenize(self, token_image):
-    """[B, H, W, 3] in [0, 1] -> visual tokens int32 [B, N], row-major."""
+  def tokenize(self, token_image: jax.Array) -> jax.Array:
+    """Pixels in [0, 1], [B, H, W, 3] -> visual tokens int32 [B, N] in row-major order."""
     logits = self.logits(map_pixels(token_image))
     return logits.argmax(-1).astype(jnp.int32).reshape(len(logits), -1)
 
-  def decode_soft(self, tokens):
-    """[B, h, w, V] rows that sum to 1 -> (mean, log_scale), each [B, H, W, 3], before the sigmoid."""
-    return jnp.split(self.decoder(tokens), 2, axis=-1)
+  def decode_soft(self, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Token probabilities [B, h, w, V] -> (mean, log_scale) before the sigmoid, [B, H, W, 3] each."""
+    mean, log_scale = jnp.split(self.decoder(tokens), 2, axis=-1)
+    return mean, log_scale
 
-  def decode(self, ids, grid_size):
+  def decode(self, ids: jax.Array, grid_size: tuple[int, int]) -> jax.Array:
     """Visual tokens int32 [B, N] -> image float32 [B, H, W, 3] in [0, 1]."""
     one_hot = jax.nn.one_hot(ids.reshape(-1, *grid_size), self.vocab_size)
     return unmap_pixels(jax.nn.sigmoid(self.decode_soft(one_hot)[0]))
 
-  def __call__(self, x, *, temperature=1.0, straight_through=False, key=None):
-    """The training pass (DALL-E paper, section 2.1).
+  def __call__(
+    self,
+    x: jax.Array,
+    *,
+    temperature: jax.Array | float = 1.0,
+    straight_through: bool = False,
+    key: jax.Array | None = None,
+  ) -> dict[str, jax.Array]:
+    """Encodes and decodes with relaxed tokens, as in training (DALL-E paper, section 2.1).
 
     Args:
-      x: [B, H, W, 3], `map_pixels`'d.
-      temperature: of the Gumbel-softmax relaxation; positive.
-      straight_through: hard one-hot tokens forwards, the soft ones' gradient backwards.
-      key: of the Gumbel noise; None: no noise, the soft tokens are softmax(logits / temperature).
+      x: Pixels mapped by `map_pixels`, [B, H, W, 3].
+      temperature: Temperature of the Gumbel-softmax relaxation; positive.
+      straight_through: Use one-hot tokens in the forward pass and the gradient of the soft ones in the backward pass.
+      key: Key of the Gumbel noise. None: no noise; the soft tokens are softmax(logits / temperature).
 
     Returns:
-      dict of logits [B, h, w, V] and mean, log_scale [B, H, W, 3].
+      `logits` [B, h, w, V], `mean` and `log_scale` [B, H, W, 3].
     """
     logits = self.logits(x)
     noisy = logits if key is None else logits + jax.random.gumbel(key, logits.shape)

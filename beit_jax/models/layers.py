@@ -1,7 +1,8 @@
-"""Parts of the BEiT encoder. Follows unilm `beit/modeling_finetune.py`; names are the checkpoint's interface.
+"""Layers of the BEiT encoder. Follows unilm `beit/modeling_finetune.py`.
 
-Letters: B batch, H W image in pixels, h w grid in patches, N = h*w patches, T = 1 + N tokens (cls first),
-D width, K heads, P patch size.
+Parameter names are the public interface of checkpoints.
+Shapes: B = batch size, H, W = image size in pixels, P = patch size, h, w = grid size in patches, N = h * w patches,
+T = 1 + N tokens (cls token first), D = width, K = heads.
 """
 
 import functools
@@ -17,22 +18,35 @@ from beit_jax.models.constrain import constrain_batch
 
 Initializer = Callable[..., jax.Array]
 
-# Pre-training cuts the normal distribution at +-1 sigma and does not rescale (real std 0.0108);
-# fine-tuning cuts at +-2.0 in absolute terms, that is not at all. (unilm modeling_pretrain.py / timm)
+# Pre-training truncates the normal distribution at one sigma without rescaling (actual std 0.0108). Fine-tuning
+# truncates at an absolute value of 2, which has no effect. (unilm modeling_pretrain.py and timm)
 INITS: dict[str, Initializer] = {
   "pretrain": nn.initializers.truncated_normal(0.02, lower=-1.0, upper=1.0),
   "finetune": nn.initializers.normal(0.02),
 }
 
 
-def pytorch_conv_init(key, shape, dtype=jnp.float32):
-  """PyTorch's default for Conv2d: uniform in +-1/sqrt(fan_in), kernel [.., in, out] (fine-tune patch conv)."""
-  bound = 1 / np.sqrt(np.prod(shape[:-1]))
-  return jax.random.uniform(key, shape, dtype, -bound, bound)
+def uniform_init(fan_in: int) -> Initializer:
+  """PyTorch's default for kernels and biases of convolutions: uniform in +-1/sqrt(fan_in)."""
+  bound = 1 / np.sqrt(fan_in)
+
+  def init(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+
+  return init
+
+
+def scaled_init(init: Initializer, scale: float) -> Initializer:
+  """Initializer that multiplies the values of `init` by `scale`."""
+
+  def scaled(key: jax.Array, *args: object) -> jax.Array:
+    return init(key, *args) * scale
+
+  return scaled
 
 
 class PatchEmbed(nn.Module):
-  """Non-overlapping P x P convolution, computed as one matrix product. [B, H, W, 3] -> [B, N, D]."""
+  """Non-overlapping P x P convolution as one matrix product: [B, H, W, 3] -> [B, N, D]."""
 
   width: int
   patch_size: int
@@ -40,13 +54,11 @@ class PatchEmbed(nn.Module):
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, image):
+  def __call__(self, image: jax.Array) -> jax.Array:
     p = self.patch_size
     batch, height, width, channels = image.shape
     if self.weight_init == "finetune":
-      kernel_init = pytorch_conv_init
-      bound = 1 / np.sqrt(p * p * channels)
-      bias_init = lambda key, shape: jax.random.uniform(key, shape, jnp.float32, -bound, bound)  # noqa: E731
+      kernel_init = bias_init = uniform_init(p * p * channels)
     else:
       kernel_init, bias_init = INITS[self.weight_init], nn.initializers.zeros
     kernel = self.param("kernel", kernel_init, (p, p, channels, self.width))
@@ -56,12 +68,15 @@ class PatchEmbed(nn.Module):
     return x @ kernel.astype(self.dtype).reshape(-1, self.width) + bias.astype(self.dtype)
 
 
-@functools.lru_cache(maxsize=4)  # every block asks
+@functools.lru_cache(maxsize=4)  # every block calls it
 def relative_position_index(grid_size: tuple[int, int]) -> np.ndarray:
-  """Row of the bias table for every pair of tokens: int32 [T, T], cls first.
+  """Row of the bias table for every pair of tokens, as unilm's RelativePositionBias.
 
-  Patches i, j with (dy, dx) = coord(i) - coord(j): (dy + h - 1) * (2w - 1) + dx + w - 1. The last three
-  rows of the table are cls -> patch, patch -> cls, cls -> cls. (unilm RelativePositionBias)
+  For patches i and j with (dy, dx) = position(i) - position(j) the row is (dy + h - 1) * (2w - 1) + dx + w - 1. The
+  last three rows of the table belong to cls -> patch, patch -> cls and cls -> cls.
+
+  Returns:
+    int32 [T, T], cls token first, read-only.
   """
   height, width = grid_size
   below, beside = (np.subtract.outer(np.arange(n), np.arange(n)) + n - 1 for n in grid_size)
@@ -77,7 +92,7 @@ def relative_position_index(grid_size: tuple[int, int]) -> np.ndarray:
 
 
 def relative_position_bias(module: nn.Module, grid_size: tuple[int, int], num_heads: int) -> jax.Array:
-  """Makes `module` own a table, zero at first, and returns the bias of the logits: float32 [1, K, T, T]."""
+  """Adds a zero-initialized bias table to `module` and returns the attention bias, float32 [1, K, T, T]."""
   height, width = grid_size
   rows = (2 * height - 1) * (2 * width - 1) + 3
   table = module.param("relative_position_bias_table", nn.initializers.zeros, (rows, num_heads))
@@ -86,20 +101,20 @@ def relative_position_bias(module: nn.Module, grid_size: tuple[int, int], num_he
 
 
 class RelPosBias(nn.Module):
-  """The table that all blocks share in pre-training. () -> float32 [1, K, T, T]."""
+  """Bias table that all blocks share in pre-training: () -> float32 [1, K, T, T]."""
 
   grid_size: tuple[int, int]
   num_heads: int
 
   @nn.compact
-  def __call__(self):
+  def __call__(self) -> jax.Array:
     return relative_position_bias(self, self.grid_size, self.num_heads)
 
 
 class Attention(nn.Module):
-  """Multi-head self-attention; one fused qkv kernel, biases on q and v only. [B, T, D] -> [B, T, D].
+  """Multi-head self-attention with one fused qkv kernel and biases on q and v only: [B, T, D] -> [B, T, D].
 
-  Args of the call: bias float32 [1, K, T, T] or None. With `grid_size` the block owns a table of its own.
+  The argument `bias` is float32 [1, K, T, T] or None. If `grid_size` is set, the module has a bias table of its own.
   """
 
   width: int
@@ -108,20 +123,19 @@ class Attention(nn.Module):
   proj_init: Initializer
   dtype: jnp.dtype
   grid_size: tuple[int, int] | None = None
-  attention: str = "auto"  # see attention.py
+  attention: str = "auto"  # see `attention.choose_implementation`
 
   @nn.compact
-  def __call__(self, x, bias=None):
+  def __call__(self, x: jax.Array, bias: jax.Array | None = None) -> jax.Array:
     batch, tokens, width = x.shape
     qkv = nn.Dense(3 * width, use_bias=False, kernel_init=self.weight_init, dtype=self.dtype, name="qkv")(x)
     q_bias = self.param("q_bias", nn.initializers.zeros, (width,))
     v_bias = self.param("v_bias", nn.initializers.zeros, (width,))
     # A bias on k would add the same number to all logits of a query, which the softmax cancels.
     qkv += jnp.concatenate([q_bias, jnp.zeros_like(q_bias), v_bias]).astype(qkv.dtype)
-    # Split, not indexed: the gradient is then one concatenation, not three arrays of zeros that are added.
-    q, k, v = (
-      x.reshape(batch, tokens, self.num_heads, -1) for x in jnp.split(qkv, 3, axis=-1)
-    )  # [B, T, K, D/K]
+    # The gradient of a split is one concatenation; that of indexing would be a sum of three zero-padded arrays.
+    # Each: [B, T, K, D/K].
+    q, k, v = (x.reshape(batch, tokens, self.num_heads, -1) for x in jnp.split(qkv, 3, axis=-1))
     if self.grid_size is not None:
       bias = relative_position_bias(self, self.grid_size, self.num_heads)
     x = attention(q, k, v, bias, self.attention).reshape(batch, tokens, width)
@@ -129,7 +143,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-  """fc1, exact (erf) GELU, fc2; no dropout between. [B, T, D] -> [B, T, D]."""
+  """fc1, exact (erf) GELU and fc2, without dropout between them: [B, T, D] -> [B, T, D]."""
 
   hidden: int
   weight_init: Initializer
@@ -137,7 +151,7 @@ class Mlp(nn.Module):
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x: jax.Array) -> jax.Array:
     width = x.shape[-1]
     x = nn.Dense(self.hidden, kernel_init=self.weight_init, dtype=self.dtype, name="fc1")(x)
     x = nn.gelu(x, approximate=False)
@@ -145,7 +159,13 @@ class Mlp(nn.Module):
 
 
 def drop_path(x: jax.Array, rate: jax.Array | float, key: jax.Array | None) -> jax.Array:
-  """Stochastic depth: zeroes a residual branch per sample with probability `rate`, rescales the others."""
+  """Stochastic depth: zeroes a residual branch per example with probability `rate` and rescales the others.
+
+  Args:
+    x: [B, T, D].
+    rate: Drop probability.
+    key: Random key; None returns `x`.
+  """
   if key is None:
     return x
   keep = jax.random.bernoulli(key, 1.0 - rate, (x.shape[0], 1, 1))
@@ -155,8 +175,8 @@ def drop_path(x: jax.Array, rate: jax.Array | float, key: jax.Array | None) -> j
 class Block(nn.Module):
   """Pre-norm transformer block: x + gamma_1 * attn(norm1(x)), then x + gamma_2 * mlp(norm2(x)).
 
-  `layer` counts from 1 and divides the init of the two output matrices by sqrt(2 * layer) (BEiT paper,
-  section 2.5, "fix_init_weight").
+  `layer` counts from 1. The initial values of the two output kernels are divided by sqrt(2 * layer) (BEiT paper,
+  section 2.5; unilm `fix_init_weight`).
   """
 
   width: int
@@ -167,17 +187,34 @@ class Block(nn.Module):
   layer_scale_init: float
   norm_eps: float
   dtype: jnp.dtype
-  grid_size: tuple[int, int] | None = None  # of a bias table of its own
+  grid_size: tuple[int, int] | None = None  # set: the block has a bias table of its own
   attention: str = "auto"
 
   @nn.compact
-  def __call__(self, x, bias, drop_rate, drop_key):
-    """x [B, T, D]; bias [1, K, T, T] or None; drop_rate scalar; drop_key a key, or None when evaluating."""
+  def __call__(
+    self, x: jax.Array, bias: jax.Array | None, drop_rate: jax.Array | float, drop_key: jax.Array | None
+  ) -> jax.Array:
+    """Applies the block.
+
+    Args:
+      x: [B, T, D].
+      bias: [1, K, T, T] or None.
+      drop_rate: Probability of stochastic depth.
+      drop_key: Key of stochastic depth; None in evaluation.
+
+    Returns:
+      [B, T, D].
+    """
     init = INITS[self.weight_init]
-    scale = 1 / np.sqrt(2.0 * self.layer)
-    output_init = lambda *args: init(*args) * scale  # noqa: E731
+    output_init = scaled_init(init, 1 / np.sqrt(2.0 * self.layer))
     attn = Attention(
-      *(self.width, self.num_heads, init, output_init, self.dtype, self.grid_size, self.attention),
+      width=self.width,
+      num_heads=self.num_heads,
+      weight_init=init,
+      proj_init=output_init,
+      dtype=self.dtype,
+      grid_size=self.grid_size,
+      attention=self.attention,
       name="attn",
     )
     mlp = Mlp(int(self.width * self.mlp_ratio), init, output_init, self.dtype, name="mlp")
@@ -185,7 +222,7 @@ class Block(nn.Module):
     norm2 = nn.LayerNorm(self.norm_eps, dtype=self.dtype, name="norm2")
     keys = (None, None) if drop_key is None else jax.random.split(drop_key)
 
-    def branch(y, name, key):
+    def branch(y: jax.Array, name: str, key: jax.Array | None) -> jax.Array:
       if self.layer_scale_init:
         gamma = self.param(name, nn.initializers.constant(self.layer_scale_init), (self.width,))
         y = y * gamma.astype(y.dtype)

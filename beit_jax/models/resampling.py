@@ -1,8 +1,9 @@
-"""Resampling of feature maps with constant matrices, PyTorch's rules.
+"""Resampling of feature maps by PyTorch's rules.
 
-Letters: B batch, h w source, H W target, C channels.
-Two small matrix products, rows then columns: their gradients are matrix products too, where a gather's would be a
-scatter. Not `jax.image.resize`, which smooths when it shrinks; mmseg's `resize` (F.interpolate) does not.
+Each function multiplies by two small constant matrices, for rows and columns. The gradients are matrix products too,
+whereas that of a gather would be a scatter. `jax.image.resize` cannot replace them: it antialiases when it shrinks,
+F.interpolate does not.
+Shapes: B = batch size, h, w = source size, H, W = target size, C = channels.
 """
 
 import jax
@@ -11,7 +12,7 @@ import numpy as np
 
 
 def bilinear_matrix(source: int, target: int) -> np.ndarray:
-  """[target, source] weights of F.interpolate(bilinear, align_corners=False): half-pixel centres, border repeated."""
+  """[target, source] weights of F.interpolate(mode="bilinear", align_corners=False)."""
   position = np.clip((np.arange(target) + 0.5) * source / target - 0.5, 0, source - 1)
   lower = np.floor(position).astype(int)
   upper = np.minimum(lower + 1, source - 1)
@@ -22,7 +23,7 @@ def bilinear_matrix(source: int, target: int) -> np.ndarray:
 
 
 def adaptive_pool_matrix(source: int, target: int) -> np.ndarray:
-  """[target, source] weights of AdaptiveAvgPool2d: window i of k is floor(i * n / k) .. ceil((i + 1) * n / k)."""
+  """[target, source] weights of AdaptiveAvgPool2d: window i of k is floor(i * n / k) to ceil((i + 1) * n / k)."""
   weights = np.zeros((target, source))
   for i in range(target):
     start, stop = i * source // target, -(-(i + 1) * source // target)
@@ -31,33 +32,36 @@ def adaptive_pool_matrix(source: int, target: int) -> np.ndarray:
 
 
 def _apply(x: jax.Array, rows: np.ndarray, columns: np.ndarray) -> jax.Array:
-  rows, columns = (jnp.asarray(matrix, x.dtype) for matrix in (rows, columns))
-  x = jnp.einsum("yi,bijc->byjc", rows, x, precision="highest")
-  return jnp.einsum("xj,byjc->byxc", columns, x, precision="highest")
+  x = jnp.einsum("yi,bijc->byjc", jnp.asarray(rows, x.dtype), x, precision="highest")
+  return jnp.einsum("xj,byjc->byxc", jnp.asarray(columns, x.dtype), x, precision="highest")
 
 
-def resize_bilinear(x: jax.Array, size: tuple[int, int]) -> jax.Array:
-  """[B, h, w, C] -> [B, H, W, C] in the dtype of `x`; no antialiasing."""
+def resize_bilinear(x: jax.Array, size: tuple[int, ...]) -> jax.Array:
+  """Bilinear resizing without antialiasing, in the dtype of `x`: [B, h, w, C] -> [B, H, W, C]."""
   if tuple(x.shape[1:3]) == tuple(size):
     return x
   return _apply(x, bilinear_matrix(x.shape[1], size[0]), bilinear_matrix(x.shape[2], size[1]))
 
 
 def adaptive_average_pool(x: jax.Array, size: tuple[int, int]) -> jax.Array:
-  """[B, h, w, C] -> [B, H, W, C] in the dtype of `x`; the target may be larger than the source."""
+  """Adaptive average pooling, in the dtype of `x`: [B, h, w, C] -> [B, H, W, C], which can be larger."""
   return _apply(x, adaptive_pool_matrix(x.shape[1], size[0]), adaptive_pool_matrix(x.shape[2], size[1]))
 
 
 def max_pool_2x2(x: jax.Array) -> jax.Array:
-  """[B, h, w, C] -> [B, h // 2, w // 2, C]; an odd last row or column is dropped, as by MaxPool2d(2).
+  """MaxPool2d(2): [B, h, w, C] -> [B, h // 2, w // 2, C]. An odd last row or column is dropped.
 
-  Two maxima of halves: a reduction, over a window or reshaped, is slower on CPU, both ways, and its gradient compares
-  its input with its result, which a compiler may have computed twice, not to the same bit: NaN, seen in UPerNet.
+  The maximum is taken between halves, first of rows, then of columns. A reduction over windows is slower on CPU, and
+  its gradient compares input and result: if the compiler computes the result twice with different rounding, the
+  gradient is NaN, which happened in UPerNet.
+
+  Raises:
+    ValueError: The map is too small.
   """
   height, width = x.shape[1:3]
   if min(height, width) < 2:
     raise ValueError(
-      f"a map of {height}x{width} cannot be halved; the image needs two patches a side or more"
+      f"a map of {height}x{width} cannot be halved; the image must have at least two patches per side"
     )
   x = x[:, : height // 2 * 2, : width // 2 * 2]
   for axis in (1, 2):

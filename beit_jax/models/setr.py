@@ -1,17 +1,20 @@
-"""The SETR-PUP decoder, which Table 3 of the BEiT paper uses (its ADE20K numbers of the base model).
+"""The SETR-PUP decoder, with which Table 3 of the BEiT paper reports ADE20K results of the base model.
 
 Follows the SETR authors' vit_up_head.py and mmseg's setr_up_head.py (num_convs 4, up_scale 2, 256 channels, no
-dropout). What differs on purpose:
-- The classifier runs before the last doubling, as in the authors' code; mmseg runs it after. A 1x1 convolution
-  and bilinear resizing commute, so the result is the same and the largest map has C instead of 256 channels.
-- An auxiliary head is LayerNorm, one 3x3 conv-BN-ReLU and the classifier at the resolution of the patches; the
-  loss resizes its logits to the label, which is the only upsampling. mmseg has two convolutions with x4 after
-  each; the authors of SETR say that theirs upsamples once (mmsegmentation#721).
-- No biases before BatchNorm, where they have no effect (mmseg has none, the authors' code has them).
-Letters: B batch, h w grid in patches, D width, C classes.
+dropout). Deliberate differences:
+- The classifier runs before the last doubling, as in the authors' code; in mmseg it runs after it. A 1x1 convolution
+  commutes with bilinear resizing, so the result is the same, and the largest map has C instead of 256 channels.
+- An auxiliary head is LayerNorm, one 3x3 conv-BN-ReLU and the classifier at the resolution of the patches. The only
+  upsampling is that of the loss, which resizes the logits to the label. mmseg has two convolutions, each followed by
+  a factor of 4; according to the authors of SETR, theirs upsamples once (mmsegmentation#721).
+- Convolutions before BatchNorm have no bias, as in mmseg; the authors' have one, without effect.
+Shapes: B = batch size, h, w = grid in patches, D = width, C = classes.
 """
 
+from collections.abc import Sequence
+
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from beit_jax.models.convolutions import ConvModule, classify
@@ -22,9 +25,9 @@ NORM_EPS = 1e-6
 
 
 class SetrUpHead(nn.Module):
-  """LayerNorm, then `num_convs` times (3x3 conv, BN, ReLU), each followed by a doubling; classifier.
+  """LayerNorm, `num_convs` times (3x3 conv, BN, ReLU, doubling of the resolution), and a classifier.
 
-  [B, h, w, D] -> logits float32 [B, s * h, s * w, C]; s = 2 ** num_convs, or 1 with `upsample` off.
+  Maps [B, h, w, D] to logits, float32 [B, s * h, s * w, C], with s = 2 ** num_convs, or s = 1 if `upsample` is off.
   """
 
   num_classes: int
@@ -34,7 +37,7 @@ class SetrUpHead(nn.Module):
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, x, *, train: bool = False):
+  def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
     x = nn.LayerNorm(NORM_EPS, dtype=self.dtype, name="norm")(x)
     for i in range(self.num_convs):
       x = ConvModule(self.channels, 3, self.dtype, name=f"up_{i}")(x, train=train)
@@ -45,14 +48,27 @@ class SetrUpHead(nn.Module):
     return x
 
 
-def setr_pup(taps, num_classes, channels, aux_channels, dtype, *, train):
-  """`decode_head` on the last tap, `auxiliary_head_0`... on the others. To be called in a compact method.
+def setr_pup(
+  taps: Sequence[jax.Array],
+  num_classes: int,
+  channels: int,
+  aux_channels: int,
+  dtype: jnp.dtype,
+  *,
+  train: bool,
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+  """Applies `decode_head` to the last map and `auxiliary_head_0`... to the others; call it in a compact method.
 
   Args:
-    taps: maps [B, h, w, D], not normalised.
+    taps: Maps [B, h, w, D], not normalized.
+    num_classes: C.
+    channels: Channels of the decode head.
+    aux_channels: Channels of the auxiliary heads.
+    dtype: Data type of the computation.
+    train: Whether BatchNorm uses and updates batch statistics.
 
   Returns:
-    logits [B, 16h, 16w, C], and a tuple with logits [B, h, w, C] for every other tap.
+    Logits [B, 16h, 16w, C], and logits [B, h, w, C] for each of the other maps.
   """
   decode = SetrUpHead(num_classes, 4, channels, True, dtype, name="decode_head")
   aux = [

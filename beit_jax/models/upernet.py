@@ -1,7 +1,7 @@
-"""Semantic segmentation: the encoder with UPerNet (released code) or with SETR-PUP (Table 3 of the paper; setr.py).
+"""Semantic segmentation: the encoder with UPerNet (unilm's code) or SETR-PUP (Table 3 of the paper; see setr.py).
 
 Follows unilm `beit/semantic_segmentation/backbone/beit.py` and mmseg 0.11 `uper_head.py`, `psp_head.py`,
-`fcn_head.py`. Names of mmseg's checkpoints -> ours (`weight` of a conv -> `kernel`, of a norm -> `scale`):
+`fcn_head.py`. Names in mmseg's checkpoints and here (`weight` is `kernel` of a convolution, `scale` of a norm):
 
   backbone.*                                     encoder/*, as in unilm's classification models
   backbone.fpn1.{0,1,3}                          fpn1/{up_0,bn,up_1}
@@ -14,9 +14,10 @@ Follows unilm `beit/semantic_segmentation/backbone/beit.py` and mmseg 0.11 `uper
   *.bn.running_{mean,var}                        {mean,var} in `batch_stats`
   decode_head.up_convs.I.0, auxiliary_head.J.*   decode_head/up_I, auxiliary_head_J/* (SETR)
 
-Letters: B batch, H W image in pixels, h w grid in patches, D width, C classes.
+Shapes: B = batch size, H, W = image size in pixels, h, w = grid in patches, D = width, C = classes.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -30,28 +31,35 @@ from beit_jax.models.resampling import adaptive_average_pool, max_pool_2x2, resi
 
 POOL_SCALES = (1, 2, 3, 6)
 AUX_LEVEL = 2  # the level of the auxiliary FCN head
-OUT_INDICES = {12: (3, 5, 7, 11), 24: (7, 11, 15, 23)}  # depth -> blocks that unilm taps, from 0
+OUT_INDICES = {12: (3, 5, 7, 11), 24: (7, 11, 15, 23)}  # depth -> blocks whose outputs unilm uses, from 0
 HEADS = ("upernet", "setr_pup")
 
 
 def tapped_maps(
   out: dict[str, jax.Array], out_indices: tuple[int, ...], grid_size: tuple[int, int]
 ) -> list[jax.Array]:
-  """The patch tokens after some blocks (counted from 0), not normalised, as maps [B, h, w, D].
+  """Patch tokens after some blocks as maps, not normalized.
 
-  transformers counts the embedding as block 0 and so takes blocks 1, 3, 5, 9 for the same numbers.
+  Args:
+    out: Residual stream after each block; the second output of `Beit`.
+    out_indices: Numbers of blocks, from 0. Hugging Face transformers counts the embedding as block 0 and therefore
+      takes other blocks for the same numbers.
+    grid_size: (h, w).
+
+  Returns:
+    One map [B, h, w, D] per block.
   """
   tokens = [out[f"block_{i:02d}"][:, 1:] for i in out_indices]
   return [x.reshape(len(x), *grid_size, x.shape[-1]) for x in tokens]
 
 
 class Upsample4(nn.Module):
-  """Transposed convolution, BatchNorm, exact GELU, transposed convolution: [B, h, w, D] -> [B, 4h, 4w, D]."""
+  """Transposed convolution, BatchNorm, exact GELU and transposed convolution: [B, h, w, D] -> [B, 4h, 4w, D]."""
 
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, x, *, train: bool = False):
+  def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
     width = x.shape[-1]
     x = TransposedConv(width, self.dtype, name="up_0")(x)
     x = nn.gelu(BatchNorm(name="bn")(x, train=train), approximate=False)
@@ -61,7 +69,8 @@ class Upsample4(nn.Module):
 class UPerHead(nn.Module):
   """Pyramid pooling on the coarsest level, a top-down feature pyramid, and one classifier on all levels.
 
-  Four maps [B, ., ., D], finest first -> logits float32 at the size of the first. The rng "dropout" when training.
+  Maps four levels [B, ., ., D], finest first, to logits, float32, at the size of the first level. Training needs the
+  "dropout" rng.
   """
 
   num_classes: int
@@ -69,17 +78,15 @@ class UPerHead(nn.Module):
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, levels, *, train: bool = False):
-    def conv(name, x, kernel_size):
+  def __call__(self, levels: Sequence[jax.Array], *, train: bool = False) -> jax.Array:
+    def conv(name: str, x: jax.Array, kernel_size: int) -> jax.Array:
       return ConvModule(self.channels, kernel_size, self.dtype, name=name)(x, train=train)
 
-    def pyramid_pooling(x):
-      pooled = [
-        conv(f"psp_{i}", adaptive_average_pool(x, (scale, scale)), 1) for i, scale in enumerate(POOL_SCALES)
-      ]
-      return conv(
-        "bottleneck", jnp.concatenate([x] + [resize_bilinear(y, x.shape[1:3]) for y in pooled], -1), 3
-      )
+    def pyramid_pooling(x: jax.Array) -> jax.Array:
+      size = x.shape[1:3]
+      pooled = [adaptive_average_pool(x, (scale, scale)) for scale in POOL_SCALES]
+      pooled = [resize_bilinear(conv(f"psp_{i}", y, 1), size) for i, y in enumerate(pooled)]
+      return conv("bottleneck", jnp.concatenate([x, *pooled], -1), 3)
 
     top = len(levels) - 1
     maps = [conv(f"lateral_{i}", levels[i], 1) for i in range(top)] + [pyramid_pooling(levels[top])]
@@ -99,7 +106,7 @@ class FcnHead(nn.Module):
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, x, *, train: bool = False):
+  def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
     x = ConvModule(self.channels, 3, self.dtype, name="conv_0")(x, train=train)
     return classify(drop_channels(x, train=train), self.num_classes, self.dtype)
 
@@ -107,20 +114,20 @@ class FcnHead(nn.Module):
 class BeitForSemanticSegmentation(nn.Module):
   """Encoder and a segmentation head: [B, H, W, 3] -> {"logits", "aux"}, float32.
 
-  "upernet": logits [B, H/4, W/4, C] and aux [B, H/16, W/16, C] for patches of 16 pixels. "setr_pup": logits
-  [B, H, W, C] and aux a tuple with [B, H/16, W/16, C] for every tapped block but the last.
-  With `train=True`: rngs "drop_path" and "dropout", and the collection "batch_stats" must be mutable.
+  For patches of 16 pixels, the head "upernet" returns logits [B, H/4, W/4, C] and aux [B, H/16, W/16, C]; the head
+  "setr_pup" returns logits [B, H, W, C] and as aux a tuple with [B, H/16, W/16, C] for each of `out_indices` but the
+  last. Training needs the rngs "drop_path" and "dropout", and the collection "batch_stats" must be mutable.
   """
 
   encoder: dict[str, Any]
   num_classes: int = 150
   out_indices: tuple[int, ...] = (3, 5, 7, 11)  # blocks, from 0; large: (7, 11, 15, 23)
-  channels: int | None = None  # of the decoder; None: the encoder's width for UPerNet, 256 for SETR
+  channels: int | None = None  # of the decoder; None: width of the encoder for UPerNet, 256 for SETR
   aux_channels: int = 256
   head: str = "upernet"
 
   @nn.compact
-  def __call__(self, image, *, train: bool = False):
+  def __call__(self, image: jax.Array, *, train: bool = False) -> dict[str, Any]:
     encoder = Beit(**{**self.encoder, "use_mask_token": False, "final_norm": False}, name="encoder")
     self._check(encoder.depth)
     _, out = encoder(image, train=train)
@@ -136,15 +143,15 @@ class BeitForSemanticSegmentation(nn.Module):
       taps[2],
       max_pool_2x2(taps[3]),
     ]
-    decode = UPerHead(self.num_classes, self.channels or encoder.width, dtype, name="decode_head")
-    aux = FcnHead(self.num_classes, self.aux_channels, dtype, name="auxiliary_head")
-    return {"logits": decode(levels, train=train), "aux": aux(levels[AUX_LEVEL], train=train)}
+    decode_head = UPerHead(self.num_classes, self.channels or encoder.width, dtype, name="decode_head")
+    aux_head = FcnHead(self.num_classes, self.aux_channels, dtype, name="auxiliary_head")
+    return {"logits": decode_head(levels, train=train), "aux": aux_head(levels[AUX_LEVEL], train=train)}
 
-  def _check(self, depth):
+  def _check(self, depth: int) -> None:
     if self.head not in HEADS:
-      raise ValueError(f"head {self.head!r} is unknown; there are {' and '.join(map(repr, HEADS))}")
+      raise ValueError(f"head {self.head!r} is unknown; expected one of {', '.join(HEADS)}")
     indices = tuple(self.out_indices)
     if (
       len(indices) != 4 or list(indices) != sorted(set(indices)) or not 0 <= indices[0] <= indices[-1] < depth
     ):
-      raise ValueError(f"out_indices={indices} must be four rising block numbers from 0 to {depth - 1}")
+      raise ValueError(f"out_indices={indices} must be four increasing block numbers from 0 to {depth - 1}")

@@ -102,7 +102,7 @@ def encoder_fields(model: ConfigDict, image_size: tuple[int, int], *, pretrain: 
   fields = {**beit.VARIANTS[model.variant], **preset, **given, "image_size": image_size}
   _check_sizes(fields)
   requested, head_dim = fields["attention"], fields["width"] // fields["num_heads"]
-  chosen, reason = attention.choose(requested, fields["dtype"], head_dim)
+  chosen, reason = attention.choose_implementation(requested, fields["dtype"], head_dim)
   if requested == "cudnn" != chosen:
     raise UserError(f"config key 'model.attention': 'cudnn' cannot run here ({reason}); use 'auto' or 'xla'")
   log.info("attention: %s (%s)", chosen, reason)

@@ -39,7 +39,7 @@ B, T, K, H = 3, 17, 2, 8  # 4x4 patches and cls
   ],
 )
 def test_where_cudnn_can_run(dtype, head_dim, platform, capability, fact):
-  reason = attention.why_not_cudnn(dtype, head_dim, platform, capability)
+  reason = attention.cudnn_obstacle(dtype, head_dim, platform, capability)
   assert fact in reason and bool(reason) == bool(fact)
 
 
@@ -57,9 +57,9 @@ class _Cpu:
 )
 def test_the_choice(requested, dtype, chosen, monkeypatch):
   monkeypatch.setattr(jax, "local_devices", lambda: [_Cpu])
-  assert attention.choose("auto", dtype, 64)[0] == "xla"
+  assert attention.choose_implementation("auto", dtype, 64)[0] == "xla"
   monkeypatch.setattr(jax, "local_devices", lambda: [_Device])
-  assert attention.choose(requested, dtype, 64)[0] == chosen
+  assert attention.choose_implementation(requested, dtype, 64)[0] == chosen
 
 
 def _inputs(with_bias, dtype=jnp.float32):
@@ -178,7 +178,7 @@ def test_cudnn_is_xla(implementation, with_bias, depth):
   if implementation == "cudnn":
     if not ON_GPU:
       pytest.skip("needs a CUDA GPU of capability 8.0, and BEIT_JAX_TEST_GPU=1")
-    chosen, reason = attention.choose("auto", "bfloat16", 64)
+    chosen, reason = attention.choose_implementation("auto", "bfloat16", 64)
     assert chosen == "cudnn", f"BEIT_JAX_TEST_GPU=1, but {reason}"
   tokens, heads, numbers = 197, 12, 64
   keys = jax.random.split(jax.random.key(0), 5)
@@ -236,7 +236,9 @@ def cudnn_on_cpu(monkeypatch):
 
   for primitive, run in ((forward, run_forward), (backward, run_backward)):
     mlir.register_lowering(primitive, mlir.lower_fun(run, multiple_results=True), platform="cpu")
-  monkeypatch.setattr(attention, "choose", lambda asked, *_: ("xla", "") if asked == "xla" else ("cudnn", ""))
+  monkeypatch.setattr(
+    attention, "choose_implementation", lambda asked, *_: ("xla", "") if asked == "xla" else ("cudnn", "")
+  )
   return shapes
 
 
