@@ -1,7 +1,8 @@
-"""Weights of one model as the start of another: pre-training -> fine-tuning, another grid, another head.
+"""Fits the weights of one model to another: from pre-training to fine-tuning, to another grid or another head.
 
-Follows unilm `beit/run_class_finetuning.py` (checkpoint conversion) and handles what that refuses: grids that
-are not square (each axis gets its own progression).
+References:
+  unilm `beit/run_class_finetuning.py`, checkpoint conversion. Unlike there, grids need not be square: each axis gets
+  its own geometric progression.
 """
 
 from collections.abc import Callable
@@ -14,12 +15,13 @@ from beit_jax.errors import UserError
 
 EXTRA_ROWS = 3  # cls -> patch, patch -> cls, cls -> cls: the last rows of a relative-position table
 TABLE = "relative_position_bias_table"
+SHARED_TABLE = f"encoder/rel_pos_bias/{TABLE}"  # of a model whose blocks share one
 
 
 def geometric_ratio(source: int, target: int) -> float:
-  """Ratio q in [1.01, 1.5] of the progression 1 + q + q^2 + ... that takes source//2 steps to target//2.
+  """The ratio q in [1.01, 1.5] of the progression 1 + q + q^2 + ... that reaches target//2 in source//2 steps.
 
-  By bisection to width 1e-6; the last midpoint, as the reference.
+  Found by bisection to a width of 1e-6; like the reference, returns the last midpoint.
   """
   low, high, ratio = 1.01, 1.5, 1.01
   while high - low > 1e-6:
@@ -30,16 +32,16 @@ def geometric_ratio(source: int, target: int) -> float:
 
 
 def _cubic_spline(known: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-  """[len(wanted), len(known)] weights of the interpolating cubic spline, not-a-knot at both ends.
+  """Weights [len(wanted), len(known)] of the interpolating cubic spline with not-a-knot ends.
 
-  Up to three known points there is no such spline; then it is the polynomial through all of them.
+  For up to three known points there is no such spline; the result is then the polynomial through all of them.
   """
   n, identity = len(known), np.eye(len(known))
   if n < 4:
     others = [[(wanted - known[j]) / (known[i] - known[j]) for j in range(n) if j != i] for i in range(n)]
     return np.stack([np.prod([np.ones(len(wanted)), *factors], 0) for factors in others], -1)
   h = np.diff(known)
-  # Second derivatives at the known points: one row per point, the outer two say "third derivative continuous".
+  # Second derivatives at the known points, one row per point; the outer rows make the third derivative continuous.
   left, right = np.zeros((n, n)), np.zeros((n, n))
   left[0, :3] = h[1], -h[0] - h[1], h[0]
   left[-1, -3:] = h[-1], -h[-2] - h[-1], h[-2]
@@ -47,32 +49,34 @@ def _cubic_spline(known: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     left[i, i - 1 : i + 2] = h[i - 1], 2 * (h[i - 1] + h[i]), h[i]
     right[i, i - 1 : i + 2] = 6 / h[i - 1], -6 / h[i - 1] - 6 / h[i], 6 / h[i]
   second = np.linalg.solve(left, right)
-  i = np.clip(np.searchsorted(known, wanted, side="right") - 1, 0, n - 2)
-  b = ((wanted - known[i]) / h[i])[:, None]
-  a, scale = 1 - b, (h[i] ** 2 / 6)[:, None]
-  return a * identity[i] + b * identity[i + 1] + scale * ((a**3 - a) * second[i] + (b**3 - b) * second[i + 1])
+  k = np.clip(np.searchsorted(known, wanted, side="right") - 1, 0, n - 2)
+  b = ((wanted - known[k]) / h[k])[:, None]
+  a, scale = 1 - b, (h[k] ** 2 / 6)[:, None]
+  return a * identity[k] + b * identity[k + 1] + scale * ((a**3 - a) * second[k] + (b**3 - b) * second[k + 1])
 
 
 def _axis_weights(source: int, target: int) -> np.ndarray:
-  """[target, source] weights from a geometric to an even grid of offsets."""
+  """Weights [target, source] from a geometric to an even grid of offsets."""
   if source == target:
     return np.eye(source)
   ratio = geometric_ratio(source, target)
   distances = np.cumsum(ratio ** np.arange(source // 2))
   known = np.concatenate([-distances[::-1], [0.0], distances])
   wanted = np.arange(-(target // 2), target // 2 + 0.1)
-  # FITPACK, behind the reference, repeats the border value outside the known range.
+  # The reference (FITPACK) repeats the border value outside the known range.
   return _cubic_spline(known, np.clip(wanted, known[0], known[-1]))
 
 
 def resize_rel_pos_table(table: Any, src_grid: tuple[int, int], dst_grid: tuple[int, int]) -> np.ndarray:
-  """Relative-position table for another grid, keeping the bias of near neighbours.
+  """Resizes a relative-position table for another grid; the bias of near neighbors stays.
 
   Args:
-    table: [(2h-1)(2w-1)+3, heads] for `src_grid` (h, w); square or not.
+    table: [(2h-1)(2w-1)+3, heads].
+    src_grid: (h, w) of the table.
+    dst_grid: (h, w) of the result.
 
   Returns:
-    The table for `dst_grid`, in the dtype of `table`; the last three rows are copied.
+    The table for `dst_grid`, in the dtype of `table`. The last three rows are copied.
 
   Raises:
     ValueError: the number of rows does not belong to `src_grid`.
@@ -89,7 +93,7 @@ def resize_rel_pos_table(table: Any, src_grid: tuple[int, int], dst_grid: tuple[
 
 
 def _bicubic(source: int, target: int) -> np.ndarray:
-  """[target, source] weights of PyTorch's bicubic: a = -0.75, half-pixel centres, border repeated, no antialiasing."""
+  """Weights [target, source] of PyTorch's bicubic resize: a = -0.75, half-pixel centers, no antialiasing."""
   position = (np.arange(target) + 0.5) * source / target - 0.5
   first, a = np.floor(position).astype(int) - 1, -0.75
   weights = np.zeros((target, source))
@@ -101,7 +105,15 @@ def _bicubic(source: int, target: int) -> np.ndarray:
 
 
 def resize_pos_embed(pos_embed: Any, src_grid: tuple[int, int], dst_grid: tuple[int, int]) -> np.ndarray:
-  """[1, 1 + h*w, D] -> [1, 1 + h'*w', D]: bicubic as PyTorch's, the cls token's copied.
+  """Resizes a table of absolute positions as PyTorch's bicubic does; the row of the cls token is copied.
+
+  Args:
+    pos_embed: [1, 1 + h*w, D].
+    src_grid: (h, w) of the table.
+    dst_grid: (h, w) of the result.
+
+  Returns:
+    The table for `dst_grid`, in the dtype of `pos_embed`.
 
   Raises:
     ValueError: the shape does not belong to `src_grid` and a cls token.
@@ -125,61 +137,74 @@ def encoder_params(
   target: dict[str, Any],
   src_grid: tuple[int, int],
   dst_grid: tuple[int, int],
-  say: Callable[[str], None] = lambda message: None,
+  report: Callable[[str], None] = lambda message: None,
 ) -> dict[str, Any]:
   """Fits the parameters of one BEiT model to the tree of another.
 
   Args:
-    source: params of a masked-image or classification model on `src_grid`, nested, with `encoder`.
-    target: freshly initialised params (or shapes) of the model to start; gives names and shapes.
-    say: receives one line for everything that is not a plain copy.
+    source: nested parameters of a model with an encoder on `src_grid`.
+    target: fresh parameters (or shapes) of the model to start; they give names and shapes.
+    src_grid: (h, w) of the source.
+    dst_grid: (h, w) of the target.
+    report: is called with one line for everything that is not a plain copy.
 
   Returns:
-    The flat names and values that replace the target's: every encoder parameter, and the head where it fits.
+    The parameters that replace the target's, by flat name: all of the encoder, and the head if it fits.
 
   Raises:
-    UserError: lists all parameters that are missing or mis-shaped at once.
+    UserError: parameters of the encoder are missing, unexpected or have another shape; lists all of them.
   """
-  src, dst, found = trees.flatten(source), trees.flatten(target), {}
-  shared = src.get(f"encoder/rel_pos_bias/{TABLE}")
+  src, dst = trees.flatten(source), trees.flatten(target)
+  found: dict[str, Any] = {}
   problems = []
   for name, wanted in dst.items():
-    value = src.get(name)
-    if value is None and name.endswith(f"attn/{TABLE}") and shared is not None:
-      value = shared
-    if value is not None and name.endswith(TABLE) and src_grid != dst_grid:
-      value = resize_rel_pos_table(value, src_grid, dst_grid)
-    if value is not None and name.endswith("pos_embed") and src_grid != dst_grid:
-      value = resize_pos_embed(value, src_grid, dst_grid)
-    if not name.startswith("encoder/"):
-      if value is None or value.shape != wanted.shape:
-        say(
-          f"{name}: starts fresh, {wanted.shape}" + ("" if value is None else f", instead of {value.shape}")
-        )
-        continue
-    if value is None:
-      problems.append(f"{name} is missing, expected {tuple(wanted.shape)}")
-    elif value.shape != wanted.shape:
-      problems.append(f"{name} has shape {tuple(value.shape)}, expected {tuple(wanted.shape)}")
-    else:
+    value = _fitting_value(name, src, src_grid, dst_grid)
+    shape = "nothing" if value is None else tuple(value.shape)
+    if shape == tuple(wanted.shape):
       found[name] = value
-  used = set(found) | {
-    n for n in src if n.startswith(("encoder/norm/", "encoder/mask_token", "encoder/rel_pos_bias"))
-  }
-  problems += [
-    f"{n} is unexpected, {tuple(v.shape)}"
-    for n, v in src.items()
-    if n.startswith("encoder/") and n not in used
-  ]
+    elif name.startswith("encoder/"):
+      problems.append(f"{name}: expected {tuple(wanted.shape)}, found {shape}")
+    else:
+      report(f"{name}: starts fresh, {wanted.shape}" + ("" if value is None else f", instead of {shape}"))
+  # What only pre-training uses may be left over.
+  optional = ("encoder/norm/", "encoder/mask_token", SHARED_TABLE)
+  for name, value in src.items():
+    if name.startswith("encoder/") and name not in found and not name.startswith(optional):
+      problems.append(f"{name}: unexpected, {tuple(value.shape)}")
   if problems:
     raise UserError("the checkpoint does not fit the model:\n  " + "\n  ".join(problems))
-  if shared is not None and any(n.endswith(f"attn/{TABLE}") for n in dst):
-    say("the shared relative-position table was copied to every block")
-  if src_grid != dst_grid:
-    say(f"position parameters were resized from grid {src_grid} to {dst_grid}")
-    if dst_grid[0] < src_grid[0] or dst_grid[1] < src_grid[1]:
-      say("warning: to a smaller grid the geometric rule crops the table rather than shrinks it")
-  dropped = sorted({n.split("/")[0] if not n.startswith("encoder/") else n for n in src if n not in found})
-  if dropped:
-    say(f"not used of the checkpoint: {', '.join(dropped)}")
+  _report_changes(src, dst, found, src_grid, dst_grid, report)
   return found
+
+
+def _fitting_value(
+  name: str, src: dict[str, Any], src_grid: tuple[int, int], dst_grid: tuple[int, int]
+) -> Any:
+  """The source's value of a parameter, on the target's grid; None if there is none."""
+  value = src.get(name)
+  if value is None and name.endswith(f"attn/{TABLE}"):
+    value = src.get(SHARED_TABLE)
+  if value is None or src_grid == dst_grid:
+    return value
+  if name.endswith(TABLE):
+    return resize_rel_pos_table(value, src_grid, dst_grid)
+  return resize_pos_embed(value, src_grid, dst_grid) if name.endswith("pos_embed") else value
+
+
+def _report_changes(
+  src: dict[str, Any],
+  dst: dict[str, Any],
+  found: dict[str, Any],
+  src_grid: tuple[int, int],
+  dst_grid: tuple[int, int],
+  report: Callable[[str], None],
+) -> None:
+  if SHARED_TABLE in src and any(name.endswith(f"attn/{TABLE}") for name in dst):
+    report("the shared relative-position table was copied to every block")
+  if src_grid != dst_grid:
+    report(f"position parameters were resized from grid {src_grid} to {dst_grid}")
+    if dst_grid[0] < src_grid[0] or dst_grid[1] < src_grid[1]:
+      report("warning: for a smaller grid the geometric rule crops the table instead of shrinking it")
+  unused = {name if name.startswith("encoder/") else name.split("/")[0] for name in src if name not in found}
+  if unused:
+    report(f"not used of the checkpoint: {', '.join(sorted(unused))}")

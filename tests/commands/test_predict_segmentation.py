@@ -232,7 +232,7 @@ def test_few_programs_for_many_sizes(model):
   for size, geometry in zip(sizes, found, strict=True):
     resized = sliding.resized(size)
     assert all(np.array(geometry.shape) >= size) and all(np.array(geometry.canvas) >= resized)
-    assert geometry.count >= len(sliding.windows(resized))
+    assert geometry.num_windows >= len(sliding.windows(resized))
   sizes = [(20, 20 * i) for i in range(8, 14)] + [(20 * i, 20) for i in range(8, 14)]
   canvases = [geometry.canvas for geometry in class_maps.geometries(sliding, sizes)]
   assert all(min(canvas) < 60 for canvas in canvases)

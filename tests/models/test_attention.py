@@ -34,8 +34,8 @@ B, T, K, H = 3, 17, 2, 8  # 4x4 patches and cls
     ("bfloat16", 64, "gpu", "7.5", "8.0"),
     ("float32", 64, "gpu", "9.0", "not in float32"),
     ("bfloat16", 60, "gpu", "9.0", "multiple of 8"),
-    ("bfloat16", 256, "gpu", "8.9", "up to 128"),
-    ("bfloat16", 264, "gpu", "9.0", "up to 256"),
+    ("bfloat16", 256, "gpu", "8.9", "at most 128"),
+    ("bfloat16", 264, "gpu", "9.0", "at most 256"),
   ],
 )
 def test_where_cudnn_can_run(dtype, head_dim, platform, capability, fact):
