@@ -48,13 +48,14 @@ def _main(argv: list[str]) -> int:
     distributed.check_shared("--workdir", folder)
     logs.only_file(record.environment())
     logging.captureWarnings(True)
-    cache = compile_cache(folder, jax.config.jax_compilation_cache_dir, jax.process_count())
+    chosen = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]  # options are defined at run time
+    cache = compile_cache(folder, chosen, jax.process_count())
     jax.config.update("jax_compilation_cache_dir", cache)
     if "stages" not in config:
       train.run(config, folder)
     else:
       run_stages(config, folder)
-  except (UserError, *bucket.errors()) as error:
+  except bucket.errors(UserError) as error:
     return distributed.report_error(error)
   except preemption.Stopped as stopped:
     print(stopped, file=sys.stderr)

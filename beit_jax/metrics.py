@@ -56,7 +56,10 @@ def mean_iou(intersection: np.ndarray, predicted: np.ndarray, labelled: np.ndarr
   with np.errstate(divide="ignore", invalid="ignore"):
     iou = intersection / (predicted + labelled - intersection)
     accuracy = intersection / labelled
-  mean = lambda x: float(np.nanmean(x)) if np.isfinite(x).any() else float("nan")  # noqa: E731
+
+  def mean(x: np.ndarray) -> float:
+    return float(np.nanmean(x)) if np.isfinite(x).any() else float("nan")
+
   return {
     "IoU": iou,
     "Acc": accuracy,

@@ -238,7 +238,7 @@ def main(argv: list[str]) -> int:
     size = sum(path.stat().st_size for path in out.glob("tokens-*.array_record"))
     replay = f"--config.{run.name}{'.' if run.name else ''}tokenizer.cache={out}"
     log.info("finished: %d epochs, %.1f MB; replay them with %s", cache.epochs, size / 1e6, replay)
-  except (UserError, *bucket.errors()) as error:
+  except bucket.errors(UserError) as error:
     return distributed.report_error(error)
   except KeyboardInterrupt:
     distributed.notify_peers("stopped by hand", 130)

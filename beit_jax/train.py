@@ -75,7 +75,7 @@ def run(config: ConfigDict, workdir: Path, name: str = "") -> dict[str, Any]:
       workdir.mkdir(parents=True, exist_ok=True)
       with exclusive_lock(workdir), preemption.Watch() as watch:
         return _train(config, workdir, name, mesh, watch)
-  except (OSError, *bucket.errors()) as error:
+  except bucket.errors(OSError) as error:
     what = f"{getattr(error, 'filename', None) or workdir}: {getattr(error, 'strerror', None) or error}"
     raise (TransientError if bucket.is_transient(error) else UserError)(
       f"{what}. Checkpoints in {workdir} are unchanged; fix this, then give the same command again"

@@ -102,7 +102,7 @@ def read(text: str) -> Program:
       # A TPU runs a collective in pieces that share a channel, between fusions that compute, some of them in a loop.
       channel = re.search(r"channel_id=(\d+)", instruction.rest)
       key = channel.group(1) if channel else f"{name} {instruction.name}"
-      piece = (times, all(loops), _kind(instruction, name), _bytes(instruction, computation))
+      piece = (times, all(loops), _collective(instruction, name), _bytes(instruction, computation))
       collectives[key] = min(collectives.get(key, piece), piece)
   moved: dict[str, Moved] = {}
   for times, known, kind, each in collectives.values():
@@ -200,10 +200,10 @@ def _shape(name: str, computation: Computation) -> str:
 # Collectives.
 
 
-def _kind(instruction: Instruction, computation_name: str) -> str:
+def _collective(instruction: Instruction, computation_name: str) -> str:
   """TPUs write a reduce-scatter as an all-reduce and a slice of its result, within one fusion."""
-  kind = instruction.collective or ""
-  return "reduce-scatter" if kind == "all-reduce" and "all-reduce-scatter" in computation_name else kind
+  name = instruction.collective or ""
+  return "reduce-scatter" if name == "all-reduce" and "all-reduce-scatter" in computation_name else name
 
 
 def _bytes(instruction: Instruction, computation: Computation) -> float:

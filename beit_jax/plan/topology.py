@@ -47,18 +47,18 @@ LIBTPU = "pip install -e '.[plan]' (libtpu, which compiles for TPUs on a machine
 
 
 class Topology(NamedTuple):
-  """A slice; `kind` is a key of `CHIPS`, or "cpu"."""
+  """A slice; `platform` is a key of `CHIPS`, or "cpu"."""
 
-  kind: str
+  platform: str
   grid: tuple[int, ...]
 
   @property
   def name(self) -> str:
-    return f"{self.kind}:{'x'.join(map(str, self.grid))}"
+    return f"{self.platform}:{'x'.join(map(str, self.grid))}"
 
   @property
   def chip(self) -> Chip | None:
-    return CHIPS.get(self.kind)
+    return CHIPS.get(self.platform)
 
   @property
   def chips(self) -> int:
@@ -79,24 +79,26 @@ def parse(text: str) -> Topology:
   Raises:
     UserError: the kind is unknown, or its slices cannot have this grid.
   """
-  kind, _, sides = text.strip().lower().partition(":")
-  kind = ALIASES.get(kind, kind)
-  if kind not in CHIPS and kind != "cpu":
-    near = difflib.get_close_matches(kind, [*CHIPS, "cpu"], 1)
+  platform, _, sides = text.strip().lower().partition(":")
+  platform = ALIASES.get(platform, platform)
+  if platform not in CHIPS and platform != "cpu":
+    near = difflib.get_close_matches(platform, [*CHIPS, "cpu"], 1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise UserError(f"--topology={text}: unknown kind {kind!r}; choose from {', '.join(CHIPS)}, cpu{hint}")
-  num_sides, most = (1, MAX_CPU_DEVICES) if kind == "cpu" else (CHIPS[kind].sides, MAX_CHIPS)
+    raise UserError(
+      f"--topology={text}: unknown kind {platform!r}; choose from {', '.join(CHIPS)}, cpu{hint}"
+    )
+  num_sides, most = (1, MAX_CPU_DEVICES) if platform == "cpu" else (CHIPS[platform].sides, MAX_CHIPS)
   grid = tuple(map(int, sides.split("x"))) if re.fullmatch(r"\d{1,5}(x\d{1,5})*", sides) else ()
-  topology = Topology(kind, grid)
+  topology = Topology(platform, grid)
   problem = ""
   if len(grid) != num_sides:
-    problem = f"a grid of {kind} has {num_sides} side{'s' * (num_sides > 1)}"
+    problem = f"a grid of {platform} has {num_sides} side{'s' * (num_sides > 1)}"
   elif not 0 < topology.chips <= most:
     problem = f"a slice has 1 to {most:,} chips, not {topology.chips:,}"
   elif topology.chip and topology.chips > 2 and (grid[0] % 2 or grid[1] % 2):
     problem = "a host has 2x2 chips, so the first two sides must be even"
   if problem:
-    raise UserError(f"--topology={text}: {problem}, as in {kind}:{EXAMPLES[num_sides]}")
+    raise UserError(f"--topology={text}: {problem}, as in {platform}:{EXAMPLES[num_sides]}")
   return topology
 
 
@@ -104,7 +106,7 @@ def environment(topology: Topology) -> dict[str, str]:
   """Returns the environment variables for a process that compiles for a slice; JAX reads them when it starts."""
   # A program from the compilation cache has no text and no memory analysis.
   common = {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "2", "JAX_ENABLE_COMPILATION_CACHE": "false"}
-  if topology.kind == "cpu":
+  if topology.platform == "cpu":
     return common | {"JAX_NUM_CPU_DEVICES": str(topology.num_devices)}
   return common | {
     "TPU_STDERR_LOG_LEVEL": "3",
@@ -123,7 +125,7 @@ def devices(topology: Topology) -> list[Any]:
   """
   import jax  # only the process that compiles needs it
 
-  if topology.kind == "cpu":
+  if topology.platform == "cpu":
     found = jax.devices("cpu")
     if len(found) < topology.num_devices:
       raise UserError(f"--topology={topology.name}: this process has only {len(found)} CPU devices")

@@ -96,7 +96,7 @@ def main(argv: list[str]) -> int:
     sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be valid text
   try:
     return _predict(args)
-  except (UserError, *bucket.errors()) as error:
+  except bucket.errors(UserError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
   except KeyboardInterrupt:

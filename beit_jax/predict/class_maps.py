@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
@@ -56,7 +57,7 @@ def segment(model: Pretrained, files: list[Path], args: argparse.Namespace) -> I
     if i in chosen:
       with skipping(facts):  # the file may have changed since its size was read
         image = read(files[i], sliding)
-        batch = {name: array[None] for name, array in sliding.inputs(image, chosen[i]).items()}
+        batch = {name: jnp.asarray(array[None]) for name, array in sliding.inputs(image, chosen[i]).items()}
     if "error" not in facts:
       classes = np.asarray(sliding.class_map(variables, batch))[0, : image.shape[0], : image.shape[1]]
       facts |= {"size": list(classes.shape), "classes": _shares(classes, names)}

@@ -138,10 +138,10 @@ def _first(error: Exception) -> str:
   return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
-def errors() -> tuple[type[Exception], ...]:
-  """The exceptions besides OSError that the libraries raise when a bucket fails; for an `except` clause."""
+def errors(*others: type[Exception]) -> tuple[type[Exception], ...]:
+  """`others`, and the exceptions besides OSError that the libraries raise when a bucket fails; for `except`."""
   if "gcsfs" not in sys.modules:
-    return ()
+    return others
   import aiohttp
   import requests
   from gcsfs.retry import HttpError
@@ -149,7 +149,7 @@ def errors() -> tuple[type[Exception], ...]:
   from google.auth.exceptions import GoogleAuthError
 
   dropped = requests.exceptions.ConnectionError, requests.exceptions.Timeout
-  return HttpError, aiohttp.ClientError, GoogleAPIError, GoogleAuthError, *dropped
+  return *others, HttpError, aiohttp.ClientError, GoogleAPIError, GoogleAuthError, *dropped
 
 
 TRANSIENT_ERRNO = {
@@ -314,13 +314,13 @@ def digests(folder: Any, wanted: Mapping[str, Mapping[str, Any]]) -> dict[str, d
   """
   result = {}
   for name, blob in _objects(folder).items():
-    kind = "sha256" if "sha256" in wanted.get(name, {}) else "md5"
-    if kind == "md5" and blob.md5_hash:
+    algorithm = "sha256" if "sha256" in wanted.get(name, {}) else "md5"
+    if algorithm == "md5" and blob.md5_hash:
       value = base64.b64decode(blob.md5_hash).hex()
     else:
       with blob.open("rb") as file:
-        value = hashlib.file_digest(file, kind).hexdigest()
-    result[name] = {"size": blob.size, kind: value}
+        value = hashlib.file_digest(file, algorithm).hexdigest()
+    result[name] = {"size": blob.size, algorithm: value}
   return result
 
 
