@@ -1,81 +1,103 @@
-"""Pixels on the device: uint8 -> float, colour jitter, normalisation, random erasing, mixup and cutmix.
+"""Pixels on the device: uint8 -> float, augmentation of single images, normalization, mixup and cutmix.
 
-Keys come from the example, not the step; only mixup and cutmix, which pair the rows of a batch, take the step's.
+The random keys of an augmentation come from the example, not from the step, so a resumed run sees the same pixels. Only
+mixup and cutmix, which pair the rows of a batch, use the key of the step.
+
+To add an augmentation, write a function `(keys, views, strength) -> views`, give it a line in `AUGMENTATIONS`, a number
+in `PURPOSES` and a key of the same name in the config's `data` section (`config/defaults.py`, with 0 = off), and name
+it in `augmentations` of the objectives that use it.
 """
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
-PURPOSES = {"mask": 0, "jitter": 1, "erase": 2}
-GREY = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R 601-2, as Pillow's convert("L")
+GRAY = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R 601-2, as Pillow's convert("L")
+# What the random numbers of an example are used for. A new purpose gets a new number.
+PURPOSES = {"mask": 0, "color_jitter": 1, "random_erasing": 2}
 
 
-def example_keys(seed: int, example_key: jax.Array, purpose: str) -> jax.Array:
-  """One key per example, a function of (seed, epoch, index, purpose). example_key: uint32 [B, 2] -> keys [B]."""
+def example_keys(seed: int, example_key: Array, purpose: str) -> Array:
+  """Makes one random key per example, a function of (seed, epoch, index, purpose).
+
+  Args:
+    seed: the run's.
+    example_key: uint32 [B, 2], (epoch, index).
+    purpose: a name in `PURPOSES`.
+
+  Returns:
+    Keys [B].
+  """
   root = jax.random.fold_in(jax.random.key(seed), PURPOSES[purpose])
   return jax.vmap(lambda pair: jax.random.fold_in(jax.random.fold_in(root, pair[0]), pair[1]))(example_key)
 
 
-def to_float(image: jax.Array) -> jax.Array:
+def to_float(image: Array) -> Array:
   """uint8 -> float32 in [0, 1]."""
   return image.astype(jnp.float32) / 255.0
 
 
-def normalize(image: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
-  """[0, 1] -> (x - mean) / std, per channel."""
+def normalize(image: Array, mean: tuple[float, ...], std: tuple[float, ...]) -> Array:
+  """(image - mean) / std, per channel."""
   return (image - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
 
 
-def color_jitter(keys: jax.Array, views: list[jax.Array], strength: float) -> list[jax.Array]:
-  """Brightness, contrast and saturation, each by a factor in [1 - s, 1 + s], in random order per example.
+def color_jitter(keys: Array, views: list[Array], strength: float) -> list[Array]:
+  """Brightness, contrast and saturation, in random order per example, each by a factor in [1 - s, 1 + s].
 
-  All views of an example get the same function of a pixel: the factors, the order and the mean grey that
-  contrast turns around are those of the first view. (unilm: torchvision ColorJitter(0.4, 0.4, 0.4); there it
-  is applied before the crop, so its mean grey is the whole image's: docs/conflicts.md.)
+  All views of an example get the same function of a pixel: the factors, the order and the mean gray that contrast
+  turns around are those of the first view. (unilm: torchvision's ColorJitter(0.4, 0.4, 0.4). There it is applied before
+  the crop, so the mean gray is that of the whole image: docs/conflicts.md.)
 
   Args:
     keys: [B] keys.
     views: float [B, H, W, 3] in [0, 1]; sizes may differ.
+    strength: s.
   """
 
-  def one(key, images):
+  def jitter_example(key: Array, images: list[Array]) -> list[Array]:
     factor_key, order_key = jax.random.split(key)
     low = max(0.0, 1.0 - strength)
     factors = jax.random.uniform(factor_key, (3,), minval=low, maxval=1.0 + strength)
 
-    def apply(which, images):
-      grey = (images[0] @ GREY).mean()
-      pivots = [(jnp.zeros(()), grey, (image @ GREY)[..., None]) for image in images]
+    def apply(operation: Array, images: list[Array]) -> list[Array]:
+      mean_gray = (images[0] @ GRAY).mean()
 
-      def blend(image, pivot):
-        pivot = jnp.where(which == 0, pivot[0], jnp.where(which == 1, pivot[1], pivot[2]))
-        return jnp.clip(pivot + factors[which] * (image - pivot), 0.0, 1.0)
+      def blend(image: Array) -> Array:
+        gray = (image @ GRAY)[..., None]
+        pivot = jnp.where(operation == 0, jnp.zeros(()), jnp.where(operation == 1, mean_gray, gray))
+        return jnp.clip(pivot + factors[operation] * (image - pivot), 0.0, 1.0)
 
-      return [blend(image, pivot) for image, pivot in zip(images, pivots, strict=True)]
+      return [blend(image) for image in images]
 
     order = jax.random.permutation(order_key, 3)
-    for step in range(3):
-      images = apply(order[step], images)
+    for position in range(3):
+      images = apply(order[position], images)
     return images
 
-  return jax.vmap(one)(keys, views)
+  return jax.vmap(jitter_example)(keys, views)
 
 
 ERASE_AREA, ERASE_ASPECT, ERASE_TRIES = (0.02, 1 / 3), (0.3, 1 / 0.3), 10
 
 
-def erase_box(key: jax.Array, height: int, width: int) -> tuple[jax.Array, ...]:
-  """(top, left, h, w) of the first of ten random boxes that fits strictly inside; h = w = 0 when none does.
+def erase_box(key: Array, height: int, width: int) -> tuple[Array, Array, Array, Array]:
+  """Draws the box of timm's RandomErasing: the first of ten that fits strictly inside the image.
 
-  Area uniform in 2 % to a third of the image, aspect log-uniform in 0.3 to 1/0.3 (timm RandomErasing).
+  The area is uniform in 2 % to a third of the image, the aspect ratio log-uniform in 0.3 to 1/0.3.
+
+  Returns:
+    (top, left, height, width) of the box; height and width are 0 if no box fits.
   """
   area_key, aspect_key, place_key = jax.random.split(key, 3)
-  area = (
-    height * width * jax.random.uniform(area_key, (ERASE_TRIES,), minval=ERASE_AREA[0], maxval=ERASE_AREA[1])
-  )
-  log_aspect = np.log(ERASE_ASPECT)
-  aspect = jnp.exp(jax.random.uniform(aspect_key, (ERASE_TRIES,), minval=log_aspect[0], maxval=log_aspect[1]))
+  share = jax.random.uniform(area_key, (ERASE_TRIES,), minval=ERASE_AREA[0], maxval=ERASE_AREA[1])
+  area = height * width * share
+  low, high = np.log(ERASE_ASPECT)
+  aspect = jnp.exp(jax.random.uniform(aspect_key, (ERASE_TRIES,), minval=low, maxval=high))
   h, w = jnp.round(jnp.sqrt(area * aspect)), jnp.round(jnp.sqrt(area / aspect))
   fits = (h < height) & (w < width)
   first = jnp.argmax(fits)
@@ -86,37 +108,102 @@ def erase_box(key: jax.Array, height: int, width: int) -> tuple[jax.Array, ...]:
   return top, left, h, w
 
 
-def random_erasing(keys: jax.Array, image: jax.Array, probability: float) -> jax.Array:
-  """With `probability` one box of an image becomes noise, N(0, 1) per value; image [B, H, W, 3], normalised."""
+def _inside(height: int, width: int, top: Array, bottom: Array, left: Array, right: Array) -> Array:
+  """bool [height, width, 1]: whether a pixel lies inside a box."""
+  y, x = jnp.arange(height)[:, None, None], jnp.arange(width)[None, :, None]
+  return (y >= top) & (y < bottom) & (x >= left) & (x < right)
 
-  def one(key, image):
+
+def random_erasing(keys: Array, image: Array, probability: float) -> Array:
+  """Replaces one box of an image by noise, N(0, 1) per value, with `probability`.
+
+  Args:
+    keys: [B] keys.
+    image: [B, H, W, 3], normalized.
+    probability: in [0, 1].
+  """
+
+  def erase_example(key: Array, image: Array) -> Array:
     happens_key, box_key, noise_key = jax.random.split(key, 3)
-    top, left, h, w = erase_box(box_key, *image.shape[:2])
-    y, x = jnp.arange(image.shape[0])[:, None, None], jnp.arange(image.shape[1])[None, :, None]
-    inside = (y >= top) & (y < top + h) & (x >= left) & (x < left + w)
-    inside &= jax.random.uniform(happens_key) < probability
-    return jnp.where(inside, jax.random.normal(noise_key, image.shape, image.dtype), image)
+    height, width, _ = image.shape
+    top, left, h, w = erase_box(box_key, height, width)
+    erased = _inside(height, width, top, top + h, left, left + w)
+    erased &= jax.random.uniform(happens_key) < probability
+    return jnp.where(erased, jax.random.normal(noise_key, image.shape, image.dtype), image)
 
-  return jax.vmap(one)(keys, image)
+  return jax.vmap(erase_example)(keys, image)
+
+
+class Augmentation(NamedTuple):
+  """An augmentation of single images on the device.
+
+  Attributes:
+    apply: (keys [B], views, strength) -> views; a view is float32 [B, H, W, 3].
+    normalized: whether it is applied to normalized pixels instead of pixels in [0, 1].
+  """
+
+  apply: Callable[[Array, list[Array], float], list[Array]]
+  normalized: bool = False
+
+
+# Key of the config's `data` section that holds the strength (0 = off) -> augmentation, in the order of application.
+AUGMENTATIONS = {
+  "color_jitter": Augmentation(color_jitter),
+  "random_erasing": Augmentation(
+    lambda keys, views, probability: [random_erasing(keys, view, probability) for view in views],
+    normalized=True,
+  ),
+}
+
+
+def augment_views(
+  views: dict[str, Array],
+  example_key: Array,
+  *,
+  seed: int,
+  data: Mapping[str, Any],
+  names: Iterable[str],
+  normalized: bool = False,
+) -> dict[str, Array]:
+  """Applies the augmentations that the config's `data` section switches on.
+
+  Args:
+    views: float32 [B, H, W, 3] each; all views of an example get the same augmentation.
+    example_key: uint32 [B, 2], (epoch, index).
+    seed: the run's.
+    data: the `data` section.
+    names: which of `AUGMENTATIONS` to use.
+    normalized: whether the views are normalized; augmentations of the other kind are skipped.
+  """
+  for name, augmentation in AUGMENTATIONS.items():
+    if name in names and data[name] and augmentation.normalized == normalized:
+      keys = example_keys(seed, example_key, name)
+      views = dict(zip(views, augmentation.apply(keys, list(views.values()), data[name]), strict=True))
+  return views
 
 
 def cutmix_box(
-  centre: tuple[jax.Array, jax.Array], lam: jax.Array, height: int, width: int
-) -> tuple[jax.Array, ...]:
-  """Rows top:bottom and columns left:right of a box with about 1 - lam of the area, cut off at the border."""
+  center: tuple[Array, Array], lam: Array, height: int, width: int
+) -> tuple[Array, Array, Array, Array]:
+  """Box with about 1 - lam of the area, cut off at the border: (top, bottom, left, right), ends exclusive."""
   edges = []
-  for middle, size in zip(centre, (height, width), strict=True):
+  for middle, size in zip(center, (height, width), strict=True):
     side = jnp.floor(size * jnp.sqrt(1.0 - lam)).astype(jnp.int32)
     edges += [jnp.clip(middle - side // 2, 0, size), jnp.clip(middle + (side + 1) // 2, 0, size)]
-  return tuple(edges)
+  top, bottom, left, right = edges
+  return top, bottom, left, right
 
 
-def mix(image: jax.Array, target: jax.Array, lam: jax.Array, box: tuple[jax.Array, ...] | None) -> tuple:
-  """Row i of the batch with row B - 1 - i: a blend (mixup), or a box of the other (cutmix).
+def mix(
+  image: Array, target: Array, lam: Array, box: tuple[Array, Array, Array, Array] | None
+) -> tuple[Array, Array]:
+  """Mixes row i of the batch with row B - 1 - i: a blend (mixup), or a box of the other image (cutmix).
 
   Args:
-    image: [B, H, W, 3]; target: [B, C], smoothed already; lam: scalar, the share of the own image (mixup).
-    box: (top, bottom, left, right); the share is then 1 - its area.
+    image: [B, H, W, 3].
+    target: [B, C], already smoothed.
+    lam: scalar, the share of the row's own image in mixup.
+    box: of cutmix, see `cutmix_box`; the share is then 1 - its area.
 
   Returns:
     (image, target), mixed alike.
@@ -127,31 +214,44 @@ def mix(image: jax.Array, target: jax.Array, lam: jax.Array, box: tuple[jax.Arra
   else:
     top, bottom, left, right = box
     height, width = image.shape[1:3]
-    y, x = jnp.arange(height)[:, None, None], jnp.arange(width)[None, :, None]
-    mixed = jnp.where((y >= top) & (y < bottom) & (x >= left) & (x < right), other, image)
+    mixed = jnp.where(_inside(height, width, top, bottom, left, right), other, image)
     lam = 1.0 - ((bottom - top) * (right - left)).astype(jnp.float32) / (height * width)
   return mixed, lam * target + (1.0 - lam) * target[::-1]
 
 
 def random_mix(
-  key: jax.Array, image: jax.Array, target: jax.Array, *,
-  mixup_alpha: float, cutmix_alpha: float, prob: float, switch_prob: float,
-) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-  """Mixup or cutmix of a whole batch with one lam ~ Beta(alpha, alpha) (timm Mixup, batch mode).
+  key: Array,
+  image: Array,
+  target: Array,
+  *,
+  mixup_alpha: float,
+  cutmix_alpha: float,
+  prob: float,
+  switch_prob: float,
+) -> tuple[Array, Array]:
+  """Mixup or cutmix of a whole batch with one lam ~ Beta(alpha, alpha), as timm's Mixup in batch mode.
 
   Args:
-    mixup_alpha, cutmix_alpha: 0 turns one off; with both on, `switch_prob` is the chance of cutmix.
-    prob: chance that the batch is mixed at all.
+    key: of the step.
+    image: [B, H, W, 3].
+    target: [B, C], already smoothed.
+    mixup_alpha: 0 turns mixup off.
+    cutmix_alpha: 0 turns cutmix off.
+    prob: probability that the batch is mixed.
+    switch_prob: probability of cutmix rather than mixup, if both are on.
   """
-  happens_key, switch_key, lam_key, centre_key = jax.random.split(key, 4)
+  happens_key, switch_key, lam_key, center_key = jax.random.split(key, 4)
   happens = jax.random.uniform(happens_key) < prob
   choose_cutmix = jax.random.uniform(switch_key) < switch_prob if mixup_alpha else jnp.ones((), bool)
   choose_cutmix &= cutmix_alpha > 0
   alpha = jnp.where(choose_cutmix, cutmix_alpha, mixup_alpha)
   lam = jnp.where(happens, jax.random.beta(lam_key, alpha, alpha), 1.0)
   height, width = image.shape[1:3]
-  y_key, x_key = jax.random.split(centre_key)
-  centre = jax.random.randint(y_key, (), 0, height), jax.random.randint(x_key, (), 0, width)
-  cut = mix(image, target, lam, cutmix_box(centre, lam, height, width))
-  blended = mix(image, target, lam, None)
-  return tuple(jnp.where(choose_cutmix, a, b) for a, b in zip(cut, blended, strict=True))
+  y_key, x_key = jax.random.split(center_key)
+  center = jax.random.randint(y_key, (), 0, height), jax.random.randint(x_key, (), 0, width)
+  cut_image, cut_target = mix(image, target, lam, cutmix_box(center, lam, height, width))
+  blended_image, blended_target = mix(image, target, lam, None)
+  return (
+    jnp.where(choose_cutmix, cut_image, blended_image),
+    jnp.where(choose_cutmix, cut_target, blended_target),
+  )

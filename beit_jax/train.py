@@ -20,8 +20,8 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from PIL import Image
 
+from beit_jax import augment, optim, trees
 from beit_jax import evaluate as evaluation
-from beit_jax import optim, trees
 from beit_jax.config import parse, ranges
 from beit_jax.data import pipeline, sources
 from beit_jax.data.bad_images import BadImageTracker
@@ -184,7 +184,7 @@ def _check_best_metric(config: ConfigDict, objective: Objective) -> None:
 
 
 def _warn_about_unused_augmentation(config: ConfigDict, objective: Objective) -> None:
-  for key in ("color_jitter", "random_erasing"):
+  for key in augment.AUGMENTATIONS:
     if config.data[key] and key not in objective.augmentations:
       log.warning("config key 'data.%s' has no effect on the objective %s", key, config.objective)
 

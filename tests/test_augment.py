@@ -1,4 +1,4 @@
-"""Colour jitter, erasing, mixup and cutmix on the device; keys by example."""
+"""Color jitter, erasing, mixup and cutmix on the device; keys by example."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from beit_jax import augment, losses
 from tests import reference
 
 
-def _keys(n=4, purpose="jitter", epoch=0):
+def _keys(n=4, purpose="color_jitter", epoch=0):
   pairs = jnp.stack([jnp.full(n, epoch, jnp.uint32), jnp.arange(n, dtype=jnp.uint32)], 1)
   return augment.example_keys(0, pairs, purpose)
 
@@ -33,7 +33,7 @@ def test_both_views_get_the_same_jitter():
 
 
 def test_jitter_range_by_hand():
-  """A grey image stays grey; brightness scales it by a factor in [0.6, 1.4]; contrast and saturation keep it."""
+  """A gray image stays gray; brightness scales it by a factor in [0.6, 1.4]; contrast and saturation keep it."""
   image = jnp.full((2000, 2, 2, 3), 0.5)
   (jittered,) = augment.color_jitter(_keys(2000), [image], 0.4)
   factor = np.asarray(jittered)[:, 0, 0, 0] / 0.5
@@ -129,7 +129,9 @@ def test_erasing_law():
 
 def test_erasing_is_noise_in_a_quarter_of_the_images():
   image = jnp.full((2000, 16, 16, 3), 7.0)
-  erased = np.asarray(jax.jit(augment.random_erasing, static_argnums=2)(_keys(2000, "erase"), image, 0.25))
+  erased = np.asarray(
+    jax.jit(augment.random_erasing, static_argnums=2)(_keys(2000, "random_erasing"), image, 0.25)
+  )
   touched = (erased != 7).any((1, 2, 3))
   assert abs(touched.mean() - 0.25) < 5 * np.sqrt(0.25 * 0.75 / 2000)
   noise = erased[erased != 7]

@@ -88,7 +88,7 @@ class Objective(abc.ABC):
     kind: what a checkpoint of this objective holds; a row of `weights.pretrained.KINDS` unless only this objective
       reads it.
     eval_metrics: names of the metrics of an evaluation.
-    augmentations: which of the augmentations on the device are used: "color_jitter", "random_erasing".
+    augmentations: which of `augment.AUGMENTATIONS` are used in training.
     trains: False if there is nothing to optimize; the run is then an evaluation.
     labels: what the objective needs of each example besides the image: "none", "class" or "map".
     frozen_sections: config sections whose `init_from` names a frozen model.

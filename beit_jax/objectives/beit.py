@@ -135,11 +135,13 @@ class MaskedImageModeling(EncoderObjective):
   def _pixels(self, batch: Batch, *, train: bool) -> dict[str, Array]:
     """The views in a batch, float32 [B, H, W, 3] in [0, 1]. In training all get the same color jitter."""
     views = {name: augment.to_float(batch[name]) for name in self.views() if name in batch}
-    jitter = self.config.data.color_jitter
-    if train and jitter:
-      keys = augment.example_keys(self.config.seed, batch["example_key"], "jitter")
-      views = dict(zip(views, augment.color_jitter(keys, list(views.values()), jitter), strict=True))
-    return views
+    return augment.augment_views(
+      views,
+      batch["example_key"],
+      seed=self.config.seed,
+      data=self.config.data,
+      names=self.augmentations if train else (),
+    )
 
   def tokenize(self, frozen: PyTree, batch: Batch) -> Array:
     """The targets of a training batch: int32 [B, N]. Pure."""

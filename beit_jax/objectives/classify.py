@@ -1,5 +1,6 @@
 """Image classification: fine-tuning a pre-trained encoder, or training the same network from scratch."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -94,15 +95,14 @@ class Classification(EncoderObjective):
   def _image(self, batch: Batch, *, train: bool) -> Array:
     """Normalized pixels. In training with color jitter (unless RandAugment did that on the host) and random erasing."""
     data = self.config.data
-    image = augment.to_float(batch["image"])
-    if train and data.color_jitter and not data.rand_augment:
-      keys = augment.example_keys(self.config.seed, batch["example_key"], "jitter")
-      (image,) = augment.color_jitter(keys, [image], data.color_jitter)
-    image = augment.normalize(image, data.mean, data.std)
-    if train and data.random_erasing:
-      keys = augment.example_keys(self.config.seed, batch["example_key"], "erase")
-      image = augment.random_erasing(keys, image, data.random_erasing)
-    return image
+    names = self.augmentations if train else ()
+    random = functools.partial(
+      augment.augment_views, example_key=batch["example_key"], seed=self.config.seed, data=data
+    )
+    views = {"image": augment.to_float(batch["image"])}
+    views = random(views, names=() if data.rand_augment else names)
+    views = {"image": augment.normalize(views["image"], data.mean, data.std)}
+    return random(views, names=names, normalized=True)["image"]
 
   def _targets(self, label: Array, smoothing: float) -> Array:
     """float32 [B, C]. With several labels per image, `_nll` does the smoothing."""

@@ -30,7 +30,7 @@ class TokenizerTraining(base.Objective):
 
   kind = "tokenizer"
   eval_metrics = ("loss", "mae", "mse", "codebook_usage", "perplexity")
-
+  augmentations = ("color_jitter",)
   import_replaces_run = True
   value_ranges = (
     (r"loss\.reconstruction", ranges.one_of("logit_laplace", "l1", "l2")),
@@ -99,10 +99,14 @@ class TokenizerTraining(base.Objective):
 
   def loss(self, variables: Variables, frozen: PyTree, batch: Batch, key: Array, step: Array) -> LossOutput:
     del frozen
-    image = augment.to_float(batch["token_image"])
-    if self.config.data.color_jitter:
-      keys = augment.example_keys(self.config.seed, batch["example_key"], "jitter")
-      (image,) = augment.color_jitter(keys, [image], self.config.data.color_jitter)
+    views = augment.augment_views(
+      {"image": augment.to_float(batch["token_image"])},
+      batch["example_key"],
+      seed=self.config.seed,
+      data=self.config.data,
+      names=self.augmentations,
+    )
+    image = views["image"]
     target = map_pixels(image)
     temperature, kl_weight = self.schedules(step)
     straight_through = self.config.loss.straight_through
