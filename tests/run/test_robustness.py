@@ -110,7 +110,7 @@ def test_five_in_a_row_stop_the_run_with_the_batch(monkeypatch, tmp_path):
 # Bad images.
 
 
-def _picture(seed, size=(24, 20)):
+def _png(seed, size=(24, 20)):
   buffer = io.BytesIO()
   pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3)).astype(np.uint8)
   Image.fromarray(pixels).save(buffer, "PNG")
@@ -131,17 +131,17 @@ def _bomb(side=50_000):
 
 def _jpeg(seed):
   buffer = io.BytesIO()
-  Image.open(io.BytesIO(_picture(seed, (64, 64)))).save(buffer, "JPEG")
+  Image.open(io.BytesIO(_png(seed, (64, 64)))).save(buffer, "JPEG")
   return buffer.getvalue()
 
 
 BROKEN = {
   "empty": b"",
   "text": b"<html>404</html>",
-  "truncated_png": _picture(0)[:300],
+  "truncated_png": _png(0)[:300],
   "truncated_jpeg": _jpeg(0)[:700],
-  "header_only": _picture(0)[:20],
-  "flipped": _picture(0)[:60] + bytes(b ^ 0xFF for b in _picture(0)[60:200]) + _picture(0)[200:],
+  "header_only": _png(0)[:20],
+  "flipped": _png(0)[:60] + bytes(b ^ 0xFF for b in _png(0)[60:200]) + _png(0)[200:],
   "bomb": _bomb(),
   "postscript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\nshowpage\n",
   "zeros": bytes(4096),
@@ -153,7 +153,7 @@ def _folder(root, count, broken):
   for i in range(count):
     folder = root / "train" / "ab"[i % 2]
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{i:04d}.png").write_bytes(broken.get(i) if i in broken else _picture(i))
+    (folder / f"{i:04d}.png").write_bytes(broken.get(i) if i in broken else _png(i))
   return {"data.source": "folder", "data.root": str(root), "data.num_examples": 8192, "eval.split": "train"}
 
 
@@ -179,7 +179,7 @@ def test_two_per_cent_of_broken_images_of_ten_kinds(tmp_path, caplog):
 
 
 def test_half_of_the_images_broken_stops_the_run(tmp_path):
-  changes = _folder(tmp_path / "data", 200, {i: b"no picture" for i in range(0, 200, 2)})
+  changes = _folder(tmp_path / "data", 200, {i: b"no image" for i in range(0, 200, 2)})
   with pytest.raises(UserError) as error:
     train.run(_config(total_steps=32, **changes), tmp_path / "run")
   for fact in ("examples could not be read", "data.max_bad=0.05", "data/train/a/0", "bad_images.jsonl"):
@@ -200,7 +200,7 @@ def test_another_takes_the_place(tmp_path):
 
 
 class _Data(sources.Source):
-  """So many grey pictures; what `fault` returns for an index is raised instead."""
+  """So many gray images; what `fault` returns for an index is raised instead."""
 
   description: dict = {}
 
