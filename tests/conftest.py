@@ -1,7 +1,7 @@
-"""8 fake CPU devices, full float32 products, programs compiled quickly and once; fixtures for all tests.
+"""Settings and fixtures of all tests: eight simulated CPU devices, float32 products, programs compiled fast and once.
 
-Several workers run the tests (pytest-xdist): this file is read by the process that starts them, whose environment they
-inherit, then by each of them.
+pytest-xdist runs the tests in several workers. The process that starts them reads this file and hands on its
+environment; then each worker reads it.
 
 BEIT_JAX_TEST_GPU=1 leaves the platform alone, on a machine with a GPU (docs/benchmarks.md).
 """
@@ -16,8 +16,8 @@ from pathlib import Path
 import jax
 import pytest
 
-# Eight devices on two cores: their collectives block threads of XLA's pools, whose size NPROC sets, and XLA ends the
-# process when a participant is 40 s late, which a busy machine can bring about.
+# Eight devices share a few cores. Their collectives block threads of XLA's pools, whose size NPROC sets, and XLA ends the
+# process if a participant is 40 s late, which can happen on a busy machine.
 TIMEOUTS = (
   "--xla_cpu_collective_call_warn_stuck_timeout_seconds=120"
   " --xla_cpu_collective_call_terminate_timeout_seconds=900"
@@ -32,10 +32,10 @@ if not ON_GPU:
   jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "float32")
 
-# XLA's optimisations take two thirds of the time of most tests, whose programs then run for milliseconds.
-QUICK_COMPILES = "JAX_DISABLE_MOST_OPTIMIZATIONS"  # subprocesses read it
-# Files that compare numbers with other implementations: compiled as for a user.
-OPTIMISED = {
+# XLA's optimizations take two thirds of the time of most tests, whose programs then run for milliseconds.
+FAST_COMPILATION = "JAX_DISABLE_MOST_OPTIMIZATIONS"  # subprocesses read it
+# Files that compare numbers with other implementations are compiled as for a user.
+OPTIMIZED = {
   "test_augment",
   "test_peers",
   "test_segmentation_weights",
@@ -47,7 +47,7 @@ OPTIMISED = {
   "test_transfer",
 }
 
-# One compilation cache for all workers and subprocesses: most tests run the same few programs.
+# All workers and subprocesses share one compilation cache, since most tests run the same few programs.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
   os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="beit_jax_cache_")
   atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
@@ -59,18 +59,18 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _optimisations(request):
-  """Off but for OPTIMISED; what was compiled the other way is forgotten."""
-  quick = not ON_GPU and request.module.__name__.rpartition(".")[2] not in OPTIMISED
-  if quick != (os.environ.get(QUICK_COMPILES) == "1"):
-    os.environ[QUICK_COMPILES] = str(int(quick))
-    jax.config.update(QUICK_COMPILES.lower(), quick)
+def _optimizations(request):
+  """Turns XLA's optimizations off, except in the files of `OPTIMIZED`."""
+  fast = not ON_GPU and request.module.__name__.rpartition(".")[2] not in OPTIMIZED
+  if fast != (os.environ.get(FAST_COMPILATION) == "1"):
+    os.environ[FAST_COMPILATION] = str(int(fast))
+    jax.config.update(FAST_COMPILATION.lower(), fast)
     jax.clear_caches()
 
 
 @pytest.fixture(autouse=True)
 def _logs_reach_pytest():
-  """`main` turns propagation of the package's log off; tests read it."""
+  """Undoes what `logs.setup` does to the logger, so that `caplog` sees its records."""
   log = logging.getLogger("beit_jax")
   log.setLevel(logging.INFO)
   yield
