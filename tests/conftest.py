@@ -16,8 +16,8 @@ from pathlib import Path
 import jax
 import pytest
 
-# Eight devices share a few cores. Their collectives block threads of XLA's pools, whose size NPROC sets, and XLA ends the
-# process if a participant is 40 s late, which can happen on a busy machine.
+# Eight devices share a few cores. Their collectives block threads of XLA's pools, whose size NPROC sets, and XLA ends
+# the process if a participant is 40 s late, which can happen on a busy machine.
 TIMEOUTS = (
   "--xla_cpu_collective_call_warn_stuck_timeout_seconds=120"
   " --xla_cpu_collective_call_terminate_timeout_seconds=900"
