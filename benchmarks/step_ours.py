@@ -157,9 +157,8 @@ def main():
   args = parser.parse_args()
   logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="ours: %(message)s")
   if args.dtype == "float32" and jax.default_backend() != "cpu":
-    jax.config.update(
-      "jax_default_matmul_precision", "float32"
-    )  # XLA's own choice is TF32; the peer has none either
+    # XLA's default on GPUs is TF32, which the PyTorch side does not use either.
+    jax.config.update("jax_default_matmul_precision", "float32")
   with jax.set_mesh(sharding.make_mesh(1, 1)):
     step, state, frozen, batch, objective = build(args.variant, args.batch, args.dtype, args.tokenizer)
 

@@ -1,9 +1,9 @@
-"""Configs that train in seconds: 16x16 scenes, 2x2 patches, an encoder of width 32."""
+"""Configs that train in seconds: 16x16 scenes, 2x2 patches, encoders of width 32."""
 
 from ml_collections import ConfigDict
 
 from beit_jax import objectives
-from beit_jax.config import parse as config_lib
+from beit_jax.config import parse
 
 DATA = dict(
   source="shapes",
@@ -59,8 +59,8 @@ RUNS = {
 }
 
 
-def raw(objective: str, **changes) -> dict:
-  """The uncompleted dict, with dotted changes: `raw("beit", **{"mask.kind": "random"})`."""
+def raw(objective: str, **changes) -> ConfigDict:
+  """Returns a config as its file gives it, with dotted changes: `raw("beit", **{"mask.kind": "random"})`."""
   run = {
     "objective": objective,
     "log_every_steps": 1,
@@ -83,4 +83,5 @@ def raw(objective: str, **changes) -> dict:
 
 
 def config(objective: str, **changes) -> ConfigDict:
-  return config_lib.complete(raw(objective, **changes), objectives.schemas())
+  """Returns the config `raw` completed with the defaults."""
+  return parse.complete(raw(objective, **changes), objectives.schemas())

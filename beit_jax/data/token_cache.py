@@ -36,12 +36,8 @@ WRITER_OPTIONS = "group_size:64,zstd:3"  # 364 bytes an example; groups of one r
 MAX_OPEN_SHARDS = 4  # per process: examples are read ahead, also from the next shards
 NUM_SAMPLES = 16  # examples whose hash identifies the data
 PAUSES = (0.0, 0.2, 1.0)  # seconds before each look at the list of shards, which `tokenize` may be extending
-VIEWS = (
-  "image_size",
-  "token_image_size",
-  "interpolation",
-  "token_interpolation",
-)  # jitter depends on both views
+# The color jitter of the token view depends on both views.
+VIEWS = ("image_size", "token_image_size", "interpolation", "token_interpolation")
 AUGMENTATION = ("crop", "crop_scale", "crop_ratio", "flip", "color_jitter", "scaled_decode")
 CONFIG_KEY = "config key 'tokenizer.cache'"
 

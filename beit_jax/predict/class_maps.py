@@ -22,9 +22,7 @@ from beit_jax.weights.pretrained import Pretrained
 BUCKETS = (
   4  # groups of image sizes; a program is compiled for each, or more where sizes in a group differ much
 )
-MAX_ASPECT = (
-  16  # sliding windows need a short side of a window's size: a narrower image would fill the memory
-)
+MAX_ASPECT = 16  # the short side becomes as long as a window: a narrower image would fill the memory
 OVERLAY_SIDE = (320, 2048)  # range of an overlay's long side in pixels; images outside it are resized
 MAX_SIDE = 2**15  # largest window stride and image size that a checkpoint may ask for
 OUTPUTS = ("overlay", "class_map")
@@ -180,10 +178,8 @@ def _shares(classes: np.ndarray, names: list[str]) -> list[dict[str, Any]]:
 def draw_class_map(classes: np.ndarray, colors: np.ndarray) -> Image.Image:
   """Converts class numbers uint8 [H, W] to a palette image with the same values; colors: uint8 [C, 3]."""
   image = Image.fromarray(np.ascontiguousarray(classes))
-  all_colors = np.pad(
-    colors, ((0, 256 - len(colors)), (0, 0))
-  )  # with fewer, Pillow would save fewer than 8 bits
-  image.putpalette(all_colors.tobytes())
+  # With a palette of fewer colors, Pillow would save fewer than 8 bits.
+  image.putpalette(np.pad(colors, ((0, 256 - len(colors)), (0, 0))).tobytes())
   return image
 
 
