@@ -140,6 +140,7 @@ class LazyImage:
 
   def __init__(self, image: Any, name: str = "the image"):
     self._name, self._encoded, self._orientation = name, b"", 1
+    self.size: tuple[int, int]
     with self._decoding():
       if isinstance(image, bytes) and jpeg.is_plain(header := open_image(image)):
         self._encoded, self._stored_size, self._orientation = image, header.size, _orientation(header)
@@ -235,24 +236,24 @@ def train_views(
   Raises:
     BadImage: the image cannot be decoded.
   """
-  image = image if isinstance(image, LazyImage) else LazyImage(image)
+  lazy = image if isinstance(image, LazyImage) else LazyImage(image)
   first = next(iter(views.values()))[0]
   height, width = first
   box: Box
   if crop == "random_resized":
-    box = random_resized_box(rng, *image.size, scale, ratio)
+    box = random_resized_box(rng, *lazy.size, scale, ratio)
   elif crop == "pad":
     left, top = (int(rng.integers(0, 2 * (side // 8) + 1)) for side in (width, height))
     box = (left, top, left + width, top + height)
   else:
-    unit = min(image.size[0] / width, image.size[1] / height)
-    box = _central_box(*image.size, max(round(width * unit), 1), max(round(height * unit), 1))
+    unit = min(lazy.size[0] / width, lazy.size[1] / height)
+    box = _central_box(*lazy.size, max(round(width * unit), 1), max(round(height * unit), 1))
   flipped = flip and rng.random() < 0.5
   if crop == "pad":
-    (pixels,) = resize(image.pixels(), _limited_box(image.size), [(first, "bicubic")])
+    (pixels,) = resize(lazy.pixels(), _limited_box(lazy.size), [(first, "bicubic")])
     pixels = np.pad(pixels, [(height // 8, height // 8), (width // 8, width // 8), (0, 0)])
   else:
-    pixels, factor = image.shrunk(_max_shrink(box, views) if scaled else 1)
+    pixels, factor = lazy.shrunk(_max_shrink(box, views) if scaled else 1)
     box = tuple(side / factor for side in box) if factor > 1 else box
   resized = resize(pixels, box, views.values())
   return dict(zip(views, map(mirrored, resized) if flipped else resized, strict=True))

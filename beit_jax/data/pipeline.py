@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import grain
 import numpy as np
@@ -42,7 +43,10 @@ def places(seed: int, epoch: int, count: int) -> np.ndarray:
 class _Rows:
   """Random access to this process's rows of the global batches, in order; the unit that grain reads."""
 
-  def __init__(self, source, reader, *, rows, batch_size, steps, seed, train, replace):
+  def __init__(
+    self, source: Source, reader: Reader, *, rows: np.ndarray, batch_size: int, steps: int, seed: int, train: bool,
+    replace: bool,
+  ) -> None:  # fmt: skip
     self._source, self._reader, self._tries = source, reader, 1 + MAX_CANDIDATES if replace else 1
     self._rows, self._batch, self._steps = rows, batch_size, steps
     self._seed, self._train = seed, train
@@ -65,7 +69,7 @@ class _Rows:
     }
 
   def _read(self, index: int, key: tuple[int, ...]) -> tuple[HostBatch, bool]:
-    """An example's arrays; where its picture cannot be read those of another one, always the same for an index.
+    """An example's arrays; if it cannot be read, those of a replacement that depends on the index only.
 
     To its reader an example says which it is, "index", and what is wrong with the one that it replaces, "replaces".
     """
@@ -85,7 +89,7 @@ class _Rows:
     raise BadImage(f"{problem}{more}")
 
 
-def _as_worker(*_) -> None:
+def _as_worker(*_: Any) -> None:
   """A worker ignores the signals that are meant for its parent, and dies with that, however it dies."""
   for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, signal.SIG_IGN)
@@ -157,13 +161,13 @@ def train_batches(
     reader: makes the arrays of each row.
     rows: the rows of a global batch that this process reads.
     workers: processes that read; 0 = `threads` of this one.
-    bad_images: is told of examples that cannot be read; others take their place. Without it they are errors.
+    bad_images: records examples that cannot be read, which others replace. Without it they are errors.
 
   Yields:
     {view: uint8 [b, H, W, 3], "example_key": uint32 [b, 2] = (epoch, index), "valid": bool [b] and, with labels,
     "label": int32 [b], or float32 [b, C] of 0 and 1 with several labels}, b = len(rows).
   """
-  options = dict(rows=rows, batch_size=batch_size, seed=seed, replace=bad_images is not None)
+  options: dict[str, Any] = dict(rows=rows, batch_size=batch_size, seed=seed, replace=bad_images is not None)
   table = _Rows(source, reader, steps=total_steps, train=True, **options)
   return _batches(table, len(rows), start_step, workers, threads, bad_images)
 
@@ -174,6 +178,6 @@ def eval_batches(
 ) -> Iterator[HostBatch]:  # fmt: skip
   """Every example once, in order, centre-cropped; `valid` is False in the last batch's padding and for damaged ones."""
   steps = -(-len(source) // batch_size)
-  options = dict(rows=rows, batch_size=batch_size, seed=0, replace=bad_images is not None)
+  options: dict[str, Any] = dict(rows=rows, batch_size=batch_size, seed=0, replace=bad_images is not None)
   table = _Rows(source, reader, steps=steps, train=False, **options)
   return _batches(table, len(rows), 0, workers, threads, bad_images)

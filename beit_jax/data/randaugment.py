@@ -109,7 +109,7 @@ def parse(spec: str) -> Policy:
     UserError: anything else than that, or no `inc1`: only the increasing operations are here.
   """
   head, *parts = spec.split("-")
-  found = {}
+  found: dict[str, float] = {}
   for part in parts:
     match = re.fullmatch(r"(mstd|m|n|p|inc)(\d+(?:\.\d+)?)", part)
     if match is None or match[1] in found:
@@ -147,14 +147,14 @@ def draw(rng: np.random.Generator, policy: Policy) -> list[tuple[str, float, flo
   return drawn
 
 
-def fill_colour(mean: tuple[float, ...]) -> Fill:
-  """What shows beside a moved picture: the mean pixel of the data in 0..255."""
+def fill_color(mean: tuple[float, ...]) -> Fill:
+  """The color of the border that a shifted image uncovers: the mean pixel of the data, in 0 to 255."""
   red, green, blue = (min(255, math.floor(255 * m + 0.5)) for m in mean)
   return red, green, blue
 
 
 def rand_augment(image: Image.Image, rng: np.random.Generator, spec: str, fill: Fill) -> Image.Image:
-  """An RGB picture -> one of the same size, through the operations that `spec` and `rng` say."""
+  """Applies the operations that `rng` draws for `spec` to an RGB image; the size stays."""
   for name, magnitude, sign in draw(rng, parse(spec)):
     image = apply_op(image, name, magnitude, sign, fill)
   return image

@@ -55,7 +55,9 @@ def rescale_size(size: tuple[int, int], scale: tuple[float, float]) -> tuple[int
   return width, height
 
 
-def crop_box(rng: np.random.Generator, labels: np.ndarray, size: tuple[int, int], cat_max_ratio: float):
+def crop_box(
+  rng: np.random.Generator, labels: np.ndarray, size: tuple[int, int], cat_max_ratio: float
+) -> tuple[int, int, int, int]:
   """(top, left, height, width) of a random crop; redrawn up to ten times while one class fills too much of it."""
   height, width = (min(side, limit) for side, limit in zip(labels.shape, size, strict=True))
   for _ in range(10):
@@ -137,10 +139,10 @@ class LabelMapReader:
     labels = self.labels(example, image, example.get("index", key[-1]))
     factor = rng.uniform(*s["resize_ratio"])
     size = rescale_size(image.size, tuple(side * factor for side in s["resize"]))
-    image = images.decode(image).resize(size, images.RESAMPLE[self._data["interpolation"]])
+    resized = images.decode(image).resize(size, images.RESAMPLE[self._data["interpolation"]])
     labels = np.asarray(Image.fromarray(labels).resize(size, Image.Resampling.NEAREST))
     top, left, height, width = crop_box(rng, labels, self._size, s["cat_max_ratio"])
-    pixels = np.asarray(image)[top : top + height, left : left + width]
+    pixels = np.asarray(resized)[top : top + height, left : left + width]
     labels = labels[top : top + height, left : left + width]
     if self._data["flip"] and rng.random() < 0.5:
       pixels, labels = pixels[:, ::-1], labels[:, ::-1]

@@ -11,14 +11,14 @@ from beit_jax.errors import UserError
 
 
 class ViewReader:
-  """Reads an example as pictures of fixed sizes, all of one box: what every objective but segmentation wants.
+  """Makes images of fixed sizes from one box of an example: the reader of all objectives but segmentation.
 
   Args:
     views: name -> ((H, W), interpolation).
     options: the config's `data` section (crop, crop_scale, crop_ratio, flip, rand_augment, mean, crop_pct, resize).
 
   Raises:
-    UserError: a rand_augment that is not understood, or one with more than one view, which would then differ.
+    UserError: an option is invalid, or `rand_augment` is set with several views, which would then differ.
   """
 
   def __init__(self, views: images.ViewSizes, options: dict[str, Any]):
@@ -40,19 +40,21 @@ class ViewReader:
         )
 
   def train(self, image: images.LazyImage, example: dict[str, Any], key: tuple[int, ...]) -> HostBatch:
-    """`key`, (seed, epoch, index of the row), is all the randomness there is.
+    """All randomness is a function of `key` = (seed, epoch, index).
 
     Raises:
-      BadImage: the picture turns out to be damaged.
+      BadImage: the image is damaged.
     """
     o = self._options
     rng = np.random.default_rng((*key, 2))
     options = dict(crop=o["crop"], scale=o["crop_scale"], ratio=o["crop_ratio"], flip=o["flip"])
     views = images.train_views(image, rng, self._views, scaled=o.get("scaled_decode", False), **options)
     if o["rand_augment"]:
-      rng, fill = np.random.default_rng((*key, 3)), randaugment.fill_colour(o["mean"])
-      augment = lambda view: randaugment.rand_augment(Image.fromarray(view), rng, o["rand_augment"], fill)  # noqa: E731
-      views = {name: np.asarray(augment(view)) for name, view in views.items()}
+      rng, fill = np.random.default_rng((*key, 3)), randaugment.fill_color(o["mean"])
+      views = {
+        name: np.asarray(randaugment.rand_augment(Image.fromarray(view), rng, o["rand_augment"], fill))
+        for name, view in views.items()
+      }
     return {**views, **self._label(example)}
 
   def eval(self, image: images.LazyImage, example: dict[str, Any]) -> HostBatch:
@@ -60,8 +62,8 @@ class ViewReader:
     views = images.eval_views(image, self._views, crop_pct=o["crop_pct"], resize=o["resize"])
     return {**views, **self._label(example)}
 
-  def _label(self, example):
+  def _label(self, example: dict[str, Any]) -> HostBatch:
     if "label" not in example:
       return {}
-    label = np.asarray(example["label"])  # a class, or 0 and 1 for every class (multi-label, float32)
+    label = np.asarray(example["label"])  # a class id, or a vector of 0 and 1 (several labels, float32)
     return {"label": label if label.ndim else label.astype(np.int32)}

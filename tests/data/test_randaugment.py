@@ -54,7 +54,7 @@ def test_operations_follow_one_another():
 
 def test_names_and_fill():
   assert list(randaugment.OPS) == list(ARRAYS["names"])
-  assert randaugment.fill_colour((0.485, 0.456, 0.406)) == FILL == (124, 116, 104)
+  assert randaugment.fill_color((0.485, 0.456, 0.406)) == FILL == (124, 116, 104)
 
 
 def test_draws_follow_their_law():

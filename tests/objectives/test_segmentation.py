@@ -224,7 +224,7 @@ def _pairs(folder, label, *, mode="L", size=(20, 16)):
   "label, options, facts",
   [
     (151, {}, ("a.png", "value 151", "150 classes", "SceneParse150")),
-    ((1, 2, 3), dict(mode="RGB"), ("a.png", "mode RGB", "colours")),
+    ((1, 2, 3), dict(mode="RGB"), ("a.png", "mode RGB", "color image")),
     (1, dict(size=(10, 8)), ("a.png", "10x8", "20x16")),
   ],
 )
