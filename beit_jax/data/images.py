@@ -254,7 +254,9 @@ def train_views(
     pixels = np.pad(pixels, [(height // 8, height // 8), (width // 8, width // 8), (0, 0)])
   else:
     pixels, factor = lazy.shrunk(_max_shrink(box, views) if scaled else 1)
-    box = tuple(side / factor for side in box) if factor > 1 else box
+    if factor > 1:
+      x0, y0, x1, y1 = (side / factor for side in box)
+      box = x0, y0, x1, y1
   resized = resize(pixels, box, views.values())
   return dict(zip(views, map(mirrored, resized) if flipped else resized, strict=True))
 

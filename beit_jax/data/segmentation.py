@@ -72,8 +72,13 @@ def crop_box(
 
 def distort(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
   """mmseg's PhotoMetricDistortion: brightness, contrast, saturation, hue, each with probability 1/2; uint8."""
-  convert = lambda x, alpha=1.0, beta=0.0: np.clip(x * alpha + beta, 0, 255).astype(np.uint8)  # noqa: E731
-  contrast = lambda x: convert(x, alpha=rng.uniform(0.5, 1.5)) if rng.random() < 0.5 else x  # noqa: E731
+
+  def convert(x: np.ndarray, alpha: float = 1.0, beta: float = 0.0) -> np.ndarray:
+    return np.clip(x * alpha + beta, 0, 255).astype(np.uint8)
+
+  def contrast(x: np.ndarray) -> np.ndarray:
+    return convert(x, alpha=rng.uniform(0.5, 1.5)) if rng.random() < 0.5 else x
+
   if rng.random() < 0.5:
     image = convert(image.astype(np.float32), beta=rng.uniform(-32, 32))
   first = rng.random() < 0.5
@@ -86,7 +91,7 @@ def distort(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
 
 
 def _hsv(image: np.ndarray, saturation: float = 1.0, hue: float = 0.0) -> np.ndarray:
-  """hue: shift as a part of the circle."""
+  """Changes saturation by a factor and shifts the hue by a fraction of the color circle."""
   hsv = np.asarray(Image.fromarray(image).convert("HSV")).astype(np.float32)
   hsv[..., 0] = (hsv[..., 0] + 255 * hue) % 256
   hsv[..., 1] = np.clip(hsv[..., 1] * saturation, 0, 255)
