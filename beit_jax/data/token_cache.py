@@ -38,11 +38,13 @@ NUM_SAMPLES = 16  # examples whose hash identifies the data
 PAUSES = (0.0, 0.2, 1.0)  # seconds before each look at the list of shards, which `tokenize` may be extending
 # The color jitter of the token view depends on both views.
 VIEWS = ("image_size", "token_image_size", "interpolation", "token_interpolation")
-AUGMENTATION = ("crop", "crop_scale", "crop_ratio", "flip", "color_jitter", "scaled_decode")
+HOST_AUGMENTATIONS = ("crop", "crop_scale", "crop_ratio", "flip", "scaled_decode")
 CONFIG_KEY = "config key 'tokenizer.cache'"
 
 
-def cache_key(config: ConfigDict, tokenizer: Any, num_tokens: int, source: Source) -> dict[str, Any]:
+def cache_key(
+  config: ConfigDict, tokenizer: Any, num_tokens: int, source: Source, augmentations: tuple[str, ...]
+) -> dict[str, Any]:
   """Describes everything that the tokens of a run depend on.
 
   Args:
@@ -50,10 +52,12 @@ def cache_key(config: ConfigDict, tokenizer: Any, num_tokens: int, source: Sourc
     tokenizer: the run's tokenizer, a `Pretrained`.
     num_tokens: number of tokens of an example.
     source: the training data; some of its examples are read. Its location is not part of the result.
+    augmentations: names of the augmentations on the device that the objective applies.
 
   Returns:
     JSON values.
   """
+  data_keys = (*VIEWS, *HOST_AUGMENTATIONS, *augmentations)
   key = {
     "tokenizer's sha256": tokenizer.description.get("sha256"),
     "tokenizer's dtype": tokenizer.module.dtype,
@@ -64,7 +68,7 @@ def cache_key(config: ConfigDict, tokenizer: Any, num_tokens: int, source: Sourc
     "sha256 of some examples": _sample_sha256(source),
     "pixels": resize.BACKEND,
     "seed": config.seed,
-    **{f"data.{name}": config.data[name] for name in (*VIEWS, *AUGMENTATION)},
+    **{f"data.{name}": config.data[name] for name in data_keys},
   }
   return json.loads(json.dumps(key, default=str))
 

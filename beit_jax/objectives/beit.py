@@ -125,7 +125,9 @@ class MaskedImageModeling(EncoderObjective):
   def token_key(self) -> dict[str, Any]:
     """What the tokens of a training batch depend on; see `token_cache.cache_key`."""
     num_tokens = self.grid_size[0] * self.grid_size[1]
-    return token_cache.cache_key(self.config, self.tokenizer, num_tokens, self.source)
+    return token_cache.cache_key(
+      self.config, self.tokenizer, num_tokens, self.source, augmentations=self.augmentations
+    )
 
   def frozen_params(self, mesh: jax.sharding.Mesh) -> PyTree:
     del mesh
