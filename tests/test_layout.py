@@ -8,6 +8,7 @@ import pytest
 import beit_jax
 from beit_jax import masking, objectives, transfer
 from beit_jax.config import parse as config_lib
+from beit_jax.weights import pretrained
 from tests.conftest import ROOT
 
 # The layers of docs/architecture.md. A module imports only from rows below its own and from its own folder.
@@ -117,3 +118,34 @@ def test_full_size_recipe_is_that_of_the_paper():
   assert (stage.data.image_size, stage.data.token_image_size, stage.data.color_jitter) == (224, 112, 0.4)
   large = config_lib.load(f"{ROOT}/configs/beit_large.py", [], objectives.schemas()).pretrain
   assert large.optimizer.clip_norm == 1.0 and large.model.variant == "large"
+
+
+# Where the names of objectives and kinds of models may be compared: the two tables.
+TABLES = ("objectives", "weights.pretrained")
+
+
+def compared_names(source: str, names: set[str]) -> list[str]:
+  """The comparisons of something called `kind` or `objective` with one of `names`, as source text."""
+  found = []
+  for node in ast.walk(ast.parse(source)):
+    sides = [node.left, *node.comparators] if isinstance(node, ast.Compare) else []
+    values = {n.value for side in sides for n in ast.walk(side) if isinstance(n, ast.Constant)}
+    called = {side.attr for side in sides if isinstance(side, ast.Attribute)}
+    called |= {side.id for side in sides if isinstance(side, ast.Name)}
+    if called & {"kind", "objective"} and values & names:
+      found.append(ast.unparse(node))
+  return found
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_objectives_and_kinds_are_compared_in_their_tables_only(name):
+  """A new objective or kind of model is one row of a table, not an `if` elsewhere."""
+  names = {*objectives.OBJECTIVES, *pretrained.KINDS}
+  assert name in TABLES or not compared_names(MODULES[name].read_text(), names)
+
+
+def test_comparisons_are_found():
+  source = (
+    'a = run.objective == "beit"\nb = kind in ("mim", "x")\nc = kind == "x"\nd = "mim" in run.kind.sections'
+  )
+  assert compared_names(source, {"beit", "mim"}) == ["run.objective == 'beit'", "kind in ('mim', 'x')"]
