@@ -3,9 +3,9 @@
 The random keys of an augmentation come from the example, not from the step, so a resumed run sees the same pixels. Only
 mixup and cutmix, which pair the rows of a batch, use the key of the step.
 
-To add an augmentation, write a function `(keys, views, strength) -> views`, give it a line in `AUGMENTATIONS`, a number
-in `PURPOSES` and a key of the same name in the config's `data` section (`config/defaults.py`, with 0 = off), and name
-it in `augmentations` of the objectives that use it.
+To add an augmentation, write a function `(keys, views, strength) -> views`, give it a line in `AUGMENTATIONS` and a
+number in `PURPOSES`, and add a key of the same name to the config's `data` section (`config/defaults.py`, with 0 = off)
+and to `config/ranges.py`. Objectives, token caches and warnings follow the table.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -154,6 +154,8 @@ AUGMENTATIONS = {
     normalized=True,
   ),
 }
+# Those of pixels in [0, 1]: the only ones that suit objectives whose targets are pixels or visual tokens.
+ON_PIXELS = tuple(name for name, augmentation in AUGMENTATIONS.items() if not augmentation.normalized)
 
 
 def augment_views(

@@ -37,7 +37,7 @@ class MaskedImageModeling(EncoderObjective):
 
   kind = "mim"
   eval_metrics = ("loss", "mim_acc")
-  augmentations = ("color_jitter",)
+  augmentations = augment.ON_PIXELS
   frozen_sections = ("tokenizer",)
   value_ranges = masked.RANGES
 

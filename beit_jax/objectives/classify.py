@@ -34,7 +34,7 @@ class Classification(EncoderObjective):
   """
 
   kind = "classifier"
-  augmentations = ("color_jitter", "random_erasing")
+  augmentations = tuple(augment.AUGMENTATIONS)
   labels = "class"
   value_ranges = (
     (r"loss\.(mixup_alpha|cutmix_alpha)", ranges.number(0)),

@@ -30,7 +30,7 @@ class TokenizerTraining(base.Objective):
 
   kind = "tokenizer"
   eval_metrics = ("loss", "mae", "mse", "codebook_usage", "perplexity")
-  augmentations = ("color_jitter",)
+  augmentations = augment.ON_PIXELS
   import_replaces_run = True
   value_ranges = (
     (r"loss\.reconstruction", ranges.one_of("logit_laplace", "l1", "l2")),
