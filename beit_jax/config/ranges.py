@@ -68,7 +68,7 @@ def positive() -> Rule:
 
 def one_of(*choices: str) -> Rule:
   """One of several words."""
-  return lambda x: x in choices, f"is unknown; choose one of {', '.join(map(repr, choices))}"
+  return lambda x: x in choices, f"must be one of {', '.join(choices)}"
 
 
 def tuple_of(count: int | None, each: Rule, text: str, *, ascending: bool = False) -> Rule:

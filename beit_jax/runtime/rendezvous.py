@@ -9,6 +9,7 @@ import collections
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import socket
 import sys
@@ -24,6 +25,7 @@ LOST_STATUS = (
   TransientError.status
 )  # exit status when another process is gone: the same command may succeed later
 GRACE = 3.0  # seconds that a process has to end by itself when another has failed
+REFUSAL_SECONDS = 5  # after a refusal, for the others to connect and hear of it
 RETRY = 0.1  # seconds between two attempts to connect
 MAX_MESSAGE = 2**20  # bytes
 END = "end of the run"  # the barrier after which no process is missed
@@ -97,6 +99,7 @@ class _Hub:
     self._changed = threading.Condition()
     self._started = False  # every process has connected, and the run has started
     self._refusal: UserError | None = None
+    self._num_refused, self._refused_at = 0, math.inf
     self._arrived: dict[str, set[int]] = collections.defaultdict(set)
     self._ending = False  # by a failure or as planned; the end of a process is no longer reported
     server = self._listen()
@@ -120,7 +123,7 @@ class _Hub:
     end = time.monotonic() + self._timeout
     with server:
       server.settimeout(RETRY)
-      while self._waiting() and time.monotonic() < end:
+      while self._waiting() and time.monotonic() < min(end, self._refused_at + REFUSAL_SECONDS):
         with contextlib.suppress(OSError):
           channel = _Channel(server.accept()[0], self._heartbeat)
           threading.Thread(target=self._serve, args=(channel,), name="serve", daemon=True).start()
@@ -139,8 +142,8 @@ class _Hub:
         self._broadcast(hosts=self._hosts, start_id=uuid.uuid4().hex)
 
   def _waiting(self) -> bool:
-    """Whether processes are missing; a refusal ends the rendezvous when process 0 itself can receive it."""
-    return 0 not in self._channels or not self._refusal and len(self._channels) < self._info.count
+    """Whether processes have not connected yet; all of them shall hear of a refusal, process 0 last."""
+    return 0 not in self._channels or len(self._channels) + self._num_refused < self._info.count
 
   def _serve(self, channel: _Channel) -> None:
     """Registers the process at the other end and handles its messages until the connection ends."""
@@ -170,6 +173,8 @@ class _Hub:
         text = f"two processes have the number {index}: one on {self._hosts[index]} and one on {host}"
         self._refusal = UserError(text)
       if self._refusal:
+        self._num_refused += 1
+        self._refused_at = min(self._refused_at, time.monotonic())
         channel.send(refused=str(self._refusal), status=self._refusal.status)
         raise ConnectionError("refused")
       self._channels[index], self._hosts[index] = channel, host

@@ -294,11 +294,11 @@ def _segment(**changes):
   "changes, facts",
   [
     ({"segment.class_names": ("a", "b")}, ("segment.class_names", "2 names", "9 classes")),
-    ({"segment.class_names": tuple(range(9))}, ("segment.class_names", "text for each")),
+    ({"segment.class_names": tuple(range(9))}, ("segment.class_names", "name for each")),
     ({"segment.palette": "camvid"}, ("segment.palette", "11 colors for 9 classes")),
     ({"segment.palette": "camvit"}, ("segment.palette", "'camvit' is unknown", "'camvid'")),
     ({"segment.palette": ((1, 2, 300),) * 9}, ("segment.palette", "(1, 2, 300)", "0 to 255")),
-    ({"segment.palette": 3}, ("segment.palette", "3 is neither")),
+    ({"segment.palette": 3}, ("segment.palette", "must be of type str or tuple", "3 (int)")),
   ],
 )
 def test_invalid_names_and_colors(changes, facts):
