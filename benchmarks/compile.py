@@ -1,10 +1,11 @@
-"""Time to the first step of BEiT-L: tracing, lowering, compiling, running; with and without layer scan, cold and warm.
+"""Measures the time to the first step: tracing, lowering, compiling, running; with and without `scan`, cold and warm.
 
-    python benchmarks/compile.py                    # BEiT-L/24, float32, batch 1, no tokenizer
+    python benchmarks/compile.py                    # BEiT-L/24, float32, batch 1, tokens given
     python benchmarks/compile.py --variant=base --batch=8
 
-Each start is a process of its own; the warm ones find the compiled programs of the cold one before in JAX's persistent
-cache, as a run that goes on does (main.py keeps it in the run's folder). The peer is ourselves without the scan.
+Each start is a new process. A warm start finds the compiled programs of the cold start before it in JAX's persistent
+cache, as a resumed run does (`beit_jax.main` keeps the cache in the run's folder). The baseline is the same model
+without `scan`.
 """
 
 import argparse
@@ -18,7 +19,8 @@ import time
 PARTS = ("import and state", "trace", "lower", "compile", "first step", "second step")
 
 
-def child(args) -> dict:
+def measure(args) -> dict[str, float]:
+  """Runs in a new process: part -> seconds."""
   began = time.perf_counter()
   import jax
   import step_ours
@@ -60,7 +62,7 @@ def main():
   parser.add_argument("--scan", type=int, default=0, help=argparse.SUPPRESS)
   args = parser.parse_args()
   if args.cache:
-    print(json.dumps(child(args)))
+    print(json.dumps(measure(args)))
     return
   print(f"BEiT {args.variant}, {args.dtype}, batch {args.batch}, tokens given; seconds")
   print(f"{'':14}" + "".join(f"{part:>18}" for part in PARTS) + f"{'trace to step':>18}")

@@ -1,17 +1,20 @@
-"""The pre-training step, ours against PyTorch: images/s, ratio, share of the matmul peak, memory.
+"""Compares the pre-training step with one in PyTorch: images/s, fraction of the peak of matrix products, memory.
 
     python benchmarks/step.py                                                             # BEiT-B, float32, batch 8
-    python benchmarks/step.py --parts                                                     # where our time goes
+    python benchmarks/step.py --parts                                                     # times of the parts of ours
     python benchmarks/step.py --variant=large --dtype=bfloat16 --batch=128 --steps=20     # on a GPU
 
-Ours is the recipe's objective, optimizer and step from a uint8 batch on, masks included. The peer is transformers' BEiT
-backbone with a linear head on the masked positions, FLAVA's image codebook (the same dVAE), fused AdamW and the same
-clipping; it gets float pixels and a mask ready. Weights are random, nothing is downloaded. The peer is tried with each
-kind of attention, memory layout and compiler there is, and the fastest competes; on a GPU a compiled one has to be
-among them. Then rounds alternate; medians count. Ours runs once with the tokenizer and once with tokens given, as from
-a cache; the peer always runs its own. On a CPU the ratio of CPU time says what the ratio would be on an idle machine:
-look at it where others keep cores busy. With --dtype=float32 products are in full float32 on both sides, a GPU's TF32
-is off; with bfloat16 the few in float32 may use it on both.
+Our side is the objective, optimizer and step of the recipe, from a uint8 batch on, masks included. The PyTorch side is
+transformers' BEiT backbone with a linear head on the masked positions, FLAVA's image codebook (the same dVAE), fused
+AdamW and the same clipping; it gets float pixels and masks. Weights are random and nothing is downloaded.
+
+PyTorch is tried with several kinds of attention, memory layouts and compilers, and the fastest setting is compared; on
+a GPU at least one of them must be compiled. Then rounds of the two sides alternate, and medians are printed. Our side
+runs once with the tokenizer and once with given tokens, as from a cache; PyTorch always runs its tokenizer.
+
+On a CPU the ratio of CPU times estimates the ratio on an idle machine; prefer it if other processes use the cores. With
+--dtype=float32 matrix products are in full float32 on both sides, without a GPU's TF32; with bfloat16 the few products
+in float32 may use TF32 on both.
 """
 
 import argparse
@@ -21,7 +24,7 @@ from rounds import Child
 
 ENCODERS = {"base": (768, 12), "large": (1024, 24)}  # width, depth
 AUTOTUNE = "max-autotune-no-cudagraphs"  # on a GPU only
-TRIALS = (  # attention, mode of torch.compile, channels_last
+TRIALS = (  # settings of the PyTorch side: attention, mode of torch.compile, channels_last
   dict(attention="eager", compile="", channels_last=0),
   dict(attention="sdpa", compile="", channels_last=0),
   dict(attention="sdpa", compile="", channels_last=1),
@@ -36,16 +39,18 @@ TRIAL_ROUNDS = 5
 
 
 def encoder_flops(variant: str, patches: int = 196, masked: int = 75, vocab_size: int = 8192) -> float:
-  """Of one image and one step, forwards and backwards: products only, 2 for a multiply-add."""
+  """Returns the FLOPs of matrix products for one image: forward and backward pass, 2 for a multiply-add."""
   width, depth = ENCODERS[variant]
   tokens = patches + 1
   block = tokens * 24 * width**2 + 4 * tokens**2 * width
   embed = 2 * patches * 768 * width
-  return 3 * (depth * block + 2 * masked * width * vocab_size) + 2 * embed  # pixels need no gradient
+  return (
+    3 * (depth * block + 2 * masked * width * vocab_size) + 2 * embed
+  )  # the patch embedding needs no gradient of its input
 
 
 def tokenizer_flops(side: int = 112, n_hid: int = 256, vocab_size: int = 8192) -> float:
-  """Of one image, forwards only."""
+  """Returns the FLOPs of the tokenizer's forward pass for one image."""
   total, previous = side**2 * 49 * 3 * n_hid, n_hid
   for group in range(4):
     width, pixels = n_hid * 2**group, (side >> group) ** 2
@@ -61,8 +66,8 @@ def on_cpu(child: Child) -> bool:
   return child.ask("device").startswith("cpu")
 
 
-def fastest_peer(shared: dict, trials: tuple[dict, ...], steps: int) -> tuple[Child, dict]:
-  """The peer with the smallest median, opened anew; every other one has ended before the next begins."""
+def fastest_pytorch(shared: dict, trials: tuple[dict, ...], steps: int) -> tuple[Child, dict]:
+  """Tries the settings of the PyTorch side one after the other and restarts the one with the smallest median."""
   found, cpu = [], None
   for trial in trials:
     if cpu and trial["compile"] == AUTOTUNE:
@@ -74,20 +79,22 @@ def fastest_peer(shared: dict, trials: tuple[dict, ...], steps: int) -> tuple[Ch
       cpu, has_gradient = on_cpu(child), child.ask("bias_gradient")
       times = [child.steps(steps) for _ in range(TRIAL_ROUNDS)]
     except RuntimeError as error:
-      print(f"peer {trial}: {error}", flush=True)
+      print(f"PyTorch {trial}: {error}", flush=True)
       continue
     finally:
       if child:
         child.close()
     if not has_gradient:
-      raise SystemExit(f"peer {trial}: its bias table has no gradient, it would do less work than ours")
+      raise SystemExit(f"PyTorch {trial}: its bias table has no gradient, so it does less work than ours")
     seconds = statistics.median(t.cpu if cpu else t.wall for t in times) / steps
-    print(f"peer {trial}: {seconds:.3f} s a step{' (of CPU time)' if cpu else ''}", flush=True)
+    print(f"PyTorch {trial}: {seconds:.3f} s a step{' (of CPU time)' if cpu else ''}", flush=True)
     found.append((seconds, trial))
   if not found:
-    raise SystemExit("no peer ran; see above")
+    raise SystemExit("no setting of PyTorch ran; see above")
   if not cpu and not any(trial["compile"] for _, trial in found):
-    raise SystemExit("no compiled peer ran on this GPU; the comparison would flatter ours. See above")
+    raise SystemExit(
+      "no compiled setting of PyTorch ran on this GPU, so the comparison would favor ours; see above"
+    )
   chosen = min(found, key=lambda pair: pair[0])[1]
   child = Child("step_torch.py", **shared, **chosen)
   child.steps(3)
@@ -95,7 +102,7 @@ def fastest_peer(shared: dict, trials: tuple[dict, ...], steps: int) -> tuple[Ch
 
 
 def compare(sides: dict[str, Child], args) -> None:
-  """Rounds in turns, then a line for each side and the ratio of the first to the second."""
+  """Alternates rounds, then prints a line for each side and the ratio of the first to the second."""
   times = {name: [] for name in sides}
   for _ in range(args.rounds):
     for name, child in sides.items():
@@ -126,9 +133,11 @@ def main():
   parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
   parser.add_argument("--tokenizer", choices=("online", "cached", "both"), default="both")
   parser.add_argument("--rounds", type=int, default=7)
-  parser.add_argument("--steps", type=int, default=1, help="in a round")
-  parser.add_argument("--trials", default="", help="of the peer, e.g. 1,2; default all")
-  parser.add_argument("--parts", action="store_true", help="only ours, and the parts of it")
+  parser.add_argument("--steps", type=int, default=1, help="steps in a round")
+  parser.add_argument(
+    "--trials", default="", help="indices of the settings of PyTorch to try, e.g. 1,2; default all"
+  )
+  parser.add_argument("--parts", action="store_true", help="only time the parts of our step")
   args = parser.parse_args()
   shared = dict(variant=args.variant, batch=args.batch, dtype=args.dtype)
   trials = tuple(TRIALS[int(i)] for i in args.trials.split(",")) if args.trials else TRIALS
@@ -138,14 +147,14 @@ def main():
       print(f"{name:10} {wall:8.3f} s, {cpu:8.3f} s of CPU")
     ours.close()
     return
-  peer, chosen = fastest_peer(shared, trials, args.steps)
-  print(f"BEiT {args.variant}, {args.dtype}, batch {args.batch}; peer {chosen}, its tokenizer online")
+  pytorch, chosen = fastest_pytorch(shared, trials, args.steps)
+  print(f"BEiT {args.variant}, {args.dtype}, batch {args.batch}; PyTorch with {chosen} and its tokenizer")
   for tokenizer in ("online", "cached") if args.tokenizer == "both" else (args.tokenizer,):
     ours = Child("step_ours.py", **shared, tokenizer=tokenizer)
     ours.steps(2)
-    compare({f"ours, tokens {tokenizer}": ours, "PyTorch": peer}, args)
+    compare({f"ours, tokens {tokenizer}": ours, "PyTorch": pytorch}, args)
     ours.close()
-  peer.close()
+  pytorch.close()
 
 
 if __name__ == "__main__":

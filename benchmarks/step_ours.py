@@ -1,4 +1,4 @@
-"""Our side of step.py: the objective, optimizer and training step of configs/beit_base.py or beit_large.py."""
+"""Our side of `step.py`: the objective, optimizer and training step of configs/beit_base.py or beit_large.py."""
 
 import argparse
 import logging
@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the peer is on the same GPU
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the PyTorch process uses the same GPU
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
@@ -19,7 +19,7 @@ import rounds  # noqa: E402
 
 import beit_jax  # noqa: E402
 from beit_jax import augment, objectives  # noqa: E402
-from beit_jax.config import parse as config_lib  # noqa: E402
+from beit_jax.config import parse  # noqa: E402
 from beit_jax.data import sources  # noqa: E402
 from beit_jax.objectives.beit import MaskedImageModeling  # noqa: E402
 from beit_jax.run import state as train_state  # noqa: E402
@@ -29,18 +29,24 @@ from beit_jax.weights.pretrained import Pretrained, make_module  # noqa: E402
 
 
 def random_tokenizer(folder: Path, dtype: str) -> Path:
-  """DALL-E's dVAE at full size with random weights."""
+  """Saves DALL-E's dVAE at full size with random weights."""
   fields = dict(n_hid=256, n_init=128, n_blk_per_group=2, group_count=4, vocab_size=8192, dtype=dtype)
   module = make_module("tokenizer", fields)
   params = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 112, 112, 3)))["params"]
-  look = dict(mean=(0.0,) * 3, std=(1.0,) * 3, image_size=(112, 112), crop_pct=1.0)
-  look |= dict(interpolation="lanczos", resize="short_side")
-  beit_jax.save(Pretrained("tokenizer", params, module, look), folder, format="orbax")
+  preprocessing = dict(
+    mean=(0.0,) * 3,
+    std=(1.0,) * 3,
+    image_size=(112, 112),
+    crop_pct=1.0,
+    interpolation="lanczos",
+    resize="short_side",
+  )
+  beit_jax.save(Pretrained("tokenizer", params, module, preprocessing), folder, format="orbax")
   return folder
 
 
 def build(variant, batch_size, dtype, tokenizer, **changes):
-  """(train step, state, frozen, batch, objective) of the recipe: only sizes, dtype and the source of images differ."""
+  """Builds the recipe with other sizes, dtype and images: (train step, state, frozen, batch, objective)."""
   changes = {
     "batch_size": batch_size,
     "model.dtype": dtype,
@@ -50,14 +56,14 @@ def build(variant, batch_size, dtype, tokenizer, **changes):
     "optimizer.warmup_steps": 6250,
     "data.source": "shapes",
     "data.name": "",
-    "data.color_jitter": 0.0,  # on neither side
+    "data.color_jitter": 0.0,  # the PyTorch side has none
     "eval.split": "",
     "model.scan": False,
     "model.remat": False,
     **changes,
   }
   spec = f"{ROOT}/configs/beit_{variant}.py"
-  config = config_lib.load(spec, [(f"pretrain.{k}", v) for k, v in changes.items()], objectives.schemas())
+  config = parse.load(spec, [(f"pretrain.{k}", v) for k, v in changes.items()], objectives.schemas())
   config = config.pretrain
   with tempfile.TemporaryDirectory() as folder:
     config.tokenizer.init_from = str(random_tokenizer(Path(folder) / "tokenizer", dtype))
@@ -77,25 +83,25 @@ def build(variant, batch_size, dtype, tokenizer, **changes):
   }
   if tokenizer == "online":
     batch["token_image"] = rng.integers(0, 256, (batch_size, 112, 112, 3), np.uint8)
-  else:  # as from a cache: the tokenizer does not run
+  else:  # as from a cache, without running the tokenizer
     batch["targets"] = rng.integers(0, 8192, (batch_size, 196), np.int32)
   return step, state, frozen, sharding.put_batch(mesh, batch, batch_size), objective
 
 
 def parts(step, state, frozen, batch, objective) -> dict[str, tuple[float, float]]:
-  """(wall, CPU) seconds of the step and of programs that are parts of it, each the fastest of three.
+  """Times the step and programs that are parts of it: name -> (wall, CPU) seconds, the fastest of three runs.
 
-  What the step takes beside tokenizer and gradient is clipping, AdamW and the update. The state is used up.
+  The rest of the step, besides tokenizer and gradient, is clipping, AdamW and the update. `state` is donated.
   """
   key = jax.random.key(0)
   given = {**batch, "targets": jnp.zeros((len(batch["image"]), 196), jnp.int32)}
 
-  # All data are arguments: XLA would compute at compile time what depends on constants only.
+  # All data are arguments, since XLA evaluates what depends only on constants at compile time.
   def sums(params, frozen, batch):
     return objective.loss({"params": params}, frozen, batch, key, 0).metrics["loss"].total
 
   def masks(batch):
-    return objective._sample_mask(augment.example_keys(0, batch["example_key"], "mask"))
+    return objective._sample_masks(augment.example_keys(0, batch["example_key"], "mask"))
 
   def tokenize(frozen, batch):
     pixels = augment.to_float(batch["token_image"])
@@ -122,18 +128,18 @@ def parts(step, state, frozen, batch, objective) -> dict[str, tuple[float, float
     jitted = jax.jit(program)
     found[name] = best(lambda jitted=jitted, args=args: jitted(*args))
 
-  def whole():
+  def whole_step():
     nonlocal state
     state, metrics = step(state, frozen, batch)
     return state, metrics
 
-  return {**found, "step": best(whole)}
+  return {**found, "step": best(whole_step)}
 
 
 def matmul_peak(dtype: str) -> float:
-  """FLOP/s of one large product, the best of several."""
+  """Returns the FLOP/s of one large matrix product, the best of several runs."""
   size, repeats = (4096, 1) if jax.default_backend() == "cpu" else (8192, 10)
-  # Numbers as in training: a GPU draws less power, and so is faster, where all are alike.
+  # Random numbers as in training: with equal numbers a GPU draws less power and is faster.
   a = (jax.random.normal(jax.random.key(0), (size, size)) / size**0.5).astype(dtype)
   product = jax.jit(jnp.matmul)
   best = float("inf")
@@ -172,7 +178,9 @@ def main():
       stats = jax.devices()[0].memory_stats()
       return stats["peak_bytes_in_use"] / 2**30 if stats else rounds.peak_rss()
 
-    device = lambda: f"{jax.devices()[0].device_kind}, jax {jax.__version__}"
+    def device():
+      return f"{jax.devices()[0].device_kind}, jax {jax.__version__}"
+
     rounds.serve(
       run,
       memory=memory,

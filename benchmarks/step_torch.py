@@ -1,6 +1,6 @@
-"""PyTorch's side of step.py: transformers' BEiT with a head on the masked positions, FLAVA's codebook as tokenizer.
+"""The PyTorch side of `step.py`: transformers' BEiT with a head on the masked positions, FLAVA's codebook as tokenizer.
 
-Pixels come normalised, as float32 and already on the device, the mask is given: the peer pays for neither.
+Normalized float32 pixels and masks are on the device beforehand, so they cost no time.
 """
 
 import argparse
@@ -12,19 +12,19 @@ from pathlib import Path
 import rounds
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from tests.peers import torch, transformers  # noqa: E402  where torchvision is half installed this mends it
+from tests.peers import torch, transformers  # noqa: E402  works around broken installations of torchvision
 
 nn = torch.nn
 
-SIZES = {  # hidden_size, num_hidden_layers, num_attention_heads, layer_scale_init_value; clip
+SIZES = {  # (hidden_size, num_hidden_layers, num_attention_heads, layer_scale_init_value), clip_norm
   "base": ((768, 12, 12, 0.1), 3.0),
   "large": ((1024, 24, 16, 1e-5), 1.0),
 }
-MASKED = 75
+NUM_MASKED = 75
 
 
 class MaskedImageModel(nn.Module):
-  """BEiT as released (shared relative-position bias, LayerScale) and 8,192 logits at masked patches only."""
+  """BEiT as released (shared relative-position bias, LayerScale) with 8,192 logits at the masked patches only."""
 
   def __init__(self, variant: str, attention: str):
     super().__init__()
@@ -63,9 +63,9 @@ def build(args):
   if args.channels_last:
     tokenizer = tokenizer.to(memory_format=torch.channels_last)
   no_decay = [p for n, p in model.named_parameters() if p.ndim == 1 or n.endswith("cls_token")]
-  spared = {id(p) for p in no_decay}
+  without_decay = {id(p) for p in no_decay}
   groups = [
-    dict(params=[p for p in model.parameters() if id(p) not in spared], weight_decay=0.05),
+    dict(params=[p for p in model.parameters() if id(p) not in without_decay], weight_decay=0.05),
     dict(params=no_decay, weight_decay=0.0),
   ]
   optimizer = torch.optim.AdamW(groups, lr=1e-7, betas=(0.9, 0.999), fused=True)
@@ -73,7 +73,7 @@ def build(args):
   token_image = torch.rand(args.batch, 3, 112, 112, device=device).to(dtype)
   if args.channels_last:
     token_image = token_image.to(memory_format=torch.channels_last)
-  slots = torch.rand(args.batch, 196, device=device).argsort(1)[:, :MASKED]
+  slots = torch.rand(args.batch, 196, device=device).argsort(1)[:, :NUM_MASKED]
   mask = torch.zeros(args.batch, 196, dtype=torch.bool, device=device).scatter_(1, slots, True)
   loss_of, tokens_of = model, tokenizer.get_codebook_indices
   if args.compile:
@@ -91,7 +91,7 @@ def build(args):
     return loss
 
   def bias_gradient():
-    """Whether the last step gave the bias table a gradient: some kinds of attention have none for it."""
+    """Whether the last step computed a gradient of the bias table; some kinds of attention do not."""
     (table,) = (p for n, p in model.named_parameters() if n.endswith("relative_position_bias_table"))
     return table.grad is not None and bool(table.grad.any())
 
@@ -99,11 +99,13 @@ def build(args):
 
 
 def matmul_peak(dtype: str) -> float:
-  """FLOP/s of one large product, the best of several."""
+  """Returns the FLOP/s of one large matrix product, the best of several runs."""
   cuda = torch.cuda.is_available()
   size, repeats = (8192, 10) if cuda else (4096, 1)
-  # Numbers as in training: a GPU draws less power, and so is faster, where all are alike.
-  a = torch.randn(size, size, device="cuda" if cuda else "cpu") / size**0.5  # products stay as large as it is
+  # Random numbers as in training: with equal numbers a GPU draws less power and is faster.
+  a = (
+    torch.randn(size, size, device="cuda" if cuda else "cpu") / size**0.5
+  )  # keeps the scale of repeated products
   a = a.to(getattr(torch, dtype))
   wait = torch.cuda.synchronize if cuda else lambda: None
   best = float("inf")
@@ -141,9 +143,13 @@ def main():
     return torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else rounds.peak_rss()
 
   name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-  device = lambda: f"{name}, torch {torch.__version__}"
-  answers = dict(memory=memory, peak=lambda: matmul_peak(args.dtype), device=device)
-  rounds.serve(run, bias_gradient=bias_gradient, **answers)
+  rounds.serve(
+    run,
+    memory=memory,
+    peak=lambda: matmul_peak(args.dtype),
+    device=lambda: f"{name}, torch {torch.__version__}",
+    bias_gradient=bias_gradient,
+  )
 
 
 if __name__ == "__main__":
