@@ -21,20 +21,20 @@ MAX_LOGGED = 20  # images in the log; the file lists all of them
 class BadImageTracker:
   """Records the examples that `pipeline` replaced, and stops the run if there are too many.
 
-  The count is that of the different examples replaced during the last len(source) examples of this start: repeats,
-  transient errors of long ago and errors before a repair do not add up. The run stops when the count exceeds
-  max_share * len(source). In a random order it stops sooner: of m examples seen, more than
-  max_share * m + 4 sqrt(max_share * m) + 2 suffice. So a run on data of which half is broken stops in its first
-  batches, and a share of up to max_share stops less than one run in a thousand.
+  It counts the distinct examples replaced among the last len(source) examples since this start. Repeats, old transient
+  errors and errors before a repair therefore do not add up. The run stops when the count exceeds
+  max_share * len(source). In a random order it stops sooner: when, of m examples seen, more than
+  max_share * m + 4 sqrt(max_share * m) + 2 were replaced. So a run stops in its first batches if half of the data is
+  broken, while a share of up to max_share stops less than one run in a thousand.
 
-  With several processes each counts the rows that it reads, which in training is a random sample too; an evaluation
-  adds the counts up at its end and calls `check`.
+  With several processes, each counts the rows that it reads, in training also a random sample. An evaluation adds up
+  the counts at its end and calls `check`.
 
   Args:
     source: the data.
     max_share: allowed share of all examples.
     path: a JSON line {"index", "reason"} is appended for each bad example; existing lines are read back.
-    shuffled: whether the order is random. If not, as in evaluation, a broken folder comes all at once.
+    shuffled: whether the order is random. If not, as in evaluation, damaged examples may lie close together.
 
   Attributes:
     reasons: index -> reason, of every bad example found so far, including earlier starts.
@@ -52,7 +52,7 @@ class BadImageTracker:
 
   @property
   def count(self) -> int:
-    """Number of different examples replaced recently; see the class."""
+    """Number of distinct examples replaced recently; see the class."""
     return len(self._replaced_at)
 
   def update(self, indices: np.ndarray, replaced: np.ndarray) -> None:
@@ -60,7 +60,7 @@ class BadImageTracker:
 
     Args:
       indices: int [b], the examples of the batch.
-      replaced: bool [b], whether another example took the place.
+      replaced: bool [b], whether another example replaced this one.
 
     Raises:
       UserError: too many examples cannot be read.

@@ -36,7 +36,7 @@ class Reader(Protocol):
 
 
 def decode(example: Example, index: int) -> images.LazyImage:
-  """The image of an example. Decoding is lazy: damage may only show when the pixels are read.
+  """Returns the image of an example. Decoding is lazy: corruption may only surface when the pixels are read.
 
   Raises:
     BadImage: the image cannot be decoded; names the file, or the example.
@@ -62,7 +62,7 @@ def read(source: Source, index: int) -> Example:
 
 
 def candidates(index: int, count: int) -> Iterator[int]:
-  """Yields `index`, then its replacements: random examples out of `count`, since a whole folder may be damaged."""
+  """Yields `index`, then its replacements: random ones out of `count`, since neighbors are often damaged together."""
   yield index
   rng = np.random.default_rng((index, 4))
   for _ in range(MAX_CANDIDATES):
@@ -103,7 +103,7 @@ def decode_labels(encoded: Any, name: str) -> np.ndarray:
 
 
 def read_error(source: Source, index: int) -> str:
-  """Says why an example cannot be read, naming the file or the example."""
+  """Returns the reason why an example cannot be read, which names the file or the example."""
   try:
     example = source[index]
     decode(example, index).pixels()
@@ -111,4 +111,4 @@ def read_error(source: Source, index: int) -> str:
       decode_labels(example["label_map"], label_map_name(example, index))
   except (BadImage, OSError) as error:
     return str(error)
-  return f"example {index}: could not be read earlier, or when its tokens were cached; now it can"
+  return f"example {index}: could not be read before, or when its tokens were cached; now it can"

@@ -1,8 +1,8 @@
-"""Decoding, cropping and resizing on the host, uint8 out.
+"""Decodes, crops and resizes images on the host.
 
-The two-view crop follows unilm `beit/datasets.py` and `beit/transforms.py`: one random box, resized twice. Every
-function takes its randomness as an argument. Training views are made for speed (`jpeg.py`, `resize.py`); evaluation
-resizes with Pillow, like the code that published the numbers it is compared with.
+The two-view crop follows unilm `beit/datasets.py` and `beit/transforms.py`: one random box, resized twice. Functions
+with randomness take a generator as an argument. Training uses faster libraries (`jpeg.py`, `resize.py`); evaluation
+resizes with Pillow, like the code behind the published numbers.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from beit_jax.errors import BadImage
 
 MAX_PIXELS = 2**26  # of an encoded image, checked before it is decoded: 8,192 x 8,192
 MAX_WEBP_PIXELS = 3 * 2**24  # the WebP decoder holds four copies
-MAX_ASPECT = 64  # of an image that is resized as a whole; of a narrower one only the central part is used
+MAX_ASPECT = 64  # of an image that is resized without a crop; of a narrower one only the central part is used
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # not EPS, which runs a program
 RESIZES = ("short_side", "squash")
 CROPS = ("random_resized", "pad", "center")
@@ -123,9 +123,9 @@ def decoding(name: str, advice: str = "") -> Iterator[None]:
 
 
 class LazyImage:
-  """An image whose header has been read. The pixels of a plain JPEG are decoded when they are asked for.
+  """An image whose header has been read. The pixels of a plain JPEG are decoded on access.
 
-  The pixels are those of `decode`, to the bit.
+  The pixels are bit-identical to those of `decode`.
 
   Args:
     image: as for `decode`.
@@ -291,7 +291,7 @@ def eval_size(
 
 
 def _limited_box(size: tuple[int, int]) -> Box:
-  """The central box of at most `MAX_ASPECT`: to resize a line of pixels would exhaust the memory."""
+  """The central box of at most `MAX_ASPECT`: resizing an image one pixel wide would exhaust the memory."""
   width, height = (min(side, MAX_ASPECT * min(size)) for side in size)
   return _central_box(*size, width, height)
 
@@ -299,7 +299,16 @@ def _limited_box(size: tuple[int, int]) -> Box:
 def eval_views(
   image: Any, views: ViewSizes, *, crop_pct: float, resize: str = "short_side"
 ) -> dict[str, np.ndarray]:
-  """Resizes to `eval_size` and crops the center: {view: uint8 [H, W, 3]}. Args as for `train_views`, `eval_size`."""
+  """Resizes to `eval_size` and crops the center.
+
+  Args:
+    image: anything that `decode` takes.
+    views: the sizes to make.
+    crop_pct: see `eval_size`, as `resize`.
+
+  Returns:
+    {view: uint8 [H, W, 3]}.
+  """
   image = decode(image)
   if max(image.size) > MAX_ASPECT * min(image.size):
     image = image.crop(_limited_box(image.size))

@@ -1,7 +1,7 @@
-"""Decodes common JPEGs with libjpeg-turbo: the pixels of Pillow to the bit, but faster.
+"""Decodes common JPEGs with libjpeg-turbo: faster than Pillow, and bit-identical.
 
-Only files that the library reads without an error or a warning are taken from it. All others are left to Pillow, so
-that Pillow alone decides which files are damaged, and words the reason.
+If the library reports an error or a warning, its result is discarded and Pillow decodes the file. So Pillow alone
+decides which files are damaged, and its message is the one that is shown.
 """
 
 import numpy as np

@@ -1,12 +1,14 @@
-"""From a source to host batches, by grain. The step is the data position.
+"""Makes host batches from a source, with grain. The step is the data position.
 
-There is one global order of examples: position p = step * batch_size + row, epoch = p // n, and within an epoch
-the permutation of (seed, epoch). A process reads the rows of each global batch that its devices hold; crops and
-flips depend on (seed, epoch, index) only. So a run starts anywhere at once, and neither the batch, the mesh,
-the number of processes nor that of workers changes what an example looks like.
+There is one global order of examples: position p = step * batch_size + row lies in epoch p // n, and the order within
+an epoch is a permutation that depends on (seed, epoch). Each process reads the rows of a global batch that its devices
+hold. Crops and flips depend on (seed, epoch, index) only. A run can therefore start at any step at once, and an example
+looks the same with any batch size, mesh, and number of processes or workers.
 """
 
+import contextlib
 import ctypes
+import dataclasses
 import errno
 import functools
 import itertools
@@ -34,67 +36,78 @@ def _order(seed: int, epoch: int, count: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=2)
 def places(seed: int, epoch: int, count: int) -> np.ndarray:
-  """Example -> its place in the order of an epoch: uint32 [count]. Token caches are written in that order."""
-  found = np.empty(count, np.uint32)
-  found[_order(seed, epoch, count)] = np.arange(count, dtype=np.uint32)
-  return found
+  """The position of each example in the order of an epoch: uint32 [count]. Token caches are written in that order."""
+  result = np.empty(count, np.uint32)
+  result[_order(seed, epoch, count)] = np.arange(count, dtype=np.uint32)
+  return result
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class _Rows:
-  """Random access to this process's rows of the global batches, in order; the unit that grain reads."""
+  """Random access to this process's rows of all global batches, in order; grain reads from it.
 
-  def __init__(
-    self, source: Source, reader: Reader, *, rows: np.ndarray, batch_size: int, steps: int, seed: int, train: bool,
-    replace: bool,
-  ) -> None:  # fmt: skip
-    self._source, self._reader, self._tries = source, reader, 1 + MAX_CANDIDATES if replace else 1
-    self._rows, self._batch, self._steps = rows, batch_size, steps
-    self._seed, self._train = seed, train
+  Attributes:
+    rows: the rows of a global batch that this process reads.
+    batch_size: of the global batch.
+    steps: number of global batches.
+    train: whether to shuffle and augment.
+    replace: whether other examples replace those that cannot be read.
+  """
+
+  source: Source
+  reader: Reader
+  rows: np.ndarray
+  batch_size: int
+  steps: int
+  seed: int
+  train: bool
+  replace: bool
 
   def __len__(self) -> int:
-    return self._steps * len(self._rows)
+    return self.steps * len(self.rows)
 
   def __getitem__(self, i: int) -> HostBatch:
-    step, row = divmod(int(i), len(self._rows))
-    position = step * self._batch + int(self._rows[row])
-    epoch, index = divmod(position, len(self._source))
-    if self._train:
-      index = int(_order(self._seed, epoch, len(self._source))[index])
-    arrays, replaced = self._read(index, (self._seed, epoch, index))
+    step, row = divmod(int(i), len(self.rows))
+    position = step * self.batch_size + int(self.rows[row])
+    epoch, index = divmod(position, len(self.source))
+    if self.train:
+      index = int(_order(self.seed, epoch, len(self.source))[index])
+    arrays, replaced = self._read(index, (self.seed, epoch, index))
     return {
       **arrays,
       "example_key": np.array([epoch, index], np.uint32),
-      "valid": np.array(self._train or (position < len(self._source) and not replaced)),
+      "valid": np.array(self.train or (position < len(self.source) and not replaced)),
       "replaced": np.array(replaced),
     }
 
   def _read(self, index: int, key: tuple[int, ...]) -> tuple[HostBatch, bool]:
-    """An example's arrays; if it cannot be read, those of a replacement that depends on the index only.
+    """Reads an example or, if that fails, a replacement that depends on the index only.
 
-    To its reader an example says which it is, "index", and what is wrong with the one that it replaces, "replaces".
+    Returns:
+      The arrays, and whether they are those of a replacement.
     """
     problem = None
-    for other in itertools.islice(candidates(index, len(self._source)), self._tries):
+    attempts = None if self.replace else 1
+    for other in itertools.islice(candidates(index, len(self.source)), attempts):
       try:
-        example = {**read(self._source, other), "index": other, "replaces": problem}
+        example = {**read(self.source, other), "index": other, "replaces": problem}
         image = decode(example, other)
-        reader = self._reader
-        arrays = reader.train(image, example, key) if self._train else reader.eval(image, example)
+        reader = self.reader
+        arrays = reader.train(image, example, key) if self.train else reader.eval(image, example)
         return arrays, other != index
       except BadImage as error:
         problem = problem or error
-    more = (
-      "" if self._tries == 1 else f"; nor could any of {MAX_CANDIDATES} others that were tried in its place"
-    )
-    raise BadImage(f"{problem}{more}")
+    replacements = f"; nor could any of {MAX_CANDIDATES} replacements" if self.replace else ""
+    raise BadImage(f"{problem}{replacements}")
 
 
-def _as_worker(*_: Any) -> None:
-  """A worker ignores the signals that are meant for its parent, and dies with that, however it dies."""
+def _init_worker(*_: Any) -> None:
+  """Makes a worker ignore the signals meant for its parent, and end when its parent ends, for whatever reason."""
   for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, signal.SIG_IGN)
   if sys.platform == "linux":
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # at once, but only if the parent is still alive now
+    # The kernel then kills the worker at once, but only if the parent is still alive now; the thread covers the rest.
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
   threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -105,45 +118,47 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
+@contextlib.contextmanager
+def _clear_errors(workers: int) -> Iterator[None]:
+  """Translates errors of grain's worker processes into errors that say what to do."""
+  try:
+    yield
+  except OSError as error:
+    if not workers or error.errno != errno.ENOSPC:
+      raise
+    raise UserError(
+      "no space left in /dev/shm, where data workers put their batches: make it larger (docker run --shm-size=8g) or "
+      "decrease data.workers"
+    ) from None
+  except RuntimeError as error:
+    if "Worker process was terminated" not in str(error):
+      raise
+    raise TransientError(
+      f"one of the {workers} data workers was killed; if the machine ran out of memory, decrease data.workers or "
+      "data.threads"
+    ) from None
+
+
 def _batches(
-  rows: _Rows,
-  local_batch: int,
-  start_step: int,
-  workers: int,
-  threads: int,
-  bad_images: BadImageTracker | None,
+  rows: _Rows, start_step: int, workers: int, threads: int, bad_images: BadImageTracker | None
 ) -> Iterator[HostBatch]:
   # Batching comes before `to_iter_dataset`: after it the order would depend on the number of workers.
-  dataset = grain.MapDataset.source(rows).batch(local_batch)[start_step:]
+  dataset = grain.MapDataset.source(rows).batch(len(rows.rows))[start_step:]
   options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2 * threads, 2))
   dataset = dataset.to_iter_dataset(options)
   if workers:
     from absl import flags
 
-    flags.FLAGS.mark_as_parsed()  # grain's workers refuse to start otherwise; we use no absl flags
+    flags.FLAGS.mark_as_parsed()  # grain's workers do not start otherwise; we use no absl flags
     processes = grain.multiprocessing.MultiprocessingOptions(num_workers=workers)
-    dataset = dataset.mp_prefetch(processes, worker_init_fn=_as_worker)
-  iterator = None
+    dataset = dataset.mp_prefetch(processes, worker_init_fn=_init_worker)
+  with _clear_errors(workers):
+    iterator = iter(dataset)
   while True:
-    try:
-      iterator = iter(dataset) if iterator is None else iterator
-      batch = next(iterator)
-    except StopIteration:
+    with _clear_errors(workers):
+      batch = next(iterator, None)
+    if batch is None:
       return
-    except OSError as error:
-      if not workers or error.errno != errno.ENOSPC:
-        raise
-      raise UserError(
-        "no space left in /dev/shm, where data workers leave their batches: make it larger (docker run --shm-size=8g), "
-        "or lower data.workers"
-      ) from None
-    except RuntimeError as error:
-      if "Worker process was terminated" not in str(error):
-        raise
-      raise TransientError(
-        f"one of the {workers} data workers was killed; if the machine ran out of memory, lower data.workers or "
-        "data.threads"
-      ) from None
     replaced = batch.pop("replaced")
     if bad_images is not None:
       bad_images.update(batch["example_key"][:, 1], replaced)
@@ -151,33 +166,55 @@ def _batches(
 
 
 def train_batches(
-  source: Source, reader: Reader, *,
-  rows: np.ndarray, batch_size: int, total_steps: int, start_step: int, seed: int, workers: int = 0, threads: int = 1,
+  source: Source,
+  reader: Reader,
+  *,
+  rows: np.ndarray,
+  batch_size: int,
+  total_steps: int,
+  start_step: int,
+  seed: int,
+  workers: int = 0,
+  threads: int = 1,
   bad_images: BadImageTracker | None = None,
-) -> Iterator[HostBatch]:  # fmt: skip
-  """Host batches of steps start_step..total_steps-1.
+) -> Iterator[HostBatch]:
+  """Makes the host batches of steps start_step to total_steps - 1.
 
   Args:
+    source: the data.
     reader: makes the arrays of each row.
     rows: the rows of a global batch that this process reads.
-    workers: processes that read; 0 = `threads` of this one.
-    bad_images: records examples that cannot be read, which others replace. Without it they are errors.
+    batch_size: of the global batch.
+    total_steps: the step to stop before.
+    start_step: the first step.
+    seed: of the order and of augmentation.
+    workers: number of processes that read; with 0, threads of this process do.
+    threads: number of threads that read, in each process.
+    bad_images: records examples that cannot be read; others replace them. If None, they raise `BadImage`.
 
   Yields:
-    {view: uint8 [b, H, W, 3], "example_key": uint32 [b, 2] = (epoch, index), "valid": bool [b] and, with labels,
-    "label": int32 [b], or float32 [b, C] of 0 and 1 with several labels}, b = len(rows).
+    {view: uint8 [b, H, W, 3], "example_key": uint32 [b, 2] = (epoch, index), "valid": bool [b]} and, if there are
+    labels, "label": int32 [b], or float32 [b, C] of 0 and 1 with several labels per image. b = len(rows).
   """
-  options: dict[str, Any] = dict(rows=rows, batch_size=batch_size, seed=seed, replace=bad_images is not None)
-  table = _Rows(source, reader, steps=total_steps, train=True, **options)
-  return _batches(table, len(rows), start_step, workers, threads, bad_images)
+  replace = bad_images is not None
+  table = _Rows(source, reader, rows, batch_size, total_steps, seed=seed, train=True, replace=replace)
+  return _batches(table, start_step, workers, threads, bad_images)
 
 
 def eval_batches(
-  source: Source, reader: Reader, *,
-  rows: np.ndarray, batch_size: int, workers: int = 0, threads: int = 1, bad_images: BadImageTracker | None = None,
-) -> Iterator[HostBatch]:  # fmt: skip
-  """Every example once, in order, centre-cropped; `valid` is False in the last batch's padding and for damaged ones."""
-  steps = -(-len(source) // batch_size)
-  options: dict[str, Any] = dict(rows=rows, batch_size=batch_size, seed=0, replace=bad_images is not None)
-  table = _Rows(source, reader, steps=steps, train=False, **options)
-  return _batches(table, len(rows), 0, workers, threads, bad_images)
+  source: Source,
+  reader: Reader,
+  *,
+  rows: np.ndarray,
+  batch_size: int,
+  workers: int = 0,
+  threads: int = 1,
+  bad_images: BadImageTracker | None = None,
+) -> Iterator[HostBatch]:
+  """Makes host batches with every example once, in order, without randomness. See `train_batches`.
+
+  `valid` is False for the padding of the last batch and for examples that cannot be read.
+  """
+  steps, replace = -(-len(source) // batch_size), bad_images is not None
+  table = _Rows(source, reader, rows, batch_size, steps, seed=0, train=False, replace=replace)
+  return _batches(table, 0, workers, threads, bad_images)

@@ -1,8 +1,8 @@
-"""RandAugment as BEiT fine-tunes with it, on the host: timm's `rand-m9-mstd0.5-inc1`, with Pillow.
+"""RandAugment as in BEiT's fine-tuning (paper, Table 13): timm's `rand-m9-mstd0.5-inc1`, with Pillow, on the host.
 
-Two operations are drawn with replacement from fifteen; each is applied with probability 0.5, at a magnitude drawn
-from N(9, 0.5) and clipped to [0, 10]. "inc1": every operation gets stronger with its magnitude. Paper, Table 13.
-Differs on purpose: at magnitude 10 posterising keeps one bit, where timm asks for none (an error of newer Pillow).
+Two operations are drawn with replacement from fifteen. Each is applied with probability 0.5, at a magnitude drawn from
+N(9, 0.5) and clipped to [0, 10]. "inc1" means that every operation gets stronger with its magnitude.
+One deliberate difference: at magnitude 10 posterizing keeps one bit; timm keeps none, an error in newer Pillow.
 """
 
 import functools
@@ -23,7 +23,7 @@ Fill = tuple[int, int, int]
 
 
 def _affine(*matrix: float) -> Callable:
-  """Pillow's inverse affine map (a, b, c, d, e, f): output (x, y) shows input (ax + by + c, dx + ey + f)."""
+  """Pillow's inverse affine map (a, b, c, d, e, f): the output at (x, y) is the input at (ax + by + c, dx + ey + f)."""
   return lambda image, fill: image.transform(
     image.size, Image.Transform.AFFINE, matrix, BICUBIC, fillcolor=fill
   )
@@ -34,8 +34,8 @@ def _solarize_add(image: Image.Image, add: int) -> Image.Image:
   return image.point([min(255, i + add) if i < 128 else i for i in range(256)] * 3)
 
 
-def _enhance(kind: type) -> Callable:
-  return lambda image, factor, fill: kind(image).enhance(factor)
+def _enhance(enhancer: type) -> Callable:
+  return lambda image, factor, fill: enhancer(image).enhance(factor)
 
 
 def _enhance_level(m: float, sign: float) -> float:
@@ -43,7 +43,12 @@ def _enhance_level(m: float, sign: float) -> float:
 
 
 class Op(NamedTuple):
-  """`level(magnitude, sign)` -> argument, or None where there is none; `apply(image, [argument,] fill)` -> image."""
+  """An operation.
+
+  Attributes:
+    level: (magnitude, sign) -> argument; None if the operation has no argument.
+    apply: (image, [argument,] fill) -> image.
+  """
 
   level: Callable[[float, float], float] | None
   apply: Callable[..., Image.Image]
@@ -89,7 +94,15 @@ OPS: dict[str, Op] = {
 
 
 def apply_op(image: Image.Image, name: str, magnitude: float, sign: float, fill: Fill) -> Image.Image:
-  """One operation at `magnitude` in [0, 10]; `sign` is +-1 and turns the operations that have a direction."""
+  """Applies one operation.
+
+  Args:
+    image: RGB.
+    name: a key of `OPS`.
+    magnitude: in [0, 10].
+    sign: 1 or -1; the direction of a rotation, shear or translation.
+    fill: the color of uncovered pixels.
+  """
   op = OPS[name]
   return op.apply(image, fill) if op.level is None else op.apply(image, op.level(magnitude, sign), fill)
 
@@ -103,10 +116,13 @@ class Policy(NamedTuple):
 
 @functools.lru_cache
 def parse(spec: str) -> Policy:
-  """ "rand-m9-mstd0.5-inc1": m magnitude, mstd its deviation, n number of operations (2), p probability (0.5).
+  """Parses a specification in timm's notation, such as "rand-m9-mstd0.5-inc1".
+
+  Its parts are m: magnitude; mstd: standard deviation of the magnitude; n: number of operations (default 2);
+  p: probability of each (default 0.5); inc1: use the increasing operations, the only ones implemented, so required.
 
   Raises:
-    UserError: anything else than that, or no `inc1`: only the increasing operations are here.
+    UserError: the specification is invalid.
   """
   head, *parts = spec.split("-")
   found: dict[str, float] = {}
@@ -129,14 +145,14 @@ def parse(spec: str) -> Policy:
   )
   if head != "rand" or found.get("inc") != 1 or not good:
     raise UserError(
-      f"config key 'data.rand_augment': {spec!r} is not understood; expected e.g. 'rand-m9-mstd0.5-inc1' (magnitude up "
-      f"to {MAX:g}; inc1, the increasing operations, is needed), or '' for none"
+      f"config key 'data.rand_augment': {spec!r} is invalid; expected e.g. 'rand-m9-mstd0.5-inc1' (magnitude up to "
+      f"{MAX:g}; inc1, the increasing operations, is required), or '' for none"
     )
   return policy
 
 
 def draw(rng: np.random.Generator, policy: Policy) -> list[tuple[str, float, float]]:
-  """The operations of one image: (name, magnitude, sign), those left out by chance already gone."""
+  """Draws the operations to apply to one image: (name, magnitude, sign) each."""
   names = list(OPS)
   drawn = []
   for choice in rng.integers(len(names), size=policy.num_ops):
@@ -148,13 +164,13 @@ def draw(rng: np.random.Generator, policy: Policy) -> list[tuple[str, float, flo
 
 
 def fill_color(mean: tuple[float, ...]) -> Fill:
-  """The color of the border that a shifted image uncovers: the mean pixel of the data, in 0 to 255."""
+  """The color of pixels that a transform uncovers: the mean color of the data, in 0 to 255."""
   red, green, blue = (min(255, math.floor(255 * m + 0.5)) for m in mean)
   return red, green, blue
 
 
 def rand_augment(image: Image.Image, rng: np.random.Generator, spec: str, fill: Fill) -> Image.Image:
-  """Applies the operations that `rng` draws for `spec` to an RGB image; the size stays."""
+  """Applies random operations to an RGB image; see `parse` for `spec`. The size does not change."""
   for name, magnitude, sign in draw(rng, parse(spec)):
     image = apply_op(image, name, magnitude, sign, fill)
   return image

@@ -1,7 +1,7 @@
-"""Crop and resize for training with `cykooz-resizer`: SIMD code for Pillow's filters, within 51 to 57 dB of Pillow.
+"""Crops and resizes training images with `cykooz-resizer`, SIMD code for Pillow's filters.
 
-The arithmetic is in integers, so the pixels are the same with and without SIMD. There is no wheel for Linux on ARM;
-there Pillow resizes, and the log says so.
+The PSNR against Pillow is 51 to 57 dB. The arithmetic is in integers, so the pixels are the same with and without SIMD.
+There is no wheel for Linux on ARM; there Pillow resizes, and the log says so.
 """
 
 import functools
@@ -44,7 +44,9 @@ def check() -> None:
   if fast is not None:
     return
   if sys.platform == "linux" and platform.machine() == "aarch64":
-    log.info("training images are resized by Pillow: slower, and not bit-identical to other machines")
+    log.info(
+      "training images are resized by Pillow, which is slower; the pixels differ slightly from other machines"
+    )
     return
   raise UserError(
     "cykooz-resizer, which resizes training images, is not installed: pip install 'cykooz-resizer>=4.0.1,<5'"
@@ -56,7 +58,8 @@ def resize(pixels: np.ndarray, box: Box, views: Iterable[View]) -> list[np.ndarr
 
   Args:
     pixels: uint8 [h, w, 3].
-    box: may have fractional edges; a pixel that an edge cuts counts by the part inside.
+    box: may have fractional edges; a pixel on an edge is weighted by the part of it that lies inside.
+    views: the sizes to make.
 
   Returns:
     uint8 [H, W, 3] for each view.
@@ -99,7 +102,7 @@ def _resize_with_cykooz(source: Any, box: Box, size: tuple[int, int], interpolat
 
 
 def mirrored(pixels: np.ndarray) -> np.ndarray:
-  """Flips uint8 [H, W, 3] horizontally; by channel, which is four times faster than one copy in NumPy."""
+  """Flips uint8 [H, W, 3] horizontally, channel by channel: four times faster than NumPy's copy of all channels."""
   result = np.empty(pixels.shape, np.uint8)
   for channel in range(3):
     result[..., channel] = pixels[:, ::-1, channel]

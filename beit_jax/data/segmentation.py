@@ -1,7 +1,8 @@
-"""Images with label maps: decoding, checking and augmenting both alike, on the host.
+"""Decodes, checks and augments images together with their label maps, on the host.
 
-Follows mmseg 0.11's pipeline as unilm configures it for ADE20K: random resize (aspect kept), crop that no class may
-fill (`cat_max_ratio`), flip, photometric distortion, padding. Label maps are only ever resized with "nearest".
+The steps are those of mmseg 0.11's pipeline as unilm configures it for ADE20K: random resize that keeps the aspect
+ratio, a crop that no single class may fill (`cat_max_ratio`), flip, photometric distortion, padding. Label maps are
+always resized with "nearest".
 """
 
 from typing import Any
@@ -11,6 +12,7 @@ from PIL import Image
 
 from beit_jax.data import images
 from beit_jax.data.examples import HostBatch, decode, decode_labels, label_map_name, read
+from beit_jax.data.sources import Example, Source
 from beit_jax.errors import UserError
 
 IGNORE = 255  # of a label map as the loss and the metrics see it
@@ -19,14 +21,20 @@ IGNORE = 255  # of a label map as the loss and the metrics see it
 def to_classes(
   labels: np.ndarray, name: str, *, num_classes: int, reduce_zero_label: bool, ignore_label: int
 ) -> np.ndarray:
-  """Stored values -> uint8 [H, W] in [0, num_classes) or IGNORE.
+  """Turns the values stored in a label map into class numbers.
 
   Args:
-    reduce_zero_label: 0 means "other" and is ignored; class c is stored as c + 1 (ADE20K).
-    ignore_label: this stored value is ignored, besides 255.
+    labels: integers [H, W], the stored values.
+    name: names the label map in errors.
+    num_classes: number of classes.
+    reduce_zero_label: whether class c is stored as c + 1 and 0 means "other", which is ignored (ADE20K).
+    ignore_label: a stored value to ignore, in addition to 255.
+
+  Returns:
+    uint8 [H, W] in [0, num_classes), or IGNORE.
 
   Raises:
-    UserError: a value that is no class.
+    UserError: a stored value is not a class.
   """
   ignored = (labels == IGNORE) | (labels == ignore_label)
   classes = labels.astype(np.int32)
@@ -39,8 +47,8 @@ def to_classes(
     hint = "set data.num_classes, segment.ignore_label or segment.reduce_zero_label"
     if num_classes == 150:
       hint = (
-        "ADE20K comes as SceneParse150 (ADEChallengeData2016, values 0 to 150, wanted here) and as the full set with "
-        "thousands of classes, which is another one"
+        "ADE20K exists as SceneParse150 (ADEChallengeData2016, values 0 to 150), which is needed here, and as the full "
+        "data set with thousands of classes"
       )
     raise UserError(
       f"{name}: the label map has the value {value}, but there are {num_classes} classes; {hint}"
@@ -49,7 +57,7 @@ def to_classes(
 
 
 def rescale_size(size: tuple[int, int], scale: tuple[float, float]) -> tuple[int, int]:
-  """(width, height) resized to fit in `scale` = (long, short), aspect kept (mmcv.rescale_size)."""
+  """Scales (width, height) to fit in `scale` = (long, short); keeps the aspect ratio (mmcv.rescale_size)."""
   factor = min(max(scale) / max(size), min(scale) / min(size))
   width, height = (max(int(side * factor + 0.5), 1) for side in size)
   return width, height
@@ -58,7 +66,17 @@ def rescale_size(size: tuple[int, int], scale: tuple[float, float]) -> tuple[int
 def crop_box(
   rng: np.random.Generator, labels: np.ndarray, size: tuple[int, int], cat_max_ratio: float
 ) -> tuple[int, int, int, int]:
-  """(top, left, height, width) of a random crop; redrawn up to ten times while one class fills too much of it."""
+  """Draws a random crop, up to ten times while one class fills too much of it.
+
+  Args:
+    rng: draws the position.
+    labels: [H, W].
+    size: (height, width) of the crop; a smaller image limits it.
+    cat_max_ratio: share of the labeled pixels that one class must stay below.
+
+  Returns:
+    (top, left, height, width).
+  """
   height, width = (min(side, limit) for side, limit in zip(labels.shape, size, strict=True))
   for _ in range(10):
     top = int(rng.integers(labels.shape[0] - height + 1))
@@ -71,7 +89,15 @@ def crop_box(
 
 
 def distort(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
-  """mmseg's PhotoMetricDistortion: brightness, contrast, saturation, hue, each with probability 1/2; uint8."""
+  """Applies mmseg's PhotoMetricDistortion: brightness, contrast, saturation, hue, each with probability 1/2.
+
+  Args:
+    rng: draws the operations and their strength.
+    image: uint8 [H, W, 3].
+
+  Returns:
+    uint8 [H, W, 3].
+  """
 
   def convert(x: np.ndarray, alpha: float = 1.0, beta: float = 0.0) -> np.ndarray:
     return np.clip(x * alpha + beta, 0, 255).astype(np.uint8)
@@ -99,18 +125,20 @@ def _hsv(image: np.ndarray, saturation: float = 1.0, hue: float = 0.0) -> np.nda
 
 
 def resize_image(image: np.ndarray, size: tuple[int, int], interpolation: str) -> np.ndarray:
-  """uint8 [h, w, 3] -> uint8 [H, W, 3]; Pillow's resampling, which smooths when it shrinks."""
+  """Resizes uint8 [h, w, 3] to uint8 [H, W, 3] with Pillow, which smooths when it shrinks."""
   if image.shape[:2] == tuple(size):
     return image
   return np.asarray(Image.fromarray(image).resize(size[::-1], images.RESAMPLE[interpolation]))
 
 
 class LabelMapReader:
-  """Reads an example as a crop and its label map: the reader of the `segment` objective (see `ViewReader`).
+  """Turns an example into a crop and its label map: the reader of the `segment` objective (see `examples.Reader`).
 
   Args:
     size: (height, width) of the crops.
-    data, segment: the config's sections.
+    num_classes: number of classes.
+    data: the config's `data` section.
+    segment: the config's `segment` section.
   """
 
   def __init__(self, size: tuple[int, int], num_classes: int, data: dict[str, Any], segment: dict[str, Any]):
@@ -123,12 +151,15 @@ class LabelMapReader:
     self._rule["num_classes"] = num_classes
     self._fill = tuple(int(255 * m + 0.5) for m in data["mean"])
 
-  def labels(self, example: dict[str, Any], image: images.LazyImage, index: int) -> np.ndarray:
-    """uint8 [H, W] of the image's size.
+  def labels(self, example: Example, image: images.LazyImage, index: int) -> np.ndarray:
+    """Decodes the label map of an example.
+
+    Returns:
+      uint8 [H, W], of the image's size.
 
     Raises:
-      BadImage: it cannot be decoded; names the file.
-      UserError: it does not fit the image; names the file.
+      BadImage: the label map cannot be decoded; names the file.
+      UserError: its size is not the image's, or a value is not a class; names the file.
     """
     name = label_map_name(example, index)
     labels = decode_labels(example["label_map"], name)
@@ -139,7 +170,7 @@ class LabelMapReader:
       )
     return to_classes(labels, name, **self._rule)
 
-  def train(self, image: images.LazyImage, example: dict[str, Any], key: tuple[int, ...]) -> HostBatch:
+  def train(self, image: images.LazyImage, example: Example, key: tuple[int, ...]) -> HostBatch:
     rng, s = np.random.default_rng((*key, 2)), self._segment
     labels = self.labels(example, image, example.get("index", key[-1]))
     factor = rng.uniform(*s["resize_ratio"])
@@ -155,8 +186,8 @@ class LabelMapReader:
       pixels = distort(rng, np.ascontiguousarray(pixels))
     return self._pad(pixels, labels)
 
-  def eval(self, image: images.LazyImage, example: dict[str, Any]) -> HostBatch:
-    """A central crop after the resize of evaluation; for figures (`windows.py` evaluates whole images)."""
+  def eval(self, image: images.LazyImage, example: Example) -> HostBatch:
+    """Crops the center after the resize of evaluation. For figures; `objectives/sliding.py` evaluates full images."""
     labels = self.labels(example, image, example.get("index", 0))
     size = rescale_size(image.size, self._segment["resize"])
     pixels = np.asarray(images.decode(image).resize(size, images.RESAMPLE[self._data["interpolation"]]))
@@ -166,7 +197,7 @@ class LabelMapReader:
     return self._pad(pixels[part], labels[part])
 
   def _pad(self, pixels: np.ndarray, labels: np.ndarray) -> HostBatch:
-    """Right and below: the mean colour, and labels that are ignored."""
+    """Pads at the right and at the bottom, with the mean color and labels that are ignored."""
     image = np.empty((*self._size, 3), np.uint8)
     image[:] = self._fill
     padded = np.full(self._size, IGNORE, np.uint8)
@@ -175,11 +206,11 @@ class LabelMapReader:
     return {"image": image, "label_map": padded}
 
 
-def whole(source: Any, reader: LabelMapReader, index: int) -> tuple[np.ndarray, np.ndarray]:
-  """One example as it is: image uint8 [H, W, 3] and label map uint8 [H, W].
+def read_full_size(source: Source, reader: LabelMapReader, index: int) -> tuple[np.ndarray, np.ndarray]:
+  """Reads an example without resizing: image uint8 [H, W, 3] and label map uint8 [H, W].
 
   Raises:
-    BadImage: one of them cannot be read.
+    BadImage: one of the two cannot be read.
   """
   example = read(source, index)
   image = decode(example, index)

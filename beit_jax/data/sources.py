@@ -1,7 +1,6 @@
 """Data sources: random access to the examples of a data set.
 
-`Source` is what the rest of the library asks of a data set. To add one, write a class here and give it a line in
-`SOURCES`.
+`Source` is the interface to the rest of the library. To add a data source, write a class here and add it to `SOURCES`.
 """
 
 import csv
@@ -184,7 +183,7 @@ class FolderSource(Source):
   def __init__(self, root: str, split: str, label_file: str = ""):
     base = Path(os.path.expanduser(root))
     if not root or not base.is_dir():
-      raise UserError(f"data.root={root!r}: no such folder; give the folder that holds the images")
+      raise UserError(f"data.root={root!r}: no such folder; set it to the folder that contains the images")
     folder = base / split if split and (base / split).is_dir() else base
     if split not in ("", "train") and folder == base:
       found = sorted(path.name for path in base.iterdir() if path.is_dir())

@@ -1,4 +1,4 @@
-"""Views of an image: crops of fixed sizes, for training and for evaluation."""
+"""Makes views of an image: crops of fixed sizes, for training and for evaluation."""
 
 from typing import Any
 
@@ -7,18 +7,19 @@ from PIL import Image
 
 from beit_jax.data import images, randaugment, resize
 from beit_jax.data.examples import HostBatch
+from beit_jax.data.sources import Example
 from beit_jax.errors import UserError
 
 
 class ViewReader:
-  """Makes images of fixed sizes from one box of an example: the reader of all objectives but segmentation.
+  """Makes views of one box of an image: the reader of all objectives but segmentation (see `examples.Reader`).
 
   Args:
     views: name -> ((H, W), interpolation).
-    options: the config's `data` section (crop, crop_scale, crop_ratio, flip, rand_augment, mean, crop_pct, resize).
+    options: the config's `data` section.
 
   Raises:
-    UserError: an option is invalid, or `rand_augment` is set with several views, which would then differ.
+    UserError: an option is invalid, or `rand_augment` is set although there are several views, which would then differ.
   """
 
   def __init__(self, views: images.ViewSizes, options: dict[str, Any]):
@@ -36,15 +37,10 @@ class ViewReader:
       randaugment.parse(options["rand_augment"])
       if len(views) > 1:
         raise UserError(
-          "config key 'data.rand_augment': the views of an example would no longer show the same; it is for fine-tuning"
+          "config key 'data.rand_augment': only for fine-tuning; it would make the views of an example differ"
         )
 
-  def train(self, image: images.LazyImage, example: dict[str, Any], key: tuple[int, ...]) -> HostBatch:
-    """All randomness is a function of `key` = (seed, epoch, index).
-
-    Raises:
-      BadImage: the image is damaged.
-    """
+  def train(self, image: images.LazyImage, example: Example, key: tuple[int, ...]) -> HostBatch:
     o = self._options
     rng = np.random.default_rng((*key, 2))
     options = dict(crop=o["crop"], scale=o["crop_scale"], ratio=o["crop_ratio"], flip=o["flip"])
@@ -57,13 +53,13 @@ class ViewReader:
       }
     return {**views, **self._label(example)}
 
-  def eval(self, image: images.LazyImage, example: dict[str, Any]) -> HostBatch:
+  def eval(self, image: images.LazyImage, example: Example) -> HostBatch:
     o = self._options
     views = images.eval_views(image, self._views, crop_pct=o["crop_pct"], resize=o["resize"])
     return {**views, **self._label(example)}
 
-  def _label(self, example: dict[str, Any]) -> HostBatch:
+  def _label(self, example: Example) -> HostBatch:
     if "label" not in example:
       return {}
-    label = np.asarray(example["label"])  # a class id, or a vector of 0 and 1 (several labels, float32)
+    label = np.asarray(example["label"])  # a class id; with several labels a float32 vector of 0 and 1
     return {"label": label if label.ndim else label.astype(np.int32)}

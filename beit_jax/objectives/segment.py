@@ -210,7 +210,7 @@ class Segmentation(EncoderObjective):
     for start in range(0, len(indices), mesh.size):
       chosen = [int(indices[min(start + row, len(indices) - 1)]) for row in rows]
       real = [start + row < len(indices) for row in rows]
-      examples = [segmentation.whole(source, reader, i) for i in chosen]
+      examples = [segmentation.read_full_size(source, reader, i) for i in chosen]
       label = np.full((len(rows), *geometries[0].shape), segmentation.IGNORE, np.uint8)
       for place, (_, mine) in enumerate(examples):
         if real[place]:
@@ -305,7 +305,7 @@ def _sizes(
   sizes = {}
   for index in range(len(source)):
     try:
-      image, _ = segmentation.whole(source, reader, index)
+      image, _ = segmentation.read_full_size(source, reader, index)
       sizes[index] = image.shape[:2]
     except BadImage:
       pass

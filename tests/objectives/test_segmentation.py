@@ -146,7 +146,7 @@ def _plain_histogram(objective, variables, source):
   total, crop = np.zeros((3, 9)), objective.image_size
   forward = jax.jit(lambda x: objective.module.apply(variables, x)["logits"][0])
   for i in range(len(source)):
-    image, label = segmentation.whole(source, objective.reader(), i)
+    image, label = segmentation.read_full_size(source, objective.reader(), i)
     size = objective.sliding.resized(image.shape[:2], 1.0)
     pixels = segmentation.resize_image(image, size, "bicubic")
     logits, count = np.zeros((*size, 9)), np.zeros((*size, 1))
@@ -233,7 +233,7 @@ def test_invalid_label_maps_are_refused(label, options, facts, tmp_path):
   data, segment = tiny.config("segment").data.to_dict(), tiny.config("segment").segment.to_dict()
   reader = segmentation.LabelMapReader((16, 16), 150, data, {**segment, "reduce_zero_label": True})
   with pytest.raises(UserError) as error:
-    segmentation.whole(source, reader, 0)
+    segmentation.read_full_size(source, reader, 0)
   assert all(fact in str(error.value) for fact in facts), error.value
   assert not isinstance(error.value, BadImage)  # a mistake, and no damage
 
