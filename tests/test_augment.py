@@ -1,4 +1,4 @@
-"""Color jitter, erasing, mixup and cutmix on the device; keys by example."""
+"""Augmentation on the device: keys per example, color jitter, random erasing, mixup, cutmix."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,10 @@ def _keys(n=4, purpose="color_jitter", epoch=0):
 
 
 def test_keys_depend_on_seed_epoch_index_and_purpose_only():
-  data = lambda keys: np.asarray(jax.random.key_data(keys))
+
+  def data(keys):
+    return np.asarray(jax.random.key_data(keys))
+
   assert len(np.unique(data(_keys()), axis=0)) == 4
   np.testing.assert_array_equal(data(_keys(2)), data(_keys(4))[:2])
   for other in (_keys(purpose="mask"), _keys(epoch=1)):
@@ -23,7 +26,7 @@ def test_keys_depend_on_seed_epoch_index_and_purpose_only():
 
 
 def test_both_views_get_the_same_jitter():
-  """Two views that hold the same pixels, in other places, stay the same pixels."""
+  """Two views with the same pixels in different places still have the same pixels after the jitter."""
   image = jax.random.uniform(jax.random.key(0), (4, 6, 6, 3))
   flipped = image[:, ::-1]
   first, second = augment.color_jitter(_keys(), [image, flipped], 0.4)
@@ -32,7 +35,7 @@ def test_both_views_get_the_same_jitter():
   assert first.min() >= 0 and first.max() <= 1
 
 
-def test_jitter_range_by_hand():
+def test_jitter_range_of_a_gray_image():
   """A gray image stays gray; brightness scales it by a factor in [0.6, 1.4]; contrast and saturation keep it."""
   image = jnp.full((2000, 2, 2, 3), 0.5)
   (jittered,) = augment.color_jitter(_keys(2000), [image], 0.4)
@@ -79,13 +82,15 @@ def test_cutmix_golden(case):
   np.testing.assert_allclose(target, MIX[f"{case}/out_target"], atol=1e-6)
 
 
-def test_random_mix_law():
-  """Batches of two one-pixel-high images: how often cutmix, the law of lam, targets that follow the pixels."""
+def test_distribution_of_random_mix():
+  """Batches of two images: the frequency of cutmix, the distribution of lam, targets that match the pixels."""
   image = jnp.stack([jnp.zeros((8, 8, 3)), jnp.ones((8, 8, 3))])
   target = jnp.eye(2)
-  run = lambda **options: jax.jit(  # noqa: E731
-    jax.vmap(lambda key: augment.random_mix(key, image, target, **{**ON, **options}))
-  )(jax.random.split(jax.random.key(0), 4000))
+  keys = jax.random.split(jax.random.key(0), 4000)
+
+  def run(**options):
+    return jax.jit(jax.vmap(lambda key: augment.random_mix(key, image, target, **{**ON, **options})))(keys)
+
   pixels, targets = run()
   share = np.asarray(pixels[:, 0].mean((1, 2, 3)))  # of the other image in the first
   np.testing.assert_allclose(share, targets[:, 0, 1], atol=1e-5)
@@ -107,7 +112,7 @@ def test_random_mix_law():
 ON = dict(mixup_alpha=0.8, cutmix_alpha=1.0, prob=1.0, switch_prob=0.5)
 
 
-def test_erasing_law():
+def test_distribution_of_erased_boxes():
   """20,000 boxes on 224x224: area uniform in [0.02, 1/3], aspect log-uniform in [0.3, 1/0.3], all inside."""
   n, size = 20_000, 224
   boxes = jax.jit(jax.vmap(lambda key: augment.erase_box(key, size, size)))
@@ -119,11 +124,11 @@ def test_erasing_law():
   rng = np.random.default_rng(0)
   a, b = rng.uniform(0.02, 1 / 3, 2 * n), rng.uniform(np.log(0.3), -np.log(0.3), 2 * n)
   fits = (np.round(size * np.sqrt(a * np.exp(b))) < size) & (np.round(size * np.sqrt(a / np.exp(b))) < size)
-  for found, law in ((area, a[fits]), (log_aspect, b[fits])):
-    points = np.quantile(law, np.linspace(0.02, 0.98, 49))
+  for found, expected in ((area, a[fits]), (log_aspect, b[fits])):
+    points = np.quantile(expected, np.linspace(0.02, 0.98, 49))
     gap = np.abs(np.searchsorted(np.sort(found), points) / n - np.linspace(0.02, 0.98, 49)).max()
     assert gap < 1.95 * np.sqrt(1 / n + 1 / fits.sum()) + 0.004  # Kolmogorov-Smirnov at 0.1 %, rounding
-  for start, side in ((top, h), (left, w)):  # position uniform over what is left
+  for start, side in ((top, h), (left, w)):  # the position is uniform over the rest
     assert (start / np.maximum(size - side, 1)).mean() == pytest.approx(0.5, abs=0.012)
 
 

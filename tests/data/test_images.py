@@ -1,4 +1,4 @@
-"""Training pictures: decoded as Pillow decodes, resized nearly as Pillow resizes; whatever is odd is left to Pillow."""
+"""Training images: decoding is identical to Pillow's, resizing close to it; unusual files are left to Pillow."""
 
 import io
 import random
@@ -18,12 +18,12 @@ from tests.conftest import ROOT
 from tests.data.test_pipeline import OPTIONS
 
 VIEWS = {"image": ((32, 32), "bicubic"), "token_image": ((16, 16), "lanczos")}
-LAW = dict(crop="random_resized", scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), flip=True)
+CROP = dict(crop="random_resized", scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), flip=True)
 FAST = pytest.mark.skipif(resize.fast is None, reason="cykooz-resizer has no wheel for this platform")
 
 
 def _scene(width=150, height=100, seed=0):
-  """Edges and smooth colours, as photographs have."""
+  """An image with edges and smooth colors, like a photograph."""
   rng = np.random.default_rng(seed)
   small = rng.integers(0, 256, (9, 12, 3)).astype(np.uint8)
   image = Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
@@ -48,16 +48,16 @@ def _psnr(a, b):
 
 
 @pytest.fixture
-def taken(monkeypatch):
-  """What the fast decoder gave for every picture that was offered to it."""
-  given, original = [], jpeg.decode
+def decoded(monkeypatch):
+  """The results of the fast decoder, in the order of its calls; None for a file that it refused."""
+  results, original = [], jpeg.decode
 
   def decode(*arguments):
-    given.append(original(*arguments))
-    return given[-1]
+    results.append(original(*arguments))
+    return results[-1]
 
   monkeypatch.setattr(jpeg, "decode", decode)
-  return given
+  return results
 
 
 PLAIN = {
@@ -67,13 +67,13 @@ PLAIN = {
   "progressive": dict(progressive=True),
   "restarts": dict(restart_marker_rows=1),
   "with a profile and a comment": dict(icc_profile=b"x" * 70_000, comment=b"hello"),
-  **{f"turned {i}": dict(exif=_exif(i)) for i in range(1, 9)},
-  "turned in no way there is": dict(exif=_exif(9)),
+  **{f"orientation {i}": dict(exif=_exif(i)) for i in range(1, 9)},
+  "invalid orientation": dict(exif=_exif(9)),
 }
 
 
-def test_a_line_of_pixels_is_cut_before_it_is_resized(monkeypatch):
-  """A picture of 16,777,216 x 2, which fuzzing made, took 1.6 GiB to squeeze into a view."""
+def test_very_narrow_image_is_cropped_before_it_is_resized(monkeypatch):
+  """Resizing an image of 16,777,216 x 2 pixels, which fuzzing produced, took 1.6 GiB."""
   boxes = []
   monkeypatch.setattr(
     images, "resize", lambda pixels, box, views: boxes.append(box) or [np.zeros((8, 8, 3), np.uint8)]
@@ -87,33 +87,33 @@ def test_a_line_of_pixels_is_cut_before_it_is_resized(monkeypatch):
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 @pytest.mark.parametrize("name", PLAIN)
-def test_plain_jpegs_have_the_pixels_that_pillow_finds(name, mode, taken):
+def test_plain_jpegs_are_identical_to_pillow(name, mode, decoded):
   for size in ((150, 100), (33, 17), (8, 64), (1, 5)):
     data = _encoded(_scene(*size).convert(mode), **PLAIN[name])
-    picture, plain = images.LazyImage(data), np.asarray(images.decode(data))
-    assert picture.size == plain.shape[1::-1]
-    np.testing.assert_array_equal(picture.pixels(), plain)
-  assert len(taken) == 4 and all(pixels is not None for pixels in taken)
+    image, plain = images.LazyImage(data), np.asarray(images.decode(data))
+    assert image.size == plain.shape[1::-1]
+    np.testing.assert_array_equal(image.pixels(), plain)
+  assert len(decoded) == 4 and all(pixels is not None for pixels in decoded)
 
 
 OTHERS = {
   "CMYK": lambda: _encoded(_scene().convert("CMYK")),
-  "two pictures in one file": lambda: _encoded(
+  "two images in one file": lambda: _encoded(
     _scene(), "MPO", save_all=True, append_images=[_scene(seed=1)]
   ),
-  "PNG, turned": lambda: _encoded(_scene(), "PNG", exif=_exif(6)),
+  "PNG with an orientation": lambda: _encoded(_scene(), "PNG", exif=_exif(6)),
   "16-bit PNG": lambda: _encoded(Image.fromarray((np.arange(600, dtype=np.uint16) * 99).reshape(20, 30)), "PNG"),
   "WebP": lambda: _encoded(_scene(), "WEBP"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_other_pictures_are_left_to_pillow(name, taken):
+def test_other_images_are_left_to_pillow(name, decoded):
   data = OTHERS[name]()
-  picture, plain = images.LazyImage(data), np.asarray(images.decode(data))
-  assert picture.size == plain.shape[1::-1]
-  np.testing.assert_array_equal(picture.pixels(), plain)
-  assert not taken
+  image, plain = images.LazyImage(data), np.asarray(images.decode(data))
+  assert image.size == plain.shape[1::-1]
+  np.testing.assert_array_equal(image.pixels(), plain)
+  assert not decoded
 
 
 def _damaged(rng, data):
@@ -122,13 +122,13 @@ def _damaged(rng, data):
   return rng.choice((data[:at], data[:at] + junk + data[at + length :]))
 
 
-def test_damage_is_found_where_pillow_finds_it(taken):
-  """Cut or changed anywhere: the same pixels or the same words."""
+def test_damaged_files_give_the_result_of_pillow(decoded):
+  """Files truncated or changed at a random place give the same pixels or the same message."""
   outcomes = {"read": 0, "refused": 0}
-  whole = [_encoded(_scene(60, 40), **PLAIN[name]) for name in ("4:2:0", "progressive", "turned 6")]
+  intact = [_encoded(_scene(60, 40), **PLAIN[name]) for name in ("4:2:0", "progressive", "orientation 6")]
   for i in range(400):
     rng = random.Random(i)
-    data = _damaged(rng, rng.choice(whole))
+    data = _damaged(rng, rng.choice(intact))
     try:
       wanted, reason = np.asarray(images.decode(data)), None
     except Exception as error:
@@ -144,8 +144,8 @@ def test_damage_is_found_where_pillow_finds_it(taken):
         images.LazyImage(data, "x.jpg").pixels()
     outcomes["read" if reason is None else "refused"] += 1
   assert min(outcomes.values()) > 50
-  # Some that Pillow reads are not to the library's taste, and the other way round there are none.
-  assert sum(pixels is not None for pixels in taken) < outcomes["read"]
+  # The fast decoder refuses some files that Pillow reads, and never the reverse.
+  assert sum(pixels is not None for pixels in decoded) < outcomes["read"]
 
 
 def _with_size(data, width, height):
@@ -153,20 +153,20 @@ def _with_size(data, width, height):
   return data[:at] + height.to_bytes(2, "big") + width.to_bytes(2, "big") + data[at + 4 :]
 
 
-def test_sizes_are_limited_before_anything_is_decoded(taken, monkeypatch):
+def test_sizes_are_checked_before_decoding(decoded, monkeypatch):
   data = _encoded(_scene())
   for size in ((9_000, 9_000), (65_500, 1_100)):
     with pytest.raises(BadImage, match="pixels are more than 67,108,864"):
       images.LazyImage(_with_size(data, *size))
-  assert not taken
+  assert not decoded
   assert jpeg.decode(data, (150, 100)).shape == (100, 150, 3)
-  monkeypatch.setattr(jpeg.simplejpeg, "decode_jpeg", lambda *_, **__: pytest.fail("it was decoded"))
-  assert jpeg.decode(data, (150, 101)) is None  # a size that nobody has checked
+  monkeypatch.setattr(jpeg.simplejpeg, "decode_jpeg", lambda *_, **__: pytest.fail("the image was decoded"))
+  assert jpeg.decode(data, (150, 101)) is None  # the size is not the one that was checked
 
 
 @pytest.mark.parametrize("how", ["bilinear", "bicubic", "lanczos"])
 @pytest.mark.parametrize("box", [(10, 20, 90, 95), (0, 0, 150, 100), (30, 30, 50, 45), (149, 0, 150, 100)])
-def test_resized_as_pillow_resizes(how, box):
+def test_resize_is_close_to_pillow(how, box):
   image = _scene()
   for size in ((32, 48), (100, 20), (16, 16)):
     (view,) = resize.resize(np.asarray(image), box, [(size, how)])
@@ -175,7 +175,7 @@ def test_resized_as_pillow_resizes(how, box):
     assert _psnr(view, wanted) > 49
 
 
-def test_nearest_and_no_resize_at_all():
+def test_nearest_and_identity_are_exact():
   image = _scene()
   pixels, box = np.asarray(image), (10, 20, 90, 80)
   near, same = resize.resize(pixels, box, [((30, 40), "nearest"), ((60, 80), "lanczos")])
@@ -183,14 +183,14 @@ def test_nearest_and_no_resize_at_all():
   np.testing.assert_array_equal(same, pixels[20:80, 10:90])
 
 
-def test_what_lies_outside_the_box_has_no_influence():
+def test_pixels_outside_the_box_have_no_influence():
   pixels = np.asarray(_scene())
   other = 255 - pixels
   other[20:80, 10:90] = pixels[20:80, 10:90]
-  for view, again in zip(
+  for first, second in zip(
     *(resize.resize(p, (10, 20, 90, 80), VIEWS.values()) for p in (pixels, other)), strict=True
   ):
-    np.testing.assert_array_equal(view, again)
+    np.testing.assert_array_equal(first, second)
 
 
 @FAST
@@ -204,12 +204,12 @@ def test_resizing_does_not_depend_on_the_processor(monkeypatch):
     return made[-1]
 
   monkeypatch.setattr(resize.fast, "Resizer", plain)
-  for view, again in zip(native, resize.resize(pixels, box, VIEWS.values()), strict=True):
-    np.testing.assert_array_equal(view, again)
+  for view, without_simd in zip(native, resize.resize(pixels, box, VIEWS.values()), strict=True):
+    np.testing.assert_array_equal(view, without_simd)
   assert len(made) == 2
 
 
-def test_without_the_resizer(monkeypatch, caplog):
+def test_pillow_replaces_a_missing_resizer_on_arm_only(monkeypatch, caplog):
   image, box = _scene(), (10, 20, 90, 80)
   monkeypatch.setattr(resize, "fast", None)
   for (size, how), view in zip(
@@ -232,8 +232,8 @@ def test_mirrored():
 
 
 def _pillow_views(image, rng, views):
-  """The very same steps by Pillow alone."""
-  box = images.random_resized_box(rng, *image.size, LAW["scale"], LAW["ratio"])
+  """The same steps, with Pillow only."""
+  box = images.random_resized_box(rng, *image.size, CROP["scale"], CROP["ratio"])
   flip = rng.random() < 0.5
   for size, how in views.values():
     view = image.crop(box).resize(size[::-1], images.RESAMPLE[how])
@@ -241,19 +241,19 @@ def _pillow_views(image, rng, views):
 
 
 @pytest.mark.parametrize("orientation", [1, 6, 3])
-def test_views_are_those_of_pillow(orientation):
+def test_views_are_close_to_pillow(orientation):
   data = _encoded(_scene(200, 160), quality=95, exif=_exif(orientation))
   for i in range(20):
-    made = images.train_views(data, np.random.default_rng(i), VIEWS, **LAW)
+    made = images.train_views(data, np.random.default_rng(i), VIEWS, **CROP)
     wanted = _pillow_views(images.decode(data), np.random.default_rng(i), VIEWS)
     assert all(_psnr(view, other) > 49 for view, other in zip(made.values(), wanted, strict=True)), i
 
 
-def test_padded_crops_are_those_of_pillow():
+def test_padded_crops_are_close_to_pillow():
   image, views = _scene(40, 30), {"image": ((32, 48), "bicubic")}
   for i in range(10):
     rng = np.random.default_rng(i)
-    (made,) = images.train_views(image, np.random.default_rng(i), views, **{**LAW, "crop": "pad"}).values()
+    (made,) = images.train_views(image, np.random.default_rng(i), views, **{**CROP, "crop": "pad"}).values()
     left, top = int(rng.integers(0, 13)) - 6, int(rng.integers(0, 9)) - 4
     view = image.resize((48, 32), Image.Resampling.BICUBIC).crop((left, top, left + 48, top + 32))
     view = ImageOps.mirror(view) if rng.random() < 0.5 else view
@@ -263,22 +263,22 @@ def test_padded_crops_are_those_of_pillow():
 SHARED = ROOT.parent / "shared" / "data" / "tfds"
 
 
-@pytest.mark.skipif(not (SHARED / "imagenet_sample").is_dir(), reason="no sample of ImageNet here")
-def test_fifty_decibels_on_imagenet():
+@pytest.mark.skipif(not (SHARED / "imagenet_sample").is_dir(), reason="the sample of ImageNet is missing")
+def test_psnr_on_imagenet_is_above_50_db():
   source = sources.TfdsSource("imagenet_sample", "train", str(SHARED), "image", "")
   views = {"image": ((224, 224), "bicubic"), "token_image": ((112, 112), "lanczos")}
   found = []
   for i in range(0, len(source), 20):
     data, made = (
       source[i]["image"],
-      images.train_views(source[i]["image"], np.random.default_rng(i), views, **LAW),
+      images.train_views(source[i]["image"], np.random.default_rng(i), views, **CROP),
     )
     wanted = _pillow_views(images.decode(data), np.random.default_rng(i), views)
     found.append([_psnr(view, other) for view, other in zip(made.values(), wanted, strict=True)])
   assert np.median(found, 0).min() > 52 and np.min(found) > 45
 
 
-def test_evaluation_has_pillows_pixels():
+def test_evaluation_views_are_identical_to_pillow():
   for options in (dict(), dict(exif=_exif(8))):
     data = _encoded(_scene(200, 160), **options)
     view = images.eval_views(images.LazyImage(data), {"image": ((32, 32), "bicubic")}, crop_pct=0.875)[
@@ -296,44 +296,44 @@ def test_evaluation_has_pillows_pixels():
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("size", [(640, 480), (333, 501)])
-def test_scaled_decoding_shows_the_same_box(orientation, size, taken):
+def test_scaled_decoding_shows_the_same_box(orientation, size, decoded):
   data = _encoded(_scene(*size), quality=95, exif=_exif(orientation))
   for i in range(6):
     exact, fewer = (
-      images.train_views(data, np.random.default_rng(i), VIEWS, scaled=scaled, **LAW)
+      images.train_views(data, np.random.default_rng(i), VIEWS, scaled=scaled, **CROP)
       for scaled in (False, True)
     )
     assert all(_psnr(exact[name], fewer[name]) > 30 for name in VIEWS), (
       i,
       [_psnr(exact[n], fewer[n]) for n in VIEWS],
     )
-  rows = sorted({pixels.shape[0] for pixels in taken})
+  rows = sorted({pixels.shape[0] for pixels in decoded})
   if size == (640, 480) or orientation == 1:
-    assert rows[0] < size[1] // 3  # it did decode to fewer
+    assert rows[0] < size[1] // 3  # some were decoded at a lower resolution
 
 
-def test_scaled_decoding_leaves_small_pictures_alone():
+def test_scaled_decoding_does_not_change_small_images():
   data = _encoded(_scene(60, 62))
   for i in range(5):
     exact, fewer = (
-      images.train_views(data, np.random.default_rng(i), VIEWS, scaled=scaled, **LAW)
+      images.train_views(data, np.random.default_rng(i), VIEWS, scaled=scaled, **CROP)
       for scaled in (False, True)
     )
     assert all((exact[name] == fewer[name]).all() for name in VIEWS)
 
 
-def test_scaled_decoding_of_a_damaged_picture_is_pillows():
-  """What the library objects to comes at its full size, and the box with it."""
+def test_scaled_decoding_of_a_damaged_image_has_the_pixels_of_pillow():
+  """A file that the fast decoder refuses is decoded at full resolution, and the factor is 1."""
   data = bytearray(_encoded(_scene(640, 480), quality=95))
   data[-400:-380] = bytes(20)
-  picture = images.LazyImage(bytes(data))
-  pixels, factor = picture.shrunk(4)
+  image = images.LazyImage(bytes(data))
+  pixels, factor = image.shrunk(4)
   assert factor == 1 and pixels.shape == (480, 640, 3)
   np.testing.assert_array_equal(pixels, np.asarray(images.decode(bytes(data))))
 
 
-def test_the_config_key():
-  source = _Pictures([_encoded(_scene(640, 480))] * 4)
+def test_scaled_decoding_is_a_config_key():
+  source = _Images([_encoded(_scene(640, 480))] * 4)
   exact, fewer = (_batch(source, scaled_decode=scaled) for scaled in (False, True))
   assert (exact["image"] != fewer["image"]).any()
   assert tiny.config("beit").data.scaled_decode is False
@@ -342,7 +342,7 @@ def test_the_config_key():
 # In the pipeline.
 
 
-class _Pictures(sources.Source):
+class _Images(sources.Source):
   description = {}
 
   def __init__(self, encoded):
@@ -368,32 +368,32 @@ def _batch(source, threads=1, steps=1, bad_images=None, **options):
   return {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
 
 
-def test_threads_do_not_change_the_pictures():
-  source = _Pictures([_encoded(_scene(90 + i, 70, seed=i)) for i in range(8)])
+def test_threads_do_not_change_the_images():
+  source = _Images([_encoded(_scene(90 + i, 70, seed=i)) for i in range(8)])
   one, four = _batch(source, steps=6), _batch(source, threads=4, steps=6)
   for key in one:
     np.testing.assert_array_equal(one[key], four[key])
 
 
-def test_damage_that_shows_late_and_files_that_cannot_be_read_are_replaced(tmp_path):
+def test_truncated_and_unreadable_files_are_replaced(tmp_path):
   good = [_encoded(_scene(90, 70, seed=i)) for i in range(8)]
-  source = _Pictures([*good, good[0][:900], OSError(5, "Input/output error")])
-  noted = bad_images.BadImageTracker(source, 1.0, tmp_path / "bad.jsonl")
-  batch = _batch(source, bad_images=noted)
-  assert sorted(noted.reasons) == [8, 9]
-  assert "example 8 cannot be decoded: image file is truncated" in noted.reasons[8]
-  assert "Input/output error" in noted.reasons[9]
+  source = _Images([*good, good[0][:900], OSError(5, "Input/output error")])
+  tracker = bad_images.BadImageTracker(source, 1.0, tmp_path / "bad.jsonl")
+  batch = _batch(source, bad_images=tracker)
+  assert sorted(tracker.reasons) == [8, 9]
+  assert "example 8 cannot be decoded: image file is truncated" in tracker.reasons[8]
+  assert "Input/output error" in tracker.reasons[9]
   assert batch["image"].shape == (10, 32, 32, 3) and batch["valid"].all()
   with pytest.raises(BadImage, match="example 8 cannot be decoded|Input/output error"):
     _batch(source)
 
 
-def test_an_error_of_ours_is_not_taken_for_a_bad_picture(tmp_path):
+def test_error_in_a_reader_is_not_taken_for_a_bad_image(tmp_path):
   class Broken(ViewReader):
     def train(self, image, example, key):
-      raise OSError("a file that has nothing to do with pictures")
+      raise OSError("an error that has nothing to do with images")
 
-  source = _Pictures([_encoded(_scene())] * 2)
+  source = _Images([_encoded(_scene())] * 2)
   batches = pipeline.train_batches(
     source, Broken(VIEWS, OPTIONS), rows=np.arange(2), batch_size=2, total_steps=1, start_step=0, seed=0,
     bad_images=bad_images.BadImageTracker(source, 1.0),
@@ -402,7 +402,7 @@ def test_an_error_of_ours_is_not_taken_for_a_bad_picture(tmp_path):
     list(batches)
 
 
-# The share of time that the loop waits.
+# The share of time that the loop waits for data.
 
 
 class _Rows:
@@ -416,7 +416,7 @@ class _Rows:
     pass
 
 
-def test_the_share_of_waiting_is_logged(monkeypatch, tmp_path):
+def test_share_of_time_waiting_for_data_is_logged(monkeypatch, tmp_path):
   clock = types.SimpleNamespace(now=0.0)
   monkeypatch.setattr(meter_lib.time, "monotonic", lambda: clock.now)
 

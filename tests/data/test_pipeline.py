@@ -43,7 +43,7 @@ def _flat(batches, key="image"):
   return np.concatenate([b[key] for b in batches])
 
 
-def test_every_epoch_shows_each_example_once_in_another_order():
+def test_epochs_have_each_example_once_in_different_orders():
   batches = _read(range(4), 4, 10)
   keys = _flat(batches, "example_key")
   for epoch in (0, 1):
@@ -53,25 +53,25 @@ def test_every_epoch_shows_each_example_once_in_another_order():
 
 
 def test_views_do_not_depend_on_batch_or_process_count():
-  whole = _read(range(8), 8, 5)
+  full = _read(range(8), 8, 5)
   half = _read(range(4), 4, 10)
-  np.testing.assert_array_equal(_flat(whole), _flat(half))
+  np.testing.assert_array_equal(_flat(full), _flat(half))
   even, odd = _read([0, 1, 4, 5], 8, 5), _read([2, 3, 6, 7], 8, 5)
-  for a, b, both in zip(even, odd, whole, strict=True):
+  for a, b, both in zip(even, odd, full, strict=True):
     np.testing.assert_array_equal(a["image"], both["image"][[0, 1, 4, 5]])
     np.testing.assert_array_equal(b["token_image"], both["token_image"][[2, 3, 6, 7]])
 
 
-def test_a_run_starts_anywhere_at_once():
+def test_starting_at_a_step_gives_the_same_batches():
   np.testing.assert_array_equal(_flat(_read(range(4), 4, 9)[6:]), _flat(_read(range(4), 4, 9, start=6)))
 
 
-def test_seeds_and_epochs_differ():
+def test_seeds_give_different_images():
   first, other = _read(range(4), 4, 5), _read(range(4), 4, 5, seed=4)
   assert (_flat(first) != _flat(other)).any()
 
 
-def test_evaluation_shows_every_example_once_and_pads():
+def test_evaluation_has_every_example_once_and_pads():
   batches = list(pipeline.eval_batches(_source(10), _reader(), rows=np.arange(4), batch_size=4))
   valid = _flat(batches, "valid")
   assert len(batches) == 3 and valid.sum() == 10 and not valid[10:].any()
@@ -79,7 +79,7 @@ def test_evaluation_shows_every_example_once_and_pads():
 
 
 class _Gradient(sources.Source):
-  """One image whose red is its row and whose green is its column: the box can be read off the view."""
+  """One image with the row in its red and the column in its green channel, so that a view shows its box."""
 
   description = {}
 
@@ -91,7 +91,7 @@ class _Gradient(sources.Source):
     return {"image": np.stack([y, x, np.zeros_like(x)], -1).astype(np.uint8)}
 
 
-def test_both_views_show_the_same_box():
+def test_both_views_have_the_same_box():
   for batch in _read([0], 1, 12, source=_Gradient()):
     image, token = batch["image"][0].astype(float), batch["token_image"][0].astype(float)
     assert image.shape == (16, 16, 3) and token.shape == (8, 8, 3)
@@ -100,7 +100,7 @@ def test_both_views_show_the_same_box():
     assert image[..., 0].std() > 0
 
 
-def test_boxes_follow_the_law_of_torchvision():
+def test_boxes_have_the_distribution_of_torchvision():
   """Area uniform in (0.2, 1), aspect log-uniform in (3/4, 4/3), where nothing is rejected."""
   rng = np.random.default_rng(0)
   boxes = np.array(
@@ -111,30 +111,28 @@ def test_boxes_follow_the_law_of_torchvision():
   assert area.mean() == pytest.approx(0.35, abs=0.005) and area.min() > 0.19 and area.max() < 0.51
   assert np.log(width / height).mean() == pytest.approx(0.0, abs=0.01)
   assert boxes[:, :2].min() >= 0 and boxes[:, 2:].max() <= 600
-  # An image too flat for any box falls back to the central one of the nearest allowed aspect.
+  # For an image too narrow for any box, the central box with the nearest allowed aspect ratio is used.
   assert images.random_resized_box(rng, 1000, 10, (0.9, 1.0), (3 / 4, 4 / 3)) == (494, 0, 507, 10)
 
 
-def _png(array, mode=None):
+def _png(array):
   buffer = io.BytesIO()
-  Image.fromarray(array, mode).save(buffer, "png") if mode is None else Image.fromarray(array).save(
-    buffer, "png"
-  )
+  Image.fromarray(array).save(buffer, "png")
   return buffer.getvalue()
 
 
-def test_any_kind_of_image_becomes_rgb():
-  grey = np.arange(64, dtype=np.uint8).reshape(8, 8)
+def test_all_modes_are_converted_to_rgb():
+  gray = np.arange(64, dtype=np.uint8).reshape(8, 8)
   deep = (np.arange(64, dtype=np.uint16) * 1000).reshape(8, 8)
   rgba = np.zeros((8, 8, 4), np.uint8)
-  for data in (_png(grey), _png(deep), _png(rgba), grey[..., None], np.stack([grey] * 3, -1)):
+  for data in (_png(gray), _png(deep), _png(rgba), gray[..., None], np.stack([gray] * 3, -1)):
     assert images.decode(data).mode == "RGB"
-  np.testing.assert_array_equal(np.asarray(images.decode(_png(grey)))[..., 0], grey)
+  np.testing.assert_array_equal(np.asarray(images.decode(_png(gray)))[..., 0], gray)
   # 16 bits are scaled, not clipped.
   np.testing.assert_allclose(np.asarray(images.decode(_png(deep)))[..., 1], deep / 257, atol=0.51)
 
 
-def test_eval_view_is_short_side_then_centre():
+def test_eval_view_is_short_side_then_center_crop():
   image = np.zeros((40, 80, 3), np.uint8)
   image[:, 30:50] = 255
   view = images.eval_views(image, {"image": ((20, 20), "bilinear")}, crop_pct=1.0)["image"]
@@ -142,7 +140,7 @@ def test_eval_view_is_short_side_then_centre():
 
 
 def test_eval_view_squashed():
-  """Both sides to 20 / 0.5 = 40, then the central 20: of a picture twice as wide as high every second column."""
+  """Both sides are resized to 20 / 0.5 = 40, then the central 20 x 20 are cropped; every second column remains."""
   image = np.zeros((40, 80, 3), np.uint8)
   image[:, 40:] = 255
   image[:10] = 128
@@ -153,9 +151,9 @@ def test_eval_view_squashed():
   assert images.eval_size((40, 80), (20, 20), 0.5, "short_side") == (40, 80)
 
 
-def test_scenes_are_reproducible_and_labelled():
-  first, again = shapes.render("train", 5, 32), shapes.render("train", 5, 32)
-  np.testing.assert_array_equal(first["image"], again["image"])
+def test_scenes_are_reproducible_and_labeled():
+  first, second = shapes.render("train", 5, 32), shapes.render("train", 5, 32)
+  np.testing.assert_array_equal(first["image"], second["image"])
   assert (shapes.render("test", 5, 32)["image"] != first["image"]).any()
   for index in range(40):
     scene = shapes.render("train", index, 48)
@@ -185,7 +183,7 @@ def test_folder_without_classes(tmp_path):
   assert len(source) == 1 and source.num_classes == 0 and "label" not in source[0]
 
 
-def test_folder_mistakes(tmp_path):
+def test_folder_errors(tmp_path):
   with pytest.raises(UserError, match="no such folder"):
     sources.FolderSource(str(tmp_path / "nowhere"), "train")
   with pytest.raises(UserError, match="no images below"):
@@ -194,8 +192,8 @@ def test_folder_mistakes(tmp_path):
     sources.FolderSource(str(_folder(tmp_path)), "test")
 
 
-def test_a_broken_image_is_named(tmp_path):
-  (tmp_path / "broken.jpg").write_bytes(b"not a picture")
+def test_broken_image_is_named(tmp_path):
+  (tmp_path / "broken.jpg").write_bytes(b"not an image")
   source = sources.FolderSource(str(tmp_path), "")
   with pytest.raises(UserError, match="broken.jpg cannot be decoded"):
     _read([0], 1, 1, source=source)
@@ -213,10 +211,10 @@ def test_missing_tfds_data_set_names_the_command(tmp_path):
     assert fact in str(error.value)
 
 
-def test_fraction_is_fixed_and_of_the_right_size():
+def test_fraction_has_the_right_size_and_is_reproducible():
   data = dict(source="shapes", split="train", num_examples=100, render_size=8, fraction=0.25, num_classes=8)
-  first, again = sources.make_source(data), sources.make_source(data)
+  first, second = sources.make_source(data), sources.make_source(data)
   assert len(first) == 25
-  assert [first[i]["label"] for i in range(25)] == [again[i]["label"] for i in range(25)]
+  assert [first[i]["label"] for i in range(25)] == [second[i]["label"] for i in range(25)]
   with pytest.raises(UserError, match="data.fraction"):
     sources.make_source({**data, "fraction": 0.0})

@@ -1,4 +1,4 @@
-"""RandAugment: every operation against the reference's pictures, the draws against their law."""
+"""RandAugment: operations against images of the reference code, random draws against their distribution."""
 
 import io
 
@@ -46,7 +46,7 @@ def test_every_magnitude_works(name):
       assert found.size == image.size and found.mode == "RGB" and np.asarray(found).max() > 0
 
 
-def test_operations_follow_one_another():
+def test_operations_compose():
   image = randaugment.apply_op(Image.fromarray(ARRAYS["in/image"]), "Rotate", 9.0, 1.0, FILL)
   image = randaugment.apply_op(image, "PosterizeIncreasing", 9.0, 1.0, FILL)
   assert _psnr(np.asarray(image), ARRAYS["out/compose_Rotate_then_Posterize"]) >= 45
@@ -57,8 +57,8 @@ def test_names_and_fill():
   assert randaugment.fill_color((0.485, 0.456, 0.406)) == FILL == (124, 116, 104)
 
 
-def test_draws_follow_their_law():
-  """20,000 images: fifteen operations alike, each applied with probability 1/2, magnitudes N(9, 0.5) cut at 10."""
+def test_distribution_of_draws():
+  """20,000 images: fifteen operations with equal probability, applied with probability 1/2, N(9, 0.5) clipped at 10."""
   rng, policy, n = np.random.default_rng(0), randaugment.parse(SPEC), 20_000
   drawn = [op for _ in range(n) for op in randaugment.draw(rng, policy)]
   names, magnitudes, signs = (np.array(column) for column in zip(*drawn, strict=True))
@@ -67,7 +67,7 @@ def test_draws_follow_their_law():
   share = 1 / 15
   assert np.abs(counts - len(drawn) * share).max() < 5 * np.sqrt(len(drawn) * share * (1 - share))
   assert abs((signs > 0).mean() - 0.5) < 5 * 0.5 / np.sqrt(len(drawn))
-  assert magnitudes.max() == 10.0  # cut: P(N(9, 0.5) > 10) = 2.28 %
+  assert magnitudes.max() == 10.0  # clipped: P(N(9, 0.5) > 10) = 2.28 %
   assert (magnitudes == 10).mean() == pytest.approx(0.02275, abs=5 * np.sqrt(0.0222 / len(drawn)))
   inside = magnitudes[magnitudes < 10]
   assert inside.min() > 6 and abs(np.median(magnitudes) - 9) < 0.02
@@ -75,7 +75,7 @@ def test_draws_follow_their_law():
   assert magnitudes.mean() == pytest.approx(8.99575, abs=5 * 0.5 / np.sqrt(len(drawn)))
 
 
-def test_both_or_none_or_one_operation():
+def test_distribution_of_the_number_of_operations():
   rng, policy = np.random.default_rng(1), randaugment.parse(SPEC)
   lengths = np.bincount([len(randaugment.draw(rng, policy)) for _ in range(20_000)]) / 20_000
   np.testing.assert_allclose(lengths, [0.25, 0.5, 0.25], atol=0.017)
@@ -84,12 +84,12 @@ def test_both_or_none_or_one_operation():
 @pytest.mark.parametrize(
   "spec", ["rand", "augmix-m3", "rand-m9", "rand-m11-inc1", "rand-m9-m3-inc1", "rand-x2-inc1"]
 )
-def test_a_policy_that_is_not_understood(spec):
+def test_invalid_policy(spec):
   with pytest.raises(UserError, match="rand-m9-mstd0.5-inc1"):
     randaugment.parse(spec)
 
 
-class _One:
+class _OneImage:
   def __init__(self):
     buffer = io.BytesIO()
     Image.fromarray(ARRAYS["in/image"]).save(buffer, "PNG")
@@ -102,24 +102,24 @@ class _One:
     return {"image": self._bytes, "label": index}
 
 
-def test_in_the_pipeline_it_depends_on_the_example_only():
+def test_augmentation_depends_on_the_example_only():
   options = dict(crop="center", crop_scale=(1, 1), crop_ratio=(1, 1), flip=False, mean=(0.5,) * 3)
   options |= dict(crop_pct=1.0, resize="short_side")
   views = {"image": ((64, 64), "bicubic")}
 
-  def pictures(batch_size, **changes):
+  def read_images(batch_size, **changes):
     batches = pipeline.train_batches(
-      _One(), ViewReader(views, {**options, **changes}), rows=np.arange(batch_size), batch_size=batch_size,
+      _OneImage(), ViewReader(views, {**options, **changes}), rows=np.arange(batch_size), batch_size=batch_size,
       total_steps=8 // batch_size, start_step=0, seed=3,
     )  # fmt: skip
     batches = list(batches)
     order = np.concatenate([batch["label"] for batch in batches])
     return np.concatenate([batch["image"] for batch in batches])[np.argsort(order)]
 
-  plain = pictures(4, rand_augment="")
+  plain = read_images(4, rand_augment="")
   assert (plain == ARRAYS["in/image"]).all()
-  augmented = pictures(4, rand_augment=SPEC)
-  np.testing.assert_array_equal(augmented, pictures(8, rand_augment=SPEC))
+  augmented = read_images(4, rand_augment=SPEC)
+  np.testing.assert_array_equal(augmented, read_images(8, rand_augment=SPEC))
   changed = (augmented != plain).any((1, 2, 3))
   assert 3 <= changed.sum() <= 8
   with pytest.raises(UserError, match="fine-tuning"):
