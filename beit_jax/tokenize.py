@@ -38,6 +38,7 @@ from beit_jax.objectives import stages
 from beit_jax.objectives.beit import MaskedImageModeling
 from beit_jax.run import record
 from beit_jax.runtime import bucket, distributed, logs, sharding
+from beit_jax.runtime.flags import Parser, number
 from beit_jax.runtime.lock import exclusive_lock
 from beit_jax.runtime.logs import log
 
@@ -182,20 +183,15 @@ def _tokens(
 
 def _take_flags(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
   """Splits this command's own flags from a command line: (flags, remaining arguments)."""
-  parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-  parser.add_argument("--out")
-  parser.add_argument("--epochs", type=int)
+  parser = Parser(
+    "python -m beit_jax.tokenize", USAGE.removeprefix("usage: "), add_help=False, allow_abbrev=False
+  )
+  parser.add_argument("--out", required=True)
+  parser.add_argument("--epochs", type=number(int, 1, 10**6))
   parser.add_argument("--stage", default="")
-  try:
-    flags, rest = parser.parse_known_args(argv)
-  except argparse.ArgumentError as error:
-    raise UserError(f"{str(error).removeprefix('argument ')}; {USAGE}") from None
-  if not flags.out:
-    raise UserError(f"--out is missing; {USAGE}")
+  flags, rest = parser.parse_known_args(argv)
   if "://" in flags.out:
     raise UserError(f"--out={flags.out}: a cache must be in a folder; mount the bucket")
-  if flags.epochs is not None and not 0 < flags.epochs < 10**6:
-    raise UserError(f"--epochs={flags.epochs}: must be 1 or more and less than a million")
   return flags, rest
 
 

@@ -15,38 +15,17 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 from beit_jax.config import parse as config_lib
 from beit_jax.errors import UserError
 from beit_jax.plan import ANSWER, report, roofline, search, topology
+from beit_jax.runtime.flags import Parser, number
 
 USAGE = (
   "usage: python -m beit_jax.plan --config=FILE[:variant] --topology=v5e:16x16 [--stage=NAME] [--config.key=value ...] "
   "[--json]"
 )
-
-
-class _Parser(argparse.ArgumentParser):
-  def error(self, message: str) -> NoReturn:
-    raise UserError(f"{message}; {USAGE}")
-
-
-def _number(kind: type, least: float, most: float = 1e12) -> Callable[[str], Any]:
-  """Returns a converter for argparse that accepts numbers from `least` to `most`."""
-
-  def convert(text: str) -> Any:
-    try:
-      value = kind(text)
-    except ValueError:
-      value = None
-    if value is None or not least <= value <= most:
-      what = "an integer" if kind is int else "a number"
-      raise argparse.ArgumentTypeError(f"{text!r}: expected {what} from {least:g} to {most:g}")
-    return value
-
-  return convert
 
 
 def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -55,16 +34,16 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
   Raises:
     UserError: a flag has no value, or one of the wrong type or range; or there is no topology.
   """
-  parser = _Parser("python -m beit_jax.plan", USAGE.removeprefix("usage: "), __doc__, allow_abbrev=False)
+  parser = Parser("python -m beit_jax.plan", USAGE.removeprefix("usage: "), __doc__, allow_abbrev=False)
   parser.formatter_class = argparse.RawDescriptionHelpFormatter
   add = parser.add_argument
   add("--topology", required=True, help="the slice, such as v5e:16x16 or cpu:8")
   add("--stage", help="the stage to plan (default: the one that computes most)")
-  add("--examples", type=_number(int, 1), help="number of training examples, if the data is not here")
-  add("--utilization", type=_number(float, 0.01, 1), default=0.4, help="fraction of the peak to assume")
-  add("--rate_per_core", type=_number(float, 1), default=500.0, help="images/s that one core can read")
-  add("--hbm_gib", type=_number(float, 0.001), help="memory of a device, instead of the published figure")
-  add("--tries", type=_number(int, 0), default=6, help="settings to compile if the given one does not fit")
+  add("--examples", type=number(int, 1), help="number of training examples, if the data is not here")
+  add("--utilization", type=number(float, 0.01, 1), default=0.4, help="fraction of the peak to assume")
+  add("--rate_per_core", type=number(float, 1), default=500.0, help="images/s that one core can read")
+  add("--hbm_gib", type=number(float, 0.001), help="memory of a device, instead of the published figure")
+  add("--tries", type=number(int, 0), default=6, help="settings to compile if the given one does not fit")
   add("--json", action="store_true", help="print the plan as one JSON object")
   return parser.parse_known_args(argv)
 

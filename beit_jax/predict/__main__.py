@@ -18,6 +18,7 @@ from beit_jax.errors import UserError
 from beit_jax.predict import batches, class_maps
 from beit_jax.predict.batches import Facts
 from beit_jax.runtime import bucket, logs
+from beit_jax.runtime.flags import Parser, number
 from beit_jax.weights import io as weights_io
 from beit_jax.weights.pretrained import Pretrained
 
@@ -33,16 +34,18 @@ PREDICTORS: dict[str, Callable[[Pretrained, list[Path], argparse.Namespace], Ite
 
 def _parser() -> argparse.ArgumentParser:
   summary = (__doc__ or "").partition("\n\n")[2]
-  parser = argparse.ArgumentParser(prog="python -m beit_jax.predict", description=summary)
+  parser = Parser("python -m beit_jax.predict", description=summary)
   add = parser.add_argument
   add("checkpoint", help="anything that beit_jax.load reads")
   add("images", nargs="+", metavar="IMAGE", help="file, folder, or quoted pattern")
-  add("--top", type=int, default=5, help="number of classes that a classifier names (default 5)")
+  add("--top", type=number(int, 1), default=5, help="number of classes that a classifier names (default 5)")
   add("--json", action="store_true", help="print one JSON list instead of text")
   add("--out", default="predictions", help="folder for images that are drawn (default predictions)")
   add("--tokenizer", help="tokenizer of a masked image model, instead of the one its checkpoint names")
   add("--ema", action="store_true", help="use the averaged weights")
-  add("--batch_size", type=int, default=16, help="images per batch (default 16; a segmenter uses 1)")
+  add(
+    "--batch_size", type=number(int, 1), default=16, help="images per batch (default 16; a segmenter uses 1)"
+  )
   return parser
 
 
@@ -57,13 +60,13 @@ def as_text(facts: Facts) -> str:
   words = [
     f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}" for name, value in rest.items()
   ]
-  return "\n".join([facts["file"], *lines, *([f"  {', '.join(words)}"] if words else [])])
+  if words:
+    lines.append(f"  {', '.join(words)}")
+  return "\n".join([facts["file"], *lines])
 
 
-def _predict(args: argparse.Namespace) -> int:
-  for name in ("top", "batch_size"):
-    if vars(args)[name] < 1:
-      raise UserError(f"--{name}={vars(args)[name]}: must be 1 or more")
+def _predict(argv: list[str]) -> int:
+  args = _parser().parse_args(argv)
   files = find_images(args.images)
   if bucket.remote(args.out):
     raise UserError(f"--out={args.out}: images can only be written to a local folder")
@@ -90,12 +93,12 @@ def _predict(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str]) -> int:
-  args = _parser().parse_args(argv)
+  """Runs the command and returns its exit status."""
   logs.setup()
   if isinstance(sys.stdout, io.TextIOWrapper):
     sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be valid text
   try:
-    return _predict(args)
+    return _predict(argv)
   except bucket.errors(UserError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 2

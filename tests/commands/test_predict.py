@@ -383,8 +383,8 @@ def test_backbone_has_no_output_to_show(formats, tmp_path, capsys):
     (["formats", "formats/*.bmp"], ["formats/*.bmp'", "no match"]),
     ([""], ["''"]),
     (["void"], ["void: no images in this folder", ".jpeg"]),
-    (["formats", "--top=0"], ["--top=0"]),
-    (["formats", "--batch_size=-1"], ["--batch_size=-1"]),
+    (["formats", "--top=0"], ["--top: '0'", "from 1"]),
+    (["formats", "--batch_size=-1"], ["--batch_size: '-1'", "from 1"]),
     (["formats", "--ema"], ["no averaged weights"]),
   ],
 )
@@ -399,8 +399,13 @@ def test_more_mistakes(tokenizer, formats, capsys, tmp_path):
   (tmp_path / "file").write_text("")
   status, _, err = _run(capsys, tokenizer, formats, f"--out={tmp_path / 'file'}")
   assert status == 2 and "error: --out: " in err
-  with pytest.raises(SystemExit, match="2"):
-    predict.main(["checkpoint", "image", "--frobnicate"])
+  _fails(
+    capsys,
+    ["unrecognized arguments: --frobnicate", "usage: python -m"],
+    "checkpoint",
+    "image",
+    "--frobnicate",
+  )
 
 
 def test_the_command(classifier, formats):

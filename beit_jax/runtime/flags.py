@@ -1,0 +1,30 @@
+"""Command lines: argparse, with a `UserError` for every mistake."""
+
+import argparse
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from beit_jax.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+  """An `ArgumentParser` that raises `UserError` instead of ending the process."""
+
+  def error(self, message: str) -> NoReturn:
+    raise UserError(f"{message.removeprefix('argument ')}; {' '.join(self.format_usage().split())}")
+
+
+def number(kind: type, least: float, most: float = 1e12) -> Callable[[str], Any]:
+  """Returns a converter for argparse that accepts numbers from `least` to `most`."""
+
+  def convert(text: str) -> Any:
+    try:
+      value = kind(text)
+    except ValueError:
+      value = None
+    if value is None or not least <= value <= most:
+      what = "an integer" if kind is int else "a number"
+      raise argparse.ArgumentTypeError(f"{text!r}: expected {what} from {least:g} to {most:g}")
+    return value
+
+  return convert
