@@ -1,12 +1,14 @@
-"""From encoded JPEGs to two uint8 views on one core: ours against Pillow. Images per second, ratios, PSNR.
+"""Compares our decoding, cropping and resizing of JPEGs with Pillow's, on one core: speed and PSNR.
 
     TFDS_DATA_DIR=DIR python benchmarks/input.py --name=imagenet2012 --split=train
 
-Four contestants cut the same box from the same image, resize it to 224 (bicubic) and 112 (lanczos), and flip the same
-images: ours (`images.train_views`); ours with data.scaled_decode; Pillow alone, with the steps of torchvision's loader
-and `resized_crop`; and Pillow after unilm's color jitter (0.4) of the whole image, which here runs on the device. They
-take turns with a block of images each, and the median over all rounds counts. Reading the records is not included.
-`--mosaic=4` tiles 4x4 images into one, as large as those of a camera.
+Four methods crop the same box of each image, resize it to 224 (bicubic) and 112 (lanczos), and flip the same images:
+- ours: `images.train_views`;
+- scaled decode: the same with data.scaled_decode;
+- Pillow: the steps of torchvision's loader and `resized_crop`;
+- Pillow, jitter: the same after unilm's color jitter (0.4) of the full image, which in this library runs on the device.
+The methods alternate in blocks of images; the result is the median over all rounds. Reading the records is excluded.
+`--mosaic=4` tiles 4x4 images into one, of the size of a camera's images.
 """
 
 import argparse
@@ -40,7 +42,7 @@ def ours_scaled(encoded, index):
 
 
 def _upright(encoded):
-  """What torchvision's loader does, and the EXIF rotation that ours includes."""
+  """Decodes as torchvision's loader does, and rotates by the EXIF orientation as ours does."""
   return ImageOps.exif_transpose(Image.open(io.BytesIO(encoded)).convert("RGB"))
 
 
@@ -61,13 +63,13 @@ def pillow(encoded, index):
 def pillow_jitter(encoded, index):
   """torchvision's ColorJitter(0.4, 0.4, 0.4): brightness, contrast and saturation, in random order."""
   image, rng = _upright(encoded), np.random.default_rng((0, 0, index, 9))
-  kinds = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
-  for kind in rng.permutation(3):
-    image = kinds[kind](image).enhance(rng.uniform(1 - JITTER, 1 + JITTER))
+  enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+  for i in rng.permutation(3):
+    image = enhancers[i](image).enhance(rng.uniform(1 - JITTER, 1 + JITTER))
   return _pillow_views(image, _rng(index))
 
 
-CONTESTANTS = {
+METHODS = {
   "ours": ours,
   "scaled decode": ours_scaled,
   "Pillow": pillow,
@@ -80,7 +82,7 @@ def psnr(a, b):
 
 
 def mosaics(encoded, side):
-  """Images of side x side images, each resized to the first one's size; quality 90."""
+  """Tiles side x side images into one, each resized to the size of the first; JPEG quality 90."""
   result = []
   for start in range(0, len(encoded) - side**2 + 1, side**2):
     parts = [images.decode(data) for data in encoded[start : start + side**2]]
@@ -94,27 +96,27 @@ def mosaics(encoded, side):
 
 def measure_speed(encoded, rounds, block):
   """Prints images per second, and the ratios of ours to Pillow."""
-  for contestant in CONTESTANTS.values():
-    contestant(encoded[0], 0)
-  seconds = {name: np.zeros(rounds) for name in CONTESTANTS}
-  for turn in range(rounds):
+  for method in METHODS.values():
+    method(encoded[0], 0)
+  seconds = {name: np.zeros(rounds) for name in METHODS}
+  for round_index in range(rounds):
     for start in range(0, len(encoded), block):
-      for name, contestant in CONTESTANTS.items():
+      for name, method in METHODS.items():
         began = time.process_time()
         for index in range(start, min(start + block, len(encoded))):
-          contestant(encoded[index], index)
-        seconds[name][turn] += time.process_time() - began
+          method(encoded[index], index)
+        seconds[name][round_index] += time.process_time() - began
   for name, times in seconds.items():
     rates = len(encoded) / times
     print(f"{name:15} {np.median(rates):6.0f} images/s per core ({rates.min():.0f} to {rates.max():.0f})")
   for name in ("ours", "scaled decode"):
-    # The ratio within a round, in which all contestants had the same share of the machine.
+    # Ratios are taken within a round, in which other load on the machine affects all methods equally.
     for peer in ("Pillow", "Pillow, jitter"):
       print(f"{name} / {peer}: {np.median(seconds[peer] / seconds[name]):.2f}")
 
 
 def measure_psnr(encoded):
-  """Prints how close the views of ours are to those of Pillow."""
+  """Prints the PSNR of our views against those of Pillow."""
   found = {name: {view: [] for view in VIEWS} for name in ("ours", "scaled decode")}
   shrunk = []
   for index, data in enumerate(encoded):
@@ -142,8 +144,8 @@ def main():
   parser.add_argument("--data_dir", default=os.environ.get("TFDS_DATA_DIR", ""))
   parser.add_argument("--count", type=int, default=500, help="number of images")
   parser.add_argument("--rounds", type=int, default=7)
-  parser.add_argument("--block", type=int, default=25, help="images per turn")
-  parser.add_argument("--mosaic", type=int, default=0)
+  parser.add_argument("--block", type=int, default=25, help="images per block")
+  parser.add_argument("--mosaic", type=int, default=0, help="images per side of a mosaic; 0 = no mosaics")
   flags = parser.parse_args()
   if hasattr(os, "sched_setaffinity"):  # Linux only
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
