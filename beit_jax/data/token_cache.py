@@ -28,7 +28,6 @@ from beit_jax.data.sources import Example, Source
 from beit_jax.data.views import ViewReader
 from beit_jax.errors import BadImage, UserError
 from beit_jax.run import files
-from beit_jax.run.files import read_json_lines
 
 DESCRIPTION, SHARD_LIST, VERSION = "cache.json", "shards.jsonl", 1
 SHARD_SIZE = 2**14  # examples; a kill loses at most one shard
@@ -82,11 +81,6 @@ def _sample_sha256(source: Source) -> str:
       image = b""
     digest.update(image if isinstance(image, bytes) else np.ascontiguousarray(image).tobytes())
   return digest.hexdigest()
-
-
-def _sha256(path: Path) -> str:
-  with path.open("rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _differences(cache: Mapping[str, Any], run: Mapping[str, Any]) -> str:
@@ -157,7 +151,7 @@ class TokenCache:
     """
     shards = range(-(-self.positions // self.shard_size)) if shards is None else shards
     # A later line replaces an earlier one of the same shard.
-    entries = {row["shard"]: row for row in read_json_lines(self.folder / SHARD_LIST) if "shard" in row}
+    entries = {row["shard"]: row for row in files.read_json_lines(self.folder / SHARD_LIST) if "shard" in row}
     found = {shard: self._fault(shard, entries.get(shard, {}), verify) for shard in shards}
     return {shard: fault for shard, fault in found.items() if fault}
 
@@ -168,7 +162,7 @@ class TokenCache:
       return "missing"
     if entry.get("size") != path.stat().st_size:
       return "damaged: its size has changed"
-    if verify and entry.get("sha256") != _sha256(path):
+    if verify and entry.get("sha256") != files.hash_file(path, "sha256"):
       return "damaged: its sha256 has changed"
     return ""
 
@@ -192,7 +186,7 @@ class TokenCache:
         writer.write(key.tobytes() + row.tobytes())
       writer.close()
       files.sync(temporary)
-      size, sha256 = temporary.stat().st_size, _sha256(temporary)
+      size, sha256 = temporary.stat().st_size, files.hash_file(temporary, "sha256")
       os.replace(temporary, path)
       with (self.folder / SHARD_LIST).open("a") as file:
         entry = {"shard": shard, "records": len(keys), "size": size, "sha256": sha256}

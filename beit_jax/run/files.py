@@ -68,11 +68,12 @@ def digests(
   found = {}
   for name in sorted(paths.keys() - {exclude}):
     kind = "md5" if "md5" in like.get(name, {}) else "sha256"
-    found[name] = {"size": paths[name].stat().st_size, kind: _hash(paths[name], kind)}
+    found[name] = {"size": paths[name].stat().st_size, kind: hash_file(paths[name], kind)}
   return found
 
 
-def _hash(path: Path, kind: str) -> str:
+def hash_file(path: Path, kind: str) -> str:
+  """Returns the hash of a file in hexadecimal; `kind` is a name of hashlib."""
   try:
     with path.open("rb") as file:
       return hashlib.file_digest(file, kind).hexdigest()
