@@ -177,14 +177,14 @@ def make_module(kind: str, fields: dict[str, Any]) -> nn.Module:
     UserError: the kind or a field is unknown to this version, or a number is outside its range. Descriptions come
       from strangers: one must not start hours of computation or fill the memory.
   """
-  if isinstance(kind, str) and kind in INCOMPLETE_KINDS:
-    raise UserError(INCOMPLETE_KINDS[kind])
-  if not isinstance(kind, str) or kind not in KINDS:
-    raise UserError(f"unknown kind of checkpoint {kind!r}; this version knows {', '.join(sorted(KINDS))}")
+  spec = KINDS.get(kind) if isinstance(kind, str) else None
+  if spec is None:
+    unknown = f"unknown kind of checkpoint {kind!r}; this version knows {', '.join(sorted(KINDS))}"
+    raise UserError(INCOMPLETE_KINDS.get(str(kind), unknown))
   fields = _lists_to_tuples(fields)
   _check_fields(kind, fields)
   try:
-    return KINDS[kind].module(**fields)
+    return spec.module(**fields)
   except TypeError as error:
     raise UserError(f"the {kind} of this checkpoint has fields this version does not know: {error}") from None
 
