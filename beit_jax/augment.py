@@ -1,7 +1,7 @@
-"""Pixels on the device: uint8 -> float, augmentation of single images, normalization, mixup and cutmix.
+"""Prepares pixels on the device: uint8 to float, augmentation of single images, normalization, mixup and cutmix.
 
-The random keys of an augmentation come from the example, not from the step, so a resumed run sees the same pixels. Only
-mixup and cutmix, which pair the rows of a batch, use the key of the step.
+The random key of an augmentation is a function of the example. Only mixup and cutmix, which combine rows of a batch,
+use the key of the step.
 
 To add an augmentation, write a function `(keys, views, strength) -> views`, give it a line in `AUGMENTATIONS` and a
 number in `PURPOSES`, and add a key of the same name to the config's `data` section (`config/defaults.py`, with 0 = off)
@@ -17,7 +17,7 @@ import numpy as np
 from jax import Array
 
 GRAY = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R 601-2, as Pillow's convert("L")
-# What the random numbers of an example are used for. A new purpose gets a new number.
+# Uses of an example's random numbers. Give a new one a new number; the existing numbers define the results of runs.
 PURPOSES = {"mask": 0, "color_jitter": 1, "random_erasing": 2}
 
 
@@ -25,7 +25,7 @@ def example_keys(seed: int, example_key: Array, purpose: str) -> Array:
   """Makes one random key per example, a function of (seed, epoch, index, purpose).
 
   Args:
-    seed: the run's.
+    seed: of the run.
     example_key: uint32 [B, 2], (epoch, index).
     purpose: a name in `PURPOSES`.
 
@@ -37,26 +37,29 @@ def example_keys(seed: int, example_key: Array, purpose: str) -> Array:
 
 
 def to_float(image: Array) -> Array:
-  """uint8 -> float32 in [0, 1]."""
+  """Converts uint8 to float32 in [0, 1]."""
   return image.astype(jnp.float32) / 255.0
 
 
 def normalize(image: Array, mean: tuple[float, ...], std: tuple[float, ...]) -> Array:
-  """(image - mean) / std, per channel."""
+  """Computes (image - mean) / std per channel."""
   return (image - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
 
 
 def color_jitter(keys: Array, views: list[Array], strength: float) -> list[Array]:
-  """Brightness, contrast and saturation, in random order per example, each by a factor in [1 - s, 1 + s].
+  """Changes brightness, contrast and saturation, each by a factor in [1 - s, 1 + s], in random order per example.
 
-  All views of an example get the same function of a pixel: the factors, the order and the mean gray that contrast
-  turns around are those of the first view. (unilm: torchvision's ColorJitter(0.4, 0.4, 0.4). There it is applied before
-  the crop, so the mean gray is that of the whole image: docs/conflicts.md.)
+  Equal pixels of an example's views stay equal: the views share the factors, the order, and the mean gray that contrast
+  needs, which is that of the first view. unilm applies torchvision's ColorJitter(0.4, 0.4, 0.4) before the crop, with
+  the mean gray of the full image (docs/conflicts.md).
 
   Args:
     keys: [B] keys.
     views: float [B, H, W, 3] in [0, 1]; sizes may differ.
     strength: s.
+
+  Returns:
+    The views, clipped to [0, 1].
   """
 
   def jitter_example(key: Array, images: list[Array]) -> list[Array]:
@@ -86,9 +89,9 @@ ERASE_AREA, ERASE_ASPECT, ERASE_TRIES = (0.02, 1 / 3), (0.3, 1 / 0.3), 10
 
 
 def erase_box(key: Array, height: int, width: int) -> tuple[Array, Array, Array, Array]:
-  """Draws the box of timm's RandomErasing: the first of ten that fits strictly inside the image.
+  """Draws the box of timm's RandomErasing: the first of ten that is strictly smaller than the image.
 
-  The area is uniform in 2 % to a third of the image, the aspect ratio log-uniform in 0.3 to 1/0.3.
+  The area is uniform between 2 % and a third of the image; the aspect ratio is log-uniform between 0.3 and 1/0.3.
 
   Returns:
     (top, left, height, width) of the box; height and width are 0 if no box fits.
@@ -172,10 +175,13 @@ def augment_views(
   Args:
     views: float32 [B, H, W, 3] each; all views of an example get the same augmentation.
     example_key: uint32 [B, 2], (epoch, index).
-    seed: the run's.
+    seed: of the run.
     data: the `data` section.
     names: which of `AUGMENTATIONS` to use.
-    normalized: whether the views are normalized; augmentations of the other kind are skipped.
+    normalized: whether the views are normalized; augmentations for which `normalized` differs are skipped.
+
+  Returns:
+    The views, with the same names.
   """
   for name, augmentation in AUGMENTATIONS.items():
     if name in names and data[name] and augmentation.normalized == normalized:
@@ -187,7 +193,17 @@ def augment_views(
 def cutmix_box(
   center: tuple[Array, Array], lam: Array, height: int, width: int
 ) -> tuple[Array, Array, Array, Array]:
-  """Box with about 1 - lam of the area, cut off at the border: (top, bottom, left, right), ends exclusive."""
+  """Returns a box of about 1 - lam of the image's area, clipped at the border.
+
+  Args:
+    center: (y, x) of the box before clipping.
+    lam: scalar in [0, 1].
+    height: of the image.
+    width: of the image.
+
+  Returns:
+    (top, bottom, left, right), ends exclusive.
+  """
   edges = []
   for middle, size in zip(center, (height, width), strict=True):
     side = jnp.floor(size * jnp.sqrt(1.0 - lam)).astype(jnp.int32)
@@ -199,16 +215,16 @@ def cutmix_box(
 def mix(
   image: Array, target: Array, lam: Array, box: tuple[Array, Array, Array, Array] | None
 ) -> tuple[Array, Array]:
-  """Mixes row i of the batch with row B - 1 - i: a blend (mixup), or a box of the other image (cutmix).
+  """Mixes row i of the batch with row B - 1 - i: blends them (mixup), or copies a box of the other image (cutmix).
 
   Args:
     image: [B, H, W, 3].
     target: [B, C], already smoothed.
-    lam: scalar, the share of the row's own image in mixup.
-    box: of cutmix, see `cutmix_box`; the share is then 1 - its area.
+    lam: scalar, the weight of the row's own image in mixup.
+    box: the box of cutmix (see `cutmix_box`), or None for mixup. The weight is then 1 - its share of the area.
 
   Returns:
-    (image, target), mixed alike.
+    (image, target), mixed with the same weight.
   """
   other = image[::-1]
   if box is None:
@@ -231,7 +247,7 @@ def random_mix(
   prob: float,
   switch_prob: float,
 ) -> tuple[Array, Array]:
-  """Mixup or cutmix of a whole batch with one lam ~ Beta(alpha, alpha), as timm's Mixup in batch mode.
+  """Applies mixup or cutmix to a batch with one lam ~ Beta(alpha, alpha), as timm's Mixup does in batch mode.
 
   Args:
     key: of the step.
@@ -241,6 +257,9 @@ def random_mix(
     cutmix_alpha: 0 turns cutmix off.
     prob: probability that the batch is mixed.
     switch_prob: probability of cutmix rather than mixup, if both are on.
+
+  Returns:
+    (image, target).
   """
   happens_key, switch_key, lam_key, center_key = jax.random.split(key, 4)
   happens = jax.random.uniform(happens_key) < prob

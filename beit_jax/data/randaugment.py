@@ -132,23 +132,15 @@ def parse(spec: str) -> Policy:
       found = {}
       break
     found[match[1]] = float(match[2])
-  num_ops = found.get("n", 2)
-  policy = Policy(
-    int(min(num_ops, MAX_OPS + 1)), found.get("m", MAX), found.get("mstd", 0.0), found.get("p", 0.5)
-  )
-  good = (
-    0 < policy.num_ops <= MAX_OPS
-    and policy.num_ops == num_ops
-    and policy.magnitude <= MAX
-    and policy.magnitude_std < 100
-    and policy.prob <= 1
-  )
-  if head != "rand" or found.get("inc") != 1 or not good:
+  num_ops, prob = found.get("n", 2), found.get("p", 0.5)
+  magnitude, magnitude_std = found.get("m", MAX), found.get("mstd", 0.0)
+  in_range = num_ops in range(1, MAX_OPS + 1) and magnitude <= MAX and magnitude_std < 100 and prob <= 1
+  if head != "rand" or found.get("inc") != 1 or not in_range:
     raise UserError(
       f"config key 'data.rand_augment': {spec!r} is invalid; expected e.g. 'rand-m9-mstd0.5-inc1' (magnitude up to "
       f"{MAX:g}; inc1, the increasing operations, is required), or '' for none"
     )
-  return policy
+  return Policy(int(num_ops), magnitude, magnitude_std, prob)
 
 
 def draw(rng: np.random.Generator, policy: Policy) -> list[tuple[str, float, float]]:

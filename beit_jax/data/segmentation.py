@@ -175,11 +175,10 @@ class LabelMapReader:
     labels = self.labels(example, image, example.get("index", key[-1]))
     factor = rng.uniform(*s["resize_ratio"])
     size = rescale_size(image.size, tuple(side * factor for side in s["resize"]))
-    resized = images.decode(image).resize(size, images.RESAMPLE[self._data["interpolation"]])
-    labels = np.asarray(Image.fromarray(labels).resize(size, Image.Resampling.NEAREST))
+    pixels, labels = self._resize(image, labels, size)
     top, left, height, width = crop_box(rng, labels, self._size, s["cat_max_ratio"])
-    pixels = np.asarray(resized)[top : top + height, left : left + width]
-    labels = labels[top : top + height, left : left + width]
+    part = np.s_[top : top + height, left : left + width]
+    pixels, labels = pixels[part], labels[part]
     if self._data["flip"] and rng.random() < 0.5:
       pixels, labels = pixels[:, ::-1], labels[:, ::-1]
     if s["photometric"]:
@@ -190,11 +189,17 @@ class LabelMapReader:
     """Crops the center after the resize of evaluation. For figures; `objectives/sliding.py` evaluates full images."""
     labels = self.labels(example, image, example.get("index", 0))
     size = rescale_size(image.size, self._segment["resize"])
-    pixels = np.asarray(images.decode(image).resize(size, images.RESAMPLE[self._data["interpolation"]]))
-    labels = np.asarray(Image.fromarray(labels).resize(size, Image.Resampling.NEAREST))
+    pixels, labels = self._resize(image, labels, size)
     top, left = (max((side - limit) // 2, 0) for side, limit in zip(labels.shape, self._size, strict=True))
     part = np.s_[top : top + self._size[0], left : left + self._size[1]]
     return self._pad(pixels[part], labels[part])
+
+  def _resize(
+    self, image: images.LazyImage, labels: np.ndarray, size: tuple[int, int]
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """Resizes both to (width, height)."""
+    pixels = resize_image(image.pixels(), size[::-1], self._data["interpolation"])
+    return pixels, np.asarray(Image.fromarray(labels).resize(size, Image.Resampling.NEAREST))
 
   def _pad(self, pixels: np.ndarray, labels: np.ndarray) -> HostBatch:
     """Pads at the right and at the bottom, with the mean color and labels that are ignored."""

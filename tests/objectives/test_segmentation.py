@@ -91,7 +91,7 @@ def test_distortion_keeps_the_shape_and_sometimes_the_image():
 def test_labels_move_with_their_pixels():
   """The image shows its own label map: after resize, crop and flip both still agree."""
   labels = np.random.default_rng(0).integers(0, 9, (12, 18)).astype(np.uint8).repeat(4, 0).repeat(4, 1)
-  image = Image.fromarray(np.stack([labels * 25] * 3, -1))
+  image = images.LazyImage(np.stack([labels * 25] * 3, -1))
   data = dict(mean=(0.5,) * 3, interpolation="nearest", flip=True)
   segment = dict(
     reduce_zero_label=False, ignore_label=255, resize=(72, 48), resize_ratio=(0.5, 2.0), cat_max_ratio=0.75,
