@@ -9,7 +9,7 @@ from PIL import Image
 
 import beit_jax
 from beit_jax import metrics, optim, train
-from beit_jax.data import examples, pipeline, segmentation, sources
+from beit_jax.data import examples, images, pipeline, segmentation, sources
 from beit_jax.data.bad_images import BadImageTracker
 from beit_jax.doctor import runs
 from beit_jax.errors import BadImage, UserError
