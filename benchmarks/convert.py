@@ -1,9 +1,9 @@
-"""Time and memory of converting BEiT-L: unilm .pth -> hf, and hf -> orbax, each in a process of its own.
+"""Measures time and memory of converting BEiT-L from unilm .pth to hf and from hf to orbax, each in a new process.
 
     python benchmarks/convert.py
 
-Writes a random full-size file first. Memory is the peak of the process over that after its imports, so that what is
-counted is what converting costs; both are printed, beside the file's size. Linux only (/proc).
+First writes a full-size file of random weights. The memory of a conversion is the peak of its process minus the peak
+after its imports; both are printed. Linux only (/proc).
 """
 
 import subprocess
@@ -18,7 +18,8 @@ import sys, time
 from beit_jax.weights import io as weights_io
 import jax
 jax.devices()
-peak = lambda: 1024 * int(next(x for x in open("/proc/self/status") if x.startswith("VmHWM")).split()[1])
+def peak():
+  return 1024 * int(next(x for x in open("/proc/self/status") if x.startswith("VmHWM")).split()[1])
 base, began = peak(), time.monotonic()
 weights_io.save(weights_io.load(sys.argv[1]), sys.argv[2], format=sys.argv[3])
 print(time.monotonic() - began, base, peak())
@@ -49,7 +50,7 @@ def main():
       ).stdout.split()
       seconds, base, peak = map(float, out)
       print(
-        f"{source.suffix} -> {format}: {seconds:.1f} s, {(peak - base) / size:.2f} x the file's size in memory "
+        f"{source.suffix} -> {format}: {seconds:.1f} s, {(peak - base) / size:.2f} times the file's size in memory "
         f"({base / 1e9:.2f} GB after imports, {peak / 1e9:.2f} GB at the peak)"
       )
       source = target
