@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from beit_jax import augment, losses
+from beit_jax.config.defaults import DEFAULTS
 from tests import reference
 
 
@@ -52,6 +53,29 @@ def test_normalize():
     augment.to_float(jnp.array([[[[0, 255, 51]]]], jnp.uint8)), (0.5,) * 3, (0.5, 0.5, 0.25)
   )
   np.testing.assert_allclose(found[0, 0, 0], [-1, 1, -1.2], rtol=1e-6)
+
+
+def test_augmentations_have_a_purpose_and_a_config_key_that_is_off_by_default():
+  for name in augment.AUGMENTATIONS:
+    assert name in augment.PURPOSES and DEFAULTS["data"][name] == 0
+  assert len(set(augment.PURPOSES.values())) == len(augment.PURPOSES)
+
+
+def test_augment_views_applies_the_rows_of_the_table(monkeypatch):
+  darken = augment.Augmentation(lambda keys, views, strength: [view * (1 - strength) for view in views])
+  monkeypatch.setitem(augment.AUGMENTATIONS, "darken", darken)
+  monkeypatch.setitem(augment.PURPOSES, "darken", 99)
+  views = {"image": jnp.ones((2, 4, 4, 3)), "token_image": jnp.ones((2, 2, 2, 3))}
+
+  def first_pixels(strength=0.25, names=("darken",), normalized=False):
+    data = {name: 0.0 for name in augment.AUGMENTATIONS} | {"darken": strength}
+    keys = jnp.zeros((2, 2), jnp.uint32)
+    result = augment.augment_views(views, keys, seed=0, data=data, names=names, normalized=normalized)
+    return {name: float(view[0, 0, 0, 0]) for name, view in result.items()}
+
+  assert first_pixels() == {"image": 0.75, "token_image": 0.75}
+  for options in (dict(strength=0.0), dict(names=()), dict(normalized=True)):
+    assert first_pixels(**options) == {"image": 1.0, "token_image": 1.0}
 
 
 MIX, _ = reference.load("mixup")

@@ -24,10 +24,9 @@ class ViewReader:
 
   def __init__(self, views: images.ViewSizes, options: dict[str, Any]):
     self._views, self._options = views, options
-    known = {"resize": images.RESIZES, "crop": images.CROPS}
-    checked = [(key, options[key], names) for key, names in known.items()]
-    checked += [(f"interpolation of {name}", how, tuple(images.RESAMPLE)) for name, (_, how) in views.items()]
-    for key, value, names in checked:
+    choices = [("resize", options["resize"], images.RESIZES), ("crop", options["crop"], images.CROPS)]
+    choices += [(f"interpolation of {name}", how, tuple(images.RESAMPLE)) for name, (_, how) in views.items()]
+    for key, value, names in choices:
       if value not in names:
         raise UserError(f"config key 'data.{key}': {value!r} is unknown; there are {', '.join(names)}")
     if not 0 < options["crop_pct"] <= 1:
@@ -44,7 +43,7 @@ class ViewReader:
     o = self._options
     rng = np.random.default_rng((*key, 2))
     options = dict(crop=o["crop"], scale=o["crop_scale"], ratio=o["crop_ratio"], flip=o["flip"])
-    views = images.train_views(image, rng, self._views, scaled=o.get("scaled_decode", False), **options)
+    views = images.train_views(image, rng, self._views, scaled=o["scaled_decode"], **options)
     if o["rand_augment"]:
       rng, fill = np.random.default_rng((*key, 3)), randaugment.fill_color(o["mean"])
       views = {

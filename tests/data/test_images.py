@@ -98,13 +98,13 @@ def test_plain_jpegs_are_identical_to_pillow(name, mode, decoded):
 
 OTHERS = {
   "CMYK": lambda: _encoded(_scene().convert("CMYK")),
-  "two images in one file": lambda: _encoded(
-    _scene(), "MPO", save_all=True, append_images=[_scene(seed=1)]
-  ),
+  "two images in one file": lambda: _encoded(_scene(), "MPO", save_all=True, append_images=[_scene(seed=1)]),
   "PNG with an orientation": lambda: _encoded(_scene(), "PNG", exif=_exif(6)),
-  "16-bit PNG": lambda: _encoded(Image.fromarray((np.arange(600, dtype=np.uint16) * 99).reshape(20, 30)), "PNG"),
+  "16-bit PNG": lambda: _encoded(
+    Image.fromarray((np.arange(600, dtype=np.uint16) * 99).reshape(20, 30)), "PNG"
+  ),
   "WebP": lambda: _encoded(_scene(), "WEBP"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -361,9 +361,16 @@ class _Images(sources.Source):
 def _batch(source, threads=1, steps=1, bad_images=None, **options):
   options = dict(OPTIONS, **options)
   batches = pipeline.train_batches(
-    source, ViewReader(VIEWS, options), rows=np.arange(len(source)), batch_size=len(source), total_steps=steps,
-    start_step=0, seed=3, threads=threads, bad_images=bad_images,
-  )  # fmt: skip
+    source,
+    ViewReader(VIEWS, options),
+    rows=np.arange(len(source)),
+    batch_size=len(source),
+    total_steps=steps,
+    start_step=0,
+    seed=3,
+    threads=threads,
+    bad_images=bad_images,
+  )
   batches = list(batches)
   return {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
 
@@ -395,9 +402,15 @@ def test_error_in_a_reader_is_not_taken_for_a_bad_image(tmp_path):
 
   source = _Images([_encoded(_scene())] * 2)
   batches = pipeline.train_batches(
-    source, Broken(VIEWS, OPTIONS), rows=np.arange(2), batch_size=2, total_steps=1, start_step=0, seed=0,
+    source,
+    Broken(VIEWS, OPTIONS),
+    rows=np.arange(2),
+    batch_size=2,
+    total_steps=1,
+    start_step=0,
+    seed=0,
     bad_images=bad_images.BadImageTracker(source, 1.0),
-  )  # fmt: skip
+  )
   with pytest.raises(OSError, match="nothing to do"):
     list(batches)
 
@@ -405,7 +418,7 @@ def test_error_in_a_reader_is_not_taken_for_a_bad_image(tmp_path):
 # The share of time that the loop waits for data.
 
 
-class _Rows:
+class _RecordingLogger:
   def __init__(self):
     self.rows = []
 
@@ -425,7 +438,7 @@ def test_share_of_time_waiting_for_data_is_logged(monkeypatch, tmp_path):
       clock.now += seconds
       yield seconds
 
-  logger, source = _Rows(), batches()
+  logger, source = _RecordingLogger(), batches()
   meter = meter_lib.Meter(
     tiny.config("beit"), logger, tmp_path, "run", {"learning_rate": lambda step: 0.1}, 0
   )

@@ -12,9 +12,15 @@ from beit_jax.errors import UserError
 
 VIEWS = {"image": ((16, 16), "bicubic"), "token_image": ((8, 8), "lanczos")}
 OPTIONS = dict(
-  crop="random_resized", crop_scale=(0.3, 1.0), crop_ratio=(3 / 4, 4 / 3), flip=True, crop_pct=1.0,
-  resize="short_side", rand_augment="",
-)  # fmt: skip
+  crop="random_resized",
+  crop_scale=(0.3, 1.0),
+  crop_ratio=(3 / 4, 4 / 3),
+  flip=True,
+  crop_pct=1.0,
+  resize="short_side",
+  rand_augment="",
+  scaled_decode=False,
+)
 
 
 def _source(count=20):

@@ -104,14 +104,19 @@ class _OneImage:
 
 def test_augmentation_depends_on_the_example_only():
   options = dict(crop="center", crop_scale=(1, 1), crop_ratio=(1, 1), flip=False, mean=(0.5,) * 3)
-  options |= dict(crop_pct=1.0, resize="short_side")
+  options |= dict(crop_pct=1.0, resize="short_side", scaled_decode=False)
   views = {"image": ((64, 64), "bicubic")}
 
   def read_images(batch_size, **changes):
     batches = pipeline.train_batches(
-      _OneImage(), ViewReader(views, {**options, **changes}), rows=np.arange(batch_size), batch_size=batch_size,
-      total_steps=8 // batch_size, start_step=0, seed=3,
-    )  # fmt: skip
+      _OneImage(),
+      ViewReader(views, {**options, **changes}),
+      rows=np.arange(batch_size),
+      batch_size=batch_size,
+      total_steps=8 // batch_size,
+      start_step=0,
+      seed=3,
+    )
     batches = list(batches)
     order = np.concatenate([batch["label"] for batch in batches])
     return np.concatenate([batch["image"] for batch in batches])[np.argsort(order)]
