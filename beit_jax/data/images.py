@@ -59,7 +59,7 @@ def _formats() -> tuple[str, ...]:
 
 
 def open_image(encoded: bytes) -> Image.Image:
-  """Reads the header only.
+  """Opens an encoded image; reads its header only.
 
   Raises:
     ValueError: the file is empty, or the image has too many pixels.
@@ -182,13 +182,20 @@ class LazyImage:
 def random_resized_box(
   rng: np.random.Generator, width: int, height: int, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> Box:
-  """The box of torchvision's RandomResizedCrop.
+  """Draws the box of torchvision's RandomResizedCrop.
 
-  Ten tries at a uniform area and a log-uniform aspect ratio, then the largest central box within the ratios.
+  Draws a uniform area and a log-uniform aspect ratio, up to ten times until the box fits. If none fits, returns the
+  largest central box within the ratios.
 
   Args:
+    rng: draws the box.
+    width: of the image.
+    height: of the image.
     scale: range of the area, as a fraction of the image.
     ratio: range of width / height.
+
+  Returns:
+    (left, top, right, bottom).
   """
   for _ in range(10):
     area = width * height * rng.uniform(*scale)

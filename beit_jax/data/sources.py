@@ -136,7 +136,7 @@ class TfdsSource(Source):
 
 
 def multi_hot(labels: Any, num_classes: int) -> np.ndarray:
-  """Class ids -> float32 [num_classes] of 0 and 1."""
+  """Converts class ids to float32 [num_classes] of 0 and 1."""
   result = np.zeros(num_classes, np.float32)
   result[np.asarray(labels, np.int64)] = 1.0
   return result
@@ -167,17 +167,23 @@ def _version_folder(root: Path, name: str) -> Path:
 
 
 def list_images(folder: Path) -> list[Path]:
-  """The image files below a folder, recursively, sorted by path."""
+  """Lists the image files below a folder, recursively, sorted by path."""
   return sorted(
     path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
   )
 
 
 class FolderSource(Source):
-  """A folder of images: `root/[split/]<class>/*.jpg`, or without class folders (unlabeled).
+  """A folder of images: `root/[split/]<class>/*.jpg`, or without class folders (unlabeled). Files are sorted by path.
 
-  Files are sorted by path. With `label_file`, a CSV of `file,class[,class...]` with files relative to the split's
-  folder, an image has any number of labels, and only the listed files are used.
+  Args:
+    root: the folder.
+    split: name of a subfolder to use; for "" and "train", `root` itself if there is no such subfolder.
+    label_file: a CSV of `file,class[,class...]`, with files relative to the split's folder. With it an image has any
+      number of labels, and only the listed files are used.
+
+  Raises:
+    UserError: there are no images, or the label file does not fit them.
   """
 
   def __init__(self, root: str, split: str, label_file: str = ""):
@@ -250,7 +256,7 @@ class FolderSource(Source):
 
 
 class PairsSource(Source):
-  """Images and label maps in two folders, as in SceneParse150: `root/{images,annotations}/<split>/NAME.{jpg,png}`."""
+  """Images and label maps in two folders: `root/{images,annotations}/<split>/NAME.{jpg,png}`, as in SceneParse150."""
 
   def __init__(self, root: str, split: str):
     base = Path(os.path.expanduser(root))
@@ -284,7 +290,7 @@ class PairsSource(Source):
 
 
 class ShapesSource(Source):
-  """`num_examples` procedural scenes of `render_size` x `render_size` pixels with labels and label maps."""
+  """`num_examples` procedural scenes of `render_size` x `render_size` pixels, with labels and label maps."""
 
   num_classes = len(shapes.KINDS)
   class_names = shapes.KINDS
@@ -301,7 +307,7 @@ class ShapesSource(Source):
       "num_examples": num_examples,
       "size": render_size,
     }
-    self._cache: dict[int, Example] = {}  # of small scenes: 3 kB each at 32 pixels; rendering is slower
+    self._cache: dict[int, Example] = {}  # small scenes only: 3 kB each at 32 pixels, faster than rendering
 
   def __len__(self) -> int:
     return self._num_examples
@@ -315,7 +321,7 @@ class ShapesSource(Source):
 
 
 class Subset(Source):
-  """A fixed random fraction of a source, for few-label runs; the choice depends on the source's length only."""
+  """A random fraction of a source, for few-label runs. The choice is a function of the source's length."""
 
   def __init__(self, source: Source, fraction: float):
     count = max(int(round(len(source) * fraction)), 1)
