@@ -1,25 +1,25 @@
-"""The one exception a user is meant to see."""
+"""The exceptions that a user sees as one message, without a traceback."""
 
 
 class UserError(Exception):
-  """A mistake in what the user gave us: a key, a file, a data set, a checkpoint.
+  """A mistake in the input: a key, a file, a data set or a checkpoint.
 
-  The message names the key or file, what was found, what was expected and what to do. `main` prints
-  it without a traceback and exits with `status`.
+  The message names the key or file, what was found, what was expected and what to do. The commands print it without a
+  traceback and exit with `status`.
   """
 
   status = 2
 
 
 class TransientError(UserError):
-  """Nobody's mistake: the same command may well succeed a little later, and launchers give it again."""
+  """A failure that may go away by itself; launchers give the same command again."""
 
   status = 75
 
 
 class CollapseError(UserError):
-  """The codebook of a tokenizer in training has collapsed, and the config asks to stop then."""
+  """The codebook of a tokenizer has collapsed in training, and `collapse.stop` is set."""
 
 
 class BadImage(UserError):
-  """One image that cannot be read; names the file, or the example. Training goes on with another."""
+  """An image that cannot be read; names the file or the example. Training continues with another image."""

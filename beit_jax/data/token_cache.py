@@ -84,7 +84,9 @@ def _sample_sha256(source: Source) -> str:
 
 
 def _differences(cache: Mapping[str, Any], run: Mapping[str, Any]) -> str:
-  names = [name for name in sorted(cache.keys() | run.keys()) if cache.get(name) != run.get(name)]
+  # A key that is missing counts as 0: an augmentation that is newer than the cache and is off changes no tokens.
+  names = sorted(cache.keys() | run.keys())
+  names = [name for name in names if (cache.get(name) or 0) != (run.get(name) or 0)]
   return "\n  ".join(
     f"{name}: the cache was made with {cache.get(name)!r}, this run has {run.get(name)!r}" for name in names
   )

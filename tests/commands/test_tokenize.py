@@ -636,3 +636,11 @@ def test_config_key_may_change_on_resume():
   assert record.MAY_CHANGE.fullmatch("tokenizer.cache")
   run = config_lib.complete({"objective": "beit", "tokenizer": {"cache": "somewhere"}}, objectives.schemas())
   assert run.tokenizer.cache == "somewhere" and run.tokenizer.init_from == "stage:tokenizer"
+
+
+def test_an_augmentation_that_is_newer_than_the_cache():
+  """If it is off, the cache stays valid."""
+  old = {"data.flip": True, "seed": 0}
+  assert token_cache._differences(old, {**old, "data.new": 0.0}) == ""
+  assert "data.new: the cache was made with None" in token_cache._differences(old, {**old, "data.new": 0.5})
+  assert "data.flip" in token_cache._differences(old, {**old, "data.flip": False})
