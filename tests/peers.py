@@ -1,4 +1,4 @@
-"""PyTorch and its libraries as peers: `from tests.peers import ...` skips the file where they are not installed."""
+"""PyTorch and its libraries as references; `from tests.peers import ...` skips a file if they are not installed."""
 
 import importlib.metadata
 import importlib.util
@@ -11,7 +11,7 @@ if importlib.util.find_spec("torchvision") is None:
   pytest.skip("torchvision is not installed (extra 'torch')", allow_module_level=True)
 with warnings.catch_warnings():
   warnings.simplefilter("ignore")
-  # timm needs torchvision; the wheels on PyPI bring operators for CUDA only, so beside a CPU build of PyTorch two
+  # timm imports torchvision. Its wheels on PyPI have operators for CUDA only, so that with a CPU build of PyTorch two
   # names are missing, which timm never calls.
   if torch.version.cuda is None and "+cpu" not in importlib.metadata.version("torchvision"):
     from torch import library

@@ -1,4 +1,4 @@
-"""Golden files: reading them, and their PyTorch names and layouts as ours."""
+"""Reads golden files and translates their PyTorch names and layouts into ours."""
 
 import json
 import re
@@ -12,12 +12,13 @@ HERE = Path(__file__).parent / "golden"
 
 
 def load(name: str) -> tuple[dict[str, np.ndarray], dict]:
-  """(arrays by key, the configuration) of tests/golden/<name>.npz."""
+  """Returns (arrays by key, the configuration) of tests/golden/<name>.npz."""
   arrays = dict(np.load(HERE / f"{name}.npz", allow_pickle=False))
   return arrays, json.loads(str(arrays.pop("meta/config"))) if "meta/config" in arrays else {}
 
 
 def section(arrays: dict, prefix: str) -> dict[str, np.ndarray]:
+  """The arrays whose keys start with a prefix, without that prefix."""
   return {key.removeprefix(prefix): value for key, value in arrays.items() if key.startswith(prefix)}
 
 
@@ -50,7 +51,7 @@ def beit_tree(flat: dict[str, np.ndarray]) -> dict:
 
 
 def dalle_tree(flat: dict[str, np.ndarray]) -> dict:
-  """encoder/ and decoder/ of the DALL-E files -> our nested parameters."""
+  """The arrays under encoder/ and decoder/ of the DALL-E files -> our nested parameters."""
   result = {}
   for name, value in flat.items():
     ours = name.replace("blocks.", "").replace("output.conv", "output").replace(".", "/")
@@ -81,7 +82,7 @@ def encoder_fields(config: dict) -> dict:
 
 
 def assert_gradients_close(found, wanted, tolerance: float = 2e-5) -> None:
-  """max |found - wanted| <= tolerance * max |wanted|, tensor by tensor, the same names on both sides."""
+  """Checks for every tensor that max |found - wanted| <= tolerance * max |wanted|, and that the names agree."""
   found, wanted = trees.flatten(found), trees.flatten(wanted)
   assert found.keys() == wanted.keys()
   for name, value in wanted.items():
@@ -90,7 +91,10 @@ def assert_gradients_close(found, wanted, tolerance: float = 2e-5) -> None:
 
 
 def assert_stepped_close(found, wanted) -> None:
-  """99.9 % of all values within 2e-6, all within 5e-4: Adam's first step is sign-like near zero gradients."""
+  """Checks parameters after a step: Adam's first step is close to a sign, so a few values may differ more.
+
+  99.9 % of all values must agree to 2e-6, all to 5e-4.
+  """
   found, wanted = trees.flatten(found), trees.flatten(wanted)
   assert found.keys() == wanted.keys()
   difference = np.concatenate([np.abs(np.asarray(found[n]) - wanted[n]).ravel() for n in wanted])

@@ -1,4 +1,4 @@
-"""Files made to harm, damaged files, and random damage: each ends in a UserError, executes and leaves nothing.
+"""Malicious files, damaged files and random damage: each gives a UserError, executes nothing and leaves nothing.
 
 BEIT_FUZZ=20000 python -m pytest tests/weights/test_hostile_files.py -k random   # the full harness; the default is 300
 """
@@ -27,7 +27,7 @@ FUZZ = int(os.environ.get("BEIT_FUZZ", "300"))
 
 @pytest.fixture(autouse=True)
 def _leaves_nothing(tmp_path, monkeypatch):
-  """Runs in an empty folder; afterwards there are only the files that the test wrote under `given/`."""
+  """Runs the test in an empty folder, which must only contain the files that it wrote under `given/` afterwards."""
   (tmp_path / "given").mkdir()
   monkeypatch.chdir(tmp_path)
   yield
@@ -122,8 +122,8 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_pickles(name, tmp_path):
-  """In both containers, whatever stands first in the file."""
+def test_hostile_pickles_are_refused(name, tmp_path):
+  """The pickle is refused in the zip archive and in the stream format."""
   body, message = HOSTILE[name]
   path = tmp_path / "given" / "x.pth"
   _archive(path, b"\x80\x02" + body + b".", [("x/data/0", b"\0" * 16)])
@@ -141,13 +141,13 @@ def _stream_head():
   return (b"\x8a" + bytes([len(magic)]) + magic, b"M\xe9\x03", b"}" + _text("little_endian") + b"\x88s")
 
 
-def test_the_golden_malicious_file():
+def test_golden_malicious_file_is_refused():
   with pytest.raises(UserError, match="posix.system.*nothing was executed"):
     weights_io.load(GOLDEN / "malicious_encoder.pkl")
 
 
-def test_the_interpreter_has_no_name_that_acts():
-  """Everything the pickle can mention is a container or one of five constructors of ours."""
+def test_pickles_can_only_call_our_own_functions():
+  """The only functions that a pickle can call are five of our own."""
   assert set(pickles.CALLS) == {
     "collections.OrderedDict",
     "torch._utils._rebuild_tensor",
@@ -155,12 +155,12 @@ def test_the_interpreter_has_no_name_that_acts():
     "torch._utils._rebuild_parameter",
     "torch.Size",
   }
-  for code in pickletools.opcodes:  # and no opcode was forgotten: each is known, or refused by its name
+  for code in pickletools.opcodes:  # every opcode is either known or refused by its name
     assert code.name.isidentifier()
 
 
-def test_a_module_that_contains_itself(tmp_path):
-  """The walk over modules ends."""
+def test_module_that_contains_itself_is_refused(tmp_path):
+  """Collecting the tensors of a module ends, although the module contains itself."""
   encoder = (
     _global("dall_e.encoder.Encoder")
     + b")\x81q\x00}"
@@ -174,8 +174,8 @@ def test_a_module_that_contains_itself(tmp_path):
     weights_io.load(path)
 
 
-def test_names_of_modules_that_grow(tmp_path):
-  """A long name, remembered once and used at every level."""
+def test_growing_module_names_are_refused(tmp_path):
+  """The joined names of nested modules are limited, although each part is stored only once."""
   name = _text("x" * 500) + b"q\x01"
   body = _global("dall_e.encoder.Encoder") + b"q\x00)\x81}" + _text("_modules") + b"}" + name
   for _ in range(50):
@@ -199,8 +199,8 @@ def test_names_of_modules_that_grow(tmp_path):
     ({"blocks.0.attn.qkv.bias": ()}, "expected .3 x width"),
   ],
 )
-def test_shapes_that_make_no_model(changes, message, tmp_path):
-  """Small files that describe something absurd: refused before anything of that size is made."""
+def test_shapes_of_impossible_models_are_refused(changes, message, tmp_path):
+  """A small file that describes an absurdly large model is refused before anything of that size is allocated."""
   shapes = {
     "cls_token": (1, 1, 4),
     "patch_embed.proj.weight": (4, 3, 2, 2),
@@ -214,13 +214,13 @@ def test_shapes_that_make_no_model(changes, message, tmp_path):
     weights_io.load(path, num_heads=1)
 
 
-def _good(path):
+def _write_valid_file(path):
   torchfile.save(path, {"a": np.arange(1000, dtype=np.float32), "b": np.ones((3, 4), np.float32)}, {})
   return path
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.999])
-def test_truncated_files(share, tmp_path):
+def test_truncated_files_are_refused(share, tmp_path):
   for name in ("mim_plus.pth", "dalle_encoder_small_legacy.pkl"):
     data = (GOLDEN / name).read_bytes()
     path = tmp_path / "given" / name
@@ -236,8 +236,8 @@ def _patched(path, find, replace, count=1):
   return path
 
 
-def test_archives_with_absurd_sizes(tmp_path):
-  path = _good(tmp_path / "given" / "x.pth")
+def test_archives_with_false_sizes_are_refused(tmp_path):
+  path = _write_valid_file(tmp_path / "given" / "x.pth")
   with zipfile.ZipFile(path) as archive:
     info = archive.getinfo("archive/data/0")
   sizes = struct.pack("<LL", info.file_size, info.file_size)
@@ -250,7 +250,7 @@ def test_archives_with_absurd_sizes(tmp_path):
       torchfile.load(path)["model"]["a"].read()
 
 
-def test_compressed_double_and_foreign_archives(tmp_path):
+def test_compressed_duplicate_and_foreign_archives_are_refused(tmp_path):
   path = tmp_path / "given" / "x.pth"
   _archive(
     path,
@@ -273,9 +273,9 @@ def test_compressed_double_and_foreign_archives(tmp_path):
     weights_io.load(path)
 
 
-def test_entries_that_overlap(tmp_path):
-  """Two names for the same bytes: how a small file pretends to be a large one."""
-  path = _good(tmp_path / "given" / "x.pth")
+def test_overlapping_archive_entries_are_refused(tmp_path):
+  """Two entries share the same bytes, which lets a small archive claim to be a large one."""
+  path = _write_valid_file(tmp_path / "given" / "x.pth")
   with zipfile.ZipFile(path) as archive:
     first, second = (archive.getinfo(f"archive/data/{i}").header_offset for i in (0, 1))
   data = path.read_bytes()
@@ -287,8 +287,8 @@ def test_entries_that_overlap(tmp_path):
     torchfile.load(path)
 
 
-def test_a_flipped_bit_is_found(tmp_path):
-  path = _good(tmp_path / "given" / "x.pth")
+def test_flipped_bits_are_found_by_the_checksum(tmp_path):
+  path = _write_valid_file(tmp_path / "given" / "x.pth")
   _patched(path, np.float32(500).tobytes() + np.float32(501).tobytes(), b"\0" * 8)
   with pytest.raises(UserError, match="checksum"):
     torchfile.load(path)["model"]["a"].read()
@@ -296,14 +296,14 @@ def test_a_flipped_bit_is_found(tmp_path):
 
 HEADERS = {
   "a length beyond the file": (2**40, b"{}"),
-  "no JSON": (None, b"{" + b"x" * 20),
+  "not JSON": (None, b"{" + b"x" * 20),
   "nested too deep": (None, b'{"a":' + b"[" * 100_000),
   "a list": (None, b'{"a": 1'),
   "an unknown type": (None, {"a": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}}),
   "a wrong size": (None, {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}),
   "a shape below zero": (None, {"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}),
   "a shape of many axes": (None, {"a": {"dtype": "F32", "shape": [10**4000] * 1000, "data_offsets": [0, 8]}}),
-  "a shape of truths": (None, {"a": {"dtype": "F32", "shape": [True], "data_offsets": [0, 4]}}),
+  "a shape of booleans": (None, {"a": {"dtype": "F32", "shape": [True], "data_offsets": [0, 4]}}),
   "offsets backwards": (None, {"a": {"dtype": "F32", "shape": [], "data_offsets": [8, 4]}}),
   "beyond the end": (None, {"a": {"dtype": "F32", "shape": [100], "data_offsets": [0, 400]}}),
   "a huge shape": (None, {"a": {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 8]}}),
@@ -315,18 +315,18 @@ HEADERS = {
     },
   ),
   "a gap": (None, {"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}),
-  "bytes of nobody": (None, {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}),
+  "bytes of no tensor": (None, {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}),
   "a name twice": (
     None,
     b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"a":{"dtype":"F32","shape":[2],'
     b'"data_offsets":[0,8]}}',
   ),
-  "metadata that are no texts": (None, {"__metadata__": {"a": 1}}),
+  "metadata that are not strings": (None, {"__metadata__": {"a": 1}}),
 }
 
 
 @pytest.mark.parametrize("name", HEADERS)
-def test_safetensors_that_lie(name, tmp_path):
+def test_invalid_safetensors_headers_are_refused(name, tmp_path):
   length, header = HEADERS[name]
   raw = header if isinstance(header, bytes) else json.dumps(header).encode()
   path = tmp_path / "given" / "x.safetensors"
@@ -336,8 +336,8 @@ def test_safetensors_that_lie(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["mim_plus.pth", "dalle_encoder_small_legacy.pkl", "safetensors"])
-def test_random_damage(name, tmp_path):
-  """Bytes changed, removed or doubled at random: a value or a UserError, in 5 s and a GiB, and nothing else."""
+def test_random_damage_gives_a_value_or_a_user_error(name, tmp_path):
+  """Random bytes are changed, removed or doubled: the file gives a value or a UserError within 5 s and 1 GiB."""
   path = tmp_path / "given" / "x"
   if name == "safetensors":
     safetensors.write(path, {"a": np.ones((3, 4), np.float32), "b": np.arange(5)}, {"k": "v"})
@@ -351,7 +351,7 @@ def test_random_damage(name, tmp_path):
   for i in range(FUZZ):
     damaged = bytearray(data)
     for _ in range(rng.integers(1, 4)):
-      # Half of the damage goes where the structure is: the first and the last part of the file.
+      # Half of the damage hits the structure, which is at the beginning and the end of a file.
       edge = min(len(damaged), 4000)
       at = int(rng.integers(edge)) if rng.random() < 0.25 else len(damaged) - 1 - int(rng.integers(edge))
       at = int(rng.integers(len(damaged))) if rng.random() < 0.5 else at
@@ -369,10 +369,10 @@ def test_random_damage(name, tmp_path):
       except UserError:
         failures += 1
   limits.report(refused=failures)
-  assert failures > FUZZ // 20  # the harness does hit something
+  assert failures > FUZZ // 20  # otherwise the damage never matters
 
 
-# Well-formed files with wrong contents, through everything that `load` does.
+# Well-formed files with wrong contents, which pass through all of `load`.
 
 ODD = (
   *(
@@ -398,18 +398,18 @@ ODD = (
 )
 
 
-def _places(tree, above=()):
+def _paths(tree, above=()):
   for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
     yield (*above, key)
     if isinstance(value, dict | list):
-      yield from _places(value, (*above, key))
+      yield from _paths(value, (*above, key))
 
 
-def _other(rng, tree):
-  """JSON with one to three values gone, renamed, near the right ones or odd."""
+def _mutated(rng, tree):
+  """A copy of a JSON value in which one to three values are removed, renamed, slightly changed or replaced."""
   tree = copy.deepcopy(tree)
   for _ in range(rng.choice((1, 1, 2, 3))):
-    *above, last = rng.choice(list(_places(tree)) or [(None,)])
+    *above, last = rng.choice(list(_paths(tree)) or [(None,)])
     node = tree
     for key in above:
       node = node[key]
@@ -434,7 +434,7 @@ def _own_folder(model, path):
   described = json.loads((path / "x" / "description.json").read_text())
 
   def damage(rng):
-    files.write_json(path / "x" / "description.json", _other(rng, described))
+    files.write_json(path / "x" / "description.json", _mutated(rng, described))
     checkpoint.write_digest(path / "x")
     return path / "x"
 
@@ -449,10 +449,10 @@ def _hf_folder(model, path):
 
   def damage(rng):
     name = rng.choice(sorted(texts))
-    text = _other(rng, texts[name])
+    text = _mutated(rng, texts[name])
     if name == "config" and rng.random() < 0.6:
       within = json.loads(texts[name]["beit_jax"])
-      ours = {"beit_jax": json.dumps(_other(rng, within))} if rng.random() < 0.5 else {}
+      ours = {"beit_jax": json.dumps(_mutated(rng, within))} if rng.random() < 0.5 else {}
       text = {key: value for key, value in text.items() if key != "beit_jax"} | ours
     for other in texts:
       (path / "x" / f"{other}.json").write_text(json.dumps(text if other == name else texts[other]))
@@ -468,9 +468,9 @@ def _header(model, path):
   header, tensors = json.loads(data[8 : 8 + length]), data[8 + length :]
 
   def damage(rng):
-    other = _other(rng, header)
+    other = _mutated(rng, header)
     if rng.random() < 0.4:
-      within = _other(rng, json.loads(header["__metadata__"]["beit_jax"]))
+      within = _mutated(rng, json.loads(header["__metadata__"]["beit_jax"]))
       other = {**header, "__metadata__": {"format": "pt", "beit_jax": json.dumps(within)}}
     text = json.dumps(other).encode()
     (path / "x.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + tensors)
@@ -500,8 +500,8 @@ def _inner_pickle(_, path):
 
 
 @pytest.mark.parametrize("make", [_own_folder, _hf_folder, _header, _inner_pickle])
-def test_random_contents(make, tmp_path):
-  """With right checksums, lengths and digests: a model or a UserError."""
+def test_random_contents_give_a_model_or_a_user_error(make, tmp_path):
+  """Files with correct checksums, lengths and digests but wrong contents give a model or a UserError."""
   weights_io.load(GOLDEN / "mim_plus.pth")
   damage = make(weights_io.load(GOLDEN / "mim_plus.pth"), tmp_path / "given")
   limits, failures = Limits(f"weights, {make.__name__}"), 0
@@ -517,8 +517,8 @@ def test_random_contents(make, tmp_path):
   assert failures > FUZZ // 100
 
 
-def test_a_description_that_claims_too_much(tmp_path):
-  """Depth, width and size are looked at before anything is made; claimed arrays before they are read."""
+def test_description_with_excessive_sizes_is_refused(tmp_path):
+  """Fields are checked before the model is built, and claimed array sizes before the arrays are read."""
   damage = _own_folder(weights_io.load(GOLDEN / "mim_plus.pth"), tmp_path / "given")
   folder = damage(random.Random(0))
   for key, value in (("depth", 10**9), ("width", 10**9), ("patch_size", 0), ("image_size", [10**6, 10**6])):

@@ -1,7 +1,7 @@
-"""The same outputs as timm's and transformers' models, both ways, with every parameter drawn anew.
+"""Models of timm and transformers have the same outputs here, and ours there, with random values in every parameter.
 
-Freshly initialised models have zero tables and biases and could not fail. Without PyTorch these tests are skipped;
-`.ci/run` installs it. The limit is max|a - b| <= 1e-5 max|b| in float32.
+Freshly initialized models have zero tables and biases, which would hide errors. Without PyTorch these tests are
+skipped; `.ci/run` installs it. The limit is max|a - b| <= 1e-5 max|b| in float32.
 """
 
 import dataclasses
@@ -18,12 +18,12 @@ from beit_jax.weights.files import safetensors, torchfile
 from tests.peers import safetensors_torch, timm, torch, transformers
 
 load_file, save_file = safetensors_torch.load_file, safetensors_torch.save_file
-pytestmark = pytest.mark.filterwarnings("ignore")  # of other people's libraries
+pytestmark = pytest.mark.filterwarnings("ignore")  # of third-party libraries
 SMALL = dict(embed_dim=48, depth=3, num_heads=4, img_size=64, num_classes=7)
 
 
 def redraw(model, seed=0):
-  """Every parameter anew, none of them zero: tables N(0, .5), biases .1, LayerScale .1 exp(.5 N), norms 1 +- .1."""
+  """Redraws every parameter, none as zero: tables N(0, .5), biases .1, LayerScale .1 exp(.5 N), norms 1 +- .1."""
   generator = torch.Generator().manual_seed(seed)
   for name, value in model.named_parameters():
     noise = torch.randn(value.shape, generator=generator)
@@ -93,7 +93,7 @@ def _save(model, path):
     ),
   ],
 )
-def test_timm_classifiers_there_and_back(name, args, tmp_path, caplog):
+def test_timm_classifiers_agree_in_both_directions(name, args, tmp_path, caplog):
   model = _timm(name, **args)
   heads = None if args == {} or "beit" in name and args.get("use_rel_pos_bias", True) else 4
   loaded = beit_jax.load(_save(model, tmp_path / f"{name}.pth"), num_heads=heads)
@@ -102,7 +102,7 @@ def test_timm_classifiers_there_and_back(name, args, tmp_path, caplog):
   wanted = model(_nchw(image))
   assert _error(loaded.forward(image), wanted) <= 1e-5
 
-  # Back, as a checkpoint for timm, with the call that the log gives.
+  # timm loads what we save with the call that the log prints.
   with caplog.at_level(logging.INFO, "beit_jax"):
     beit_jax.save(loaded, tmp_path / "out.safetensors", format="timm")
   call = next(line for line in caplog.text.splitlines() if "timm.create_model" in line)
@@ -113,8 +113,8 @@ def test_timm_classifiers_there_and_back(name, args, tmp_path, caplog):
   assert _error(loaded.forward(image), again(_nchw(image))) <= 1e-5
 
 
-def test_timm_folder(tmp_path):
-  """`local-dir:` of timm reads what `save` writes under a name without suffix, with its preprocessing."""
+def test_timm_reads_our_folder(tmp_path):
+  """timm's `local-dir:` reads the folder that `save` writes for a name without a suffix, preprocessing included."""
   model = _timm("beit_base_patch16_224", **SMALL)
   loaded = beit_jax.load(_save(model, tmp_path / "model.pth"))
   beit_jax.save(loaded, tmp_path / "hub", format="timm")
@@ -126,7 +126,7 @@ def test_timm_folder(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["beit_base_patch16_224", "vit_base_patch16_224"])
-def test_timm_backbones(name, tmp_path):
+def test_timm_backbones_agree(name, tmp_path):
   model = _timm(name, **{**SMALL, "num_classes": 0}, global_pool="token")
   loaded = beit_jax.load(_save(model, tmp_path / "model.pth"), num_heads=4)
   image = _image(64)
@@ -134,8 +134,8 @@ def test_timm_backbones(name, tmp_path):
   assert _error(loaded.forward(image), model.forward_features(_nchw(image))) <= 1e-5
 
 
-def test_mistakes_in_the_mapping_would_be_seen(tmp_path):
-  """Swapping q and v bias, or reversing a table, is far outside the tolerance."""
+def test_errors_in_the_mapping_exceed_the_tolerance(tmp_path):
+  """Swapping the q and v biases or reversing a table gives errors far outside the tolerance."""
   model = _timm("beit_base_patch16_224", **SMALL)
   loaded = beit_jax.load(_save(model, tmp_path / "model.pth"))
   image = _image(64)
@@ -170,8 +170,8 @@ def _hf(cls, sizes, **config):
   return redraw(cls(transformers.BeitConfig(**sizes, **config)))
 
 
-def _there_and_back_hf(model, tmp_path, run):
-  """Loads what transformers saved, compares, saves, lets transformers load, compares again."""
+def _check_both_directions(model, tmp_path, run):
+  """Compares a model that transformers saved after loading it here, and after transformers loads what we save."""
   model.save_pretrained(tmp_path / "theirs")
   loaded = beit_jax.load(tmp_path / "theirs")
   error = run(loaded, model)
@@ -188,7 +188,7 @@ def _there_and_back_hf(model, tmp_path, run):
   ("sizes", "config"),
   _sizes([SHARED, ABSOLUTE, {**RELATIVE, "layer_norm_eps": 1e-6}, {**SHARED, **ABSOLUTE}]),
 )
-def test_hf_masked_image_modelling(sizes, config, tmp_path):
+def test_hf_masked_image_models_agree(sizes, config, tmp_path):
   model = _hf(transformers.BeitForMaskedImageModeling, sizes, **config, vocab_size=64, use_mask_token=True)
   image, mask = _image(sizes["image_size"]), _mask(sizes["image_size"])
 
@@ -196,7 +196,7 @@ def test_hf_masked_image_modelling(sizes, config, tmp_path):
     wanted = peer(_nchw(image), bool_masked_pos=torch.from_numpy(mask.reshape(2, -1))).logits
     return _error(loaded.forward(image, mask), wanted)
 
-  loaded, _ = _there_and_back_hf(model, tmp_path, run)
+  loaded, _ = _check_both_directions(model, tmp_path, run)
   assert loaded.kind == "mim"
 
 
@@ -206,18 +206,18 @@ def test_hf_masked_image_modelling(sizes, config, tmp_path):
     [RELATIVE, {**RELATIVE, "use_mean_pooling": False}, ABSOLUTE, {**ABSOLUTE, "layer_scale_init_value": 0.0}]
   ),
 )
-def test_hf_classification(sizes, config, tmp_path):
+def test_hf_classifiers_agree(sizes, config, tmp_path):
   labels = {0: "cat", 1: "dog", 2: "axolotl"}
   model = _hf(transformers.BeitForImageClassification, sizes, **config, num_labels=3, id2label=labels)
   image = _image(sizes["image_size"])
   run = lambda loaded, peer: _error(loaded.forward(image), peer(_nchw(image)).logits)
-  loaded, again = _there_and_back_hf(model, tmp_path, run)
+  loaded, again = _check_both_directions(model, tmp_path, run)
   assert loaded.module.pool == ("mean" if config.get("use_mean_pooling", True) else "cls")
   assert loaded.description["labels"] == list(labels.values()) and again.config.id2label == labels
 
 
 @pytest.mark.parametrize("mean_pooling", [False, True])
-def test_hf_backbone(mean_pooling, tmp_path):
+def test_hf_backbones_agree(mean_pooling, tmp_path):
   model = _hf(transformers.BeitModel, HF, **RELATIVE, use_mean_pooling=mean_pooling, use_mask_token=True)
   image, mask = _image(64), _mask(64)
 
@@ -225,13 +225,13 @@ def test_hf_backbone(mean_pooling, tmp_path):
     flat = torch.from_numpy(mask.reshape(2, -1))
     return _error(loaded.forward(image, mask), peer(_nchw(image), bool_masked_pos=flat).last_hidden_state)
 
-  loaded, _ = _there_and_back_hf(model, tmp_path, run)
+  loaded, _ = _check_both_directions(model, tmp_path, run)
   assert loaded.kind == "backbone"
   assert any("fc_norm" in name for name in loaded.description["left_out"]) == mean_pooling
 
 
-def test_hf_folders_of_every_make(tmp_path):
-  """Sharded, as pytorch_model.bin, and under the names that transformers 5 has in memory: the same parameters."""
+def test_hf_folders_of_every_form_are_read(tmp_path):
+  """Shards, pytorch_model.bin and the in-memory names of transformers 5 give the same parameters."""
   model = _hf(transformers.BeitForImageClassification, HF, **RELATIVE, num_labels=3)
   model.save_pretrained(tmp_path / "plain")
   wanted = trees.flatten(beit_jax.load(tmp_path / "plain").params)
@@ -256,16 +256,16 @@ def test_hf_two_norms_are_refused(tmp_path):
     beit_jax.load(tmp_path)
 
 
-def test_hf_preprocessing_there_and_back(tmp_path, caplog):
-  """Their processor prepares an image as ours does, from the file that we write."""
+def test_hf_preprocessing_agrees_in_both_directions(tmp_path, caplog):
+  """transformers' processor, from the file that we write, prepares an image like ours."""
   model = _hf(transformers.BeitForImageClassification, HF, **RELATIVE, num_labels=3)
   model.save_pretrained(tmp_path / "theirs")
   loaded = beit_jax.load(tmp_path / "theirs")
   beit_jax.save(loaded, tmp_path / "ours", format="hf")
   processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "ours", backend="pil")
-  picture = np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8)
-  theirs = processor(picture, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
-  ours = np.asarray(loaded.preprocess([picture]))[0]
+  image = np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8)
+  theirs = processor(image, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
+  ours = np.asarray(loaded.preprocess([image]))[0]
   assert theirs.shape == ours.shape
   # Same resampling; where the crop box falls between two pixels the two may differ by one.
   assert np.abs(theirs - ours).mean() < 0.25
@@ -279,8 +279,8 @@ def test_hf_preprocessing_there_and_back(tmp_path, caplog):
 
 @pytest.mark.parametrize("size", [[32, 64], [64, 32]])
 @pytest.mark.parametrize("config", [RELATIVE, {**SHARED, "use_mean_pooling": True}])
-def test_rectangular_models_of_theirs(size, config, tmp_path):
-  """Their tables are read as they read them, so that the outputs agree; ours come back as they were."""
+def test_rectangular_hf_models_agree(size, config, tmp_path):
+  """Tables are resized like transformers does, so that outputs agree; our own files come back unchanged."""
   sizes = {**HF, "image_size": size}
   model = _hf(transformers.BeitForImageClassification, sizes, **config, num_labels=3)
   model.save_pretrained(tmp_path / "theirs")
@@ -292,7 +292,7 @@ def test_rectangular_models_of_theirs(size, config, tmp_path):
   np.testing.assert_array_equal(again.forward(image), loaded.forward(image))
 
 
-def test_backbones_without_a_norm_leave_for_timm(tmp_path, caplog):
+def test_backbones_without_a_norm_are_saved_for_timm(tmp_path, caplog):
   model = _hf(transformers.BeitModel, HF, **RELATIVE)
   model.save_pretrained(tmp_path / "theirs")
   loaded = beit_jax.load(tmp_path / "theirs")
@@ -304,7 +304,7 @@ def test_backbones_without_a_norm_leave_for_timm(tmp_path, caplog):
   assert _error(loaded.forward(image), peer.forward_features(_nchw(image))) <= 1e-5
 
 
-def test_fewer_labels_than_classes(tmp_path):
+def test_missing_labels_are_filled_up(tmp_path):
   model = _hf(transformers.BeitForImageClassification, HF, **RELATIVE, num_labels=5)
   model.save_pretrained(tmp_path / "theirs")
   loaded = beit_jax.load(tmp_path / "theirs")
@@ -314,7 +314,7 @@ def test_fewer_labels_than_classes(tmp_path):
   assert list(again.config.id2label.values()) == ["a", "b", "LABEL_2", "LABEL_3", "LABEL_4"]
 
 
-def test_a_rectangular_grid_is_announced(tmp_path, caplog):
+def test_saving_a_rectangular_grid_for_hf_warns(tmp_path, caplog):
   model = _hf(transformers.BeitForImageClassification, HF, **RELATIVE, num_labels=3)
   model.save_pretrained(tmp_path / "theirs")
   loaded = beit_jax.load(tmp_path / "theirs")
@@ -331,7 +331,7 @@ def test_a_rectangular_grid_is_announced(tmp_path, caplog):
 @pytest.mark.parametrize(
   "sizes", [dict(hidden_size=8, vocab_size=64), pytest.param({}, marks=pytest.mark.slow, id="full")]
 )
-def test_flava_codebook(sizes, tmp_path):
+def test_flava_codebook_agrees(sizes, tmp_path):
   model = redraw(transformers.FlavaImageCodebook(transformers.FlavaImageCodebookConfig(**sizes)))
   model.save_pretrained(tmp_path / "theirs")
   tokenizer = beit_jax.load(tmp_path / "theirs")
@@ -364,8 +364,8 @@ def test_written_pth_loads_with_weights_only(tmp_path):
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_everything_that_torch_saves(zipped, tmp_path):
-  """Both containers, every number type, views, and half precision turned into float32."""
+def test_files_of_torch_are_read(zipped, tmp_path):
+  """Both file formats, every data type, and views are read."""
   tensors = {
     "transposed": torch.arange(6.0).reshape(2, 3).T,
     "offset": torch.arange(10.0)[3:],
@@ -385,7 +385,6 @@ def test_everything_that_torch_saves(zipped, tmp_path):
 
 
 def test_safetensors_agree_with_the_library(tmp_path):
-
   tensors = {
     "a": torch.randn(3, 4),
     "b": torch.ones(5, dtype=torch.bfloat16),
@@ -404,7 +403,7 @@ def test_safetensors_agree_with_the_library(tmp_path):
 
 
 def test_k_bias_is_dropped_exactly(tmp_path):
-  """The biggest k bias changes nothing."""
+  """Even a large k bias has no effect on the output."""
   model = _timm("vit_base_patch16_224", **SMALL)
   for block in model.blocks:
     block.attn.qkv.bias.data[48:96] = 5.0

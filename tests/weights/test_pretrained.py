@@ -1,4 +1,4 @@
-"""`beit_jax.load` on the runs of this version."""
+"""`beit_jax.load` reads the runs of this version."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +11,7 @@ from beit_jax.models import dvae
 from tests import tiny
 
 
-def test_a_tokenizer_goes_there_and_back(tokenizer_run):
+def test_tokenizer_encodes_and_decodes(tokenizer_run):
   tokenizer = beit_jax.load(tokenizer_run)
   assert tokenizer.kind == "tokenizer" and len(tokenizer.description["sha256"]) == 64
   images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), np.uint8)
@@ -26,7 +26,7 @@ def test_a_tokenizer_goes_there_and_back(tokenizer_run):
 
 
 @pytest.mark.slow
-def test_a_masked_image_model_and_a_classifier(tokenizer_run, tmp_path):
+def test_masked_image_model_and_classifier_run(tokenizer_run, tmp_path):
   config = tiny.config("beit", total_steps=3, **{"tokenizer.init_from": str(tokenizer_run)})
   train.run(config, tmp_path / "mim")
   mim = beit_jax.load(tmp_path / "mim")
@@ -54,12 +54,12 @@ def test_a_masked_image_model_and_a_classifier(tokenizer_run, tmp_path):
     (lambda path: (path / "x.bin").write_bytes(b"x") and path / "x.bin", "not a format this version reads"),
   ],
 )
-def test_mistakes(make, message, tmp_path):
+def test_unusable_paths_are_refused(make, message, tmp_path):
   with pytest.raises(UserError, match=message):
     beit_jax.load(make(tmp_path))
 
 
-def test_a_step_can_be_chosen(tokenizer_run):
+def test_step_selects_a_checkpoint(tokenizer_run):
   assert beit_jax.load(tokenizer_run, step=6).description["step"] == 6
   with pytest.raises(UserError, match="of step 5"):
     beit_jax.load(tokenizer_run, step=5)

@@ -1,4 +1,4 @@
-"""Segmentation models in and out: mmseg's checkpoints, transformers' `BeitForSemanticSegmentation`, our own folders.
+"""Loading and saving segmentation models: mmseg's checkpoints, `BeitForSemanticSegmentation`, our own folders.
 
 Without PyTorch the comparisons with transformers are skipped; `.ci/run` installs it.
 """
@@ -50,7 +50,7 @@ PALETTE = [[10 * i, 3, 255] for i in range(5)]
 
 
 def _redraw(name, leaf, rng):
-  """No parameter or statistic is zero or one; variances and scales are positive, sums stay near one."""
+  """Random values: none is zero or one, variances and scales are positive, weighted sums have a scale near one."""
   noise = rng.normal(size=leaf.shape).astype(np.float32)
   if name.endswith(("scale", "var")):
     return np.exp(0.3 * noise)
@@ -83,12 +83,12 @@ def _image(size, batch=2):
 
 
 def _logits(model, image):
-  """As the decoder gives them, before they are resized; one compiled block for all."""
+  """The decoder's logits before they are resized; scanning over the blocks saves compile time."""
   module = model.module.clone(encoder={**model.module.encoder, "scan": True})
   return jax.jit(module.apply)({"params": model.params, **model.collections}, image)["logits"]
 
 
-def _same(a, b):
+def _assert_same(a, b):
   a, b = trees.flatten(a), trees.flatten(b)
   assert a.keys() == b.keys()
   for name in a:
@@ -96,10 +96,10 @@ def _same(a, b):
     np.testing.assert_array_equal(a[name], b[name], err_msg=name)
 
 
-def _same_model(a, b):
-  """Weights, statistics, module and what is said of them."""
-  _same(a.params, b.params)
-  _same(a.collections, b.collections)
+def _assert_same_model(a, b):
+  """Checks that weights, statistics, module and description are equal."""
+  _assert_same(a.params, b.params)
+  _assert_same(a.collections, b.collections)
   assert a.encoder_fields == b.encoder_fields and a.preprocessing == b.preprocessing
   for field in dataclasses.fields(a.module):
     if field.name not in ("encoder", "parent", "name"):
@@ -117,7 +117,7 @@ def _edit(path, **changes):
   path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-# --- there and back -------------------------------------------------------------------------------
+# --- saving and loading ---------------------------------------------------------------------------
 
 CASES = [
   (dict(), ("orbax", "unilm", "hf")),
@@ -138,21 +138,21 @@ SUFFIXES = {"orbax": ("",), "unilm": (".pth", ".safetensors"), "hf": ("",)}
     for suffix in SUFFIXES[format]
   ],
 )
-def test_there_and_back_is_bit_identical(fields, format, suffix, tmp_path):
+def test_saving_and_loading_is_bit_identical(fields, format, suffix, tmp_path):
   model = _random(**fields)
   beit_jax.save(model, tmp_path / f"x{suffix}", format=format)
   again = beit_jax.load(tmp_path / f"x{suffix}")
-  _same_model(again, model)
+  _assert_same_model(again, model)
   beit_jax.save(again, tmp_path / "y", format="orbax")
   assert beit_jax.load(tmp_path / "y").description["sha256"] == again.description["sha256"]
 
 
-def test_images_of_any_size_give_logits_of_the_models_size(tmp_path):
+def test_images_of_any_size_give_logits_of_the_model_size(tmp_path):
   model = _random()
-  pictures = np.random.default_rng(0).integers(0, 256, (2, 50, 70, 3), np.uint8)
-  logits = model(pictures)
+  images = np.random.default_rng(0).integers(0, 256, (2, 50, 70, 3), np.uint8)
+  logits = model(images)
   assert logits.shape == (2, 64, 64, 5)
-  squashed = model.preprocess(pictures)
+  squashed = model.preprocess(images)
   assert squashed.shape == (2, 64, 64, 3)
   np.testing.assert_array_equal(model.forward(squashed), logits)
   small = np.asarray(_logits(model, squashed))
@@ -160,22 +160,22 @@ def test_images_of_any_size_give_logits_of_the_models_size(tmp_path):
   np.testing.assert_allclose(np.asarray(logits)[:, :2, :2].mean((1, 2)), small[:, 0, 0], atol=0.5)
 
 
-def test_a_folder_without_its_statistics_is_refused(tmp_path):
-  """Of our own format too every tensor is checked."""
+def test_folder_without_statistics_is_refused(tmp_path):
+  """Every tensor is checked in our own format too."""
   model = _random()
-  _same(checkpoint_of(model, tmp_path / "good").collections, model.collections)
+  _assert_same(_save_and_load(model, tmp_path / "good").collections, model.collections)
   with pytest.raises(UserError, match="batch_stats/fpn1/bn/mean: found nothing, expected"):
-    checkpoint_of(dataclasses.replace(model, collections={}), tmp_path / "bad")
+    _save_and_load(dataclasses.replace(model, collections={}), tmp_path / "bad")
 
 
-def checkpoint_of(model, path):
+def _save_and_load(model, path):
   weights_io.save(model, path, format="orbax")
   assert checkpoint.find(path) == path
   return weights_io.load(path)
 
 
-def test_the_state_of_a_run_has_its_statistics(tmp_path):
-  """A run keeps them beside the optimizer, in `rest`."""
+def test_statistics_are_read_from_the_state_of_a_run(tmp_path):
+  """A run keeps the statistics with the optimizer state in `rest`."""
   model = _random()
   checkpoint.write_model(tmp_path / "run", model.params, model.describe())
   (tmp_path / "run" / "digest.json").unlink()
@@ -183,14 +183,14 @@ def test_the_state_of_a_run_has_its_statistics(tmp_path):
   checkpoint.write_model(tmp_path / "other", rest, {})
   (tmp_path / "other" / "params").rename(tmp_path / "run" / "rest")
   checkpoint.write_digest(tmp_path / "run")
-  _same_model(weights_io.load(tmp_path / "run"), model)
+  _assert_same_model(weights_io.load(tmp_path / "run"), model)
 
 
 # --- mmseg ----------------------------------------------------------------------------------------
 
 
 def _golden(meta=True):
-  """The reference's own checkpoint (tests/golden/seg.npz), as mmseg would save it."""
+  """The reference's checkpoint (tests/golden/seg.npz), as mmseg would save it."""
   arrays, config = reference.load("seg")
   state = {**reference.section(arrays, "param/"), **reference.section(arrays, "buffer/")}
   text = (
@@ -202,8 +202,8 @@ def _golden(meta=True):
   return arrays, config, state, meta
 
 
-def test_the_checkpoint_of_the_reference(tmp_path):
-  """Loads with what its config says, gives the reference's logits, and leaves with the same names and values."""
+def test_reference_checkpoint(tmp_path):
+  """The file loads as its config states, gives the reference's logits and is saved with the same names and values."""
   arrays, config, state, meta = _golden()
   model = weights_io.load(
     _pth(tmp_path / "x.pth", state, meta), image_size=tuple(config["backbone"]["img_size"])
@@ -220,15 +220,15 @@ def test_the_checkpoint_of_the_reference(tmp_path):
   content = torchfile.load(tmp_path / "y.pth")
   written = {name: value.read() for name, value in content["state_dict"].items()}
   extra = {name for name in written if name.endswith(("relative_position_index", "num_batches_tracked"))}
-  assert len(extra) == 5 + 14  # one for each block and for each batch normalisation
+  assert len(extra) == 5 + 14  # one for each block and for each batch normalization
   assert written.keys() - extra == state.keys()
   for name, value in state.items():
     np.testing.assert_array_equal(written[name], value, err_msg=name)
   assert content["meta"] == {key: meta[key] for key in ("CLASSES", "PALETTE")}
 
 
-def test_names_are_those_of_the_map():
-  """The map of tests/test_segmentation_models.py, kept by hand, leads from each name back to ours."""
+def test_names_agree_with_the_map():
+  """The map of tests/models/test_segmentation_models.py, maintained by hand, translates each name back to ours."""
   model = _random()
   flat = {**trees.flatten(model.params), **trees.flatten(model.collections["batch_stats"])}
   for ours in flat:
@@ -257,20 +257,20 @@ def test_names_of_setr_pup():
   assert heads == wanted
 
 
-def test_setr_pup_in_mmsegs_file_has_a_pyramid_that_nothing_uses(tmp_path):
+def test_unused_pyramid_of_setr_pup_is_left_out(tmp_path):
   state = segmentation.export_mmseg(_random(head="setr_pup", channels=6), buffers=False)
   state |= {"backbone.fpn2.0.bias": np.zeros(8, np.float32), "backbone.fpn1.1.weight": np.ones(8, np.float32)}
   model = weights_io.load(_pth(tmp_path / "x.pth", state), out_indices=(0, 1, 2, 3))
-  _same(model.params, _random(head="setr_pup", channels=6).params)
+  _assert_same(model.params, _random(head="setr_pup", channels=6).params)
   assert {"backbone.fpn2.0.bias", "backbone.fpn1.1.weight"} <= set(model.description["left_out"])
 
 
-def test_blocks_and_statistics_are_assumed_and_said(tmp_path, caplog):
-  """12 blocks: (3, 5, 7, 11), as in every config that was released; other depths are asked for."""
+def test_blocks_and_statistics_are_assumed_with_a_warning(tmp_path, caplog):
+  """12 blocks give (3, 5, 7, 11), as in every released config; other depths need `out_indices`."""
   model = _random(depth=12, taps=(3, 5, 7, 11))
   state = segmentation.export_mmseg(model)
   loaded = weights_io.load(_pth(tmp_path / "x.pth", {f"module.{n}": v for n, v in state.items()}))
-  _same(loaded.params, model.params)
+  _assert_same(loaded.params, model.params)
   assert loaded.module.out_indices == (3, 5, 7, 11)
   assert loaded.description["assumed"] == ["preprocessing", "out_indices"]
   assert loaded.preprocessing["mean"] == (0.485, 0.456, 0.406) and loaded.preprocessing["resize"] == "squash"
@@ -299,14 +299,14 @@ def test_blocks_and_statistics_are_assumed_and_said(tmp_path, caplog):
     ),
   ],
 )
-def test_a_meta_of_another_form_is_not_used(meta, tmp_path):
+def test_meta_of_another_form_is_ignored(meta, tmp_path):
   path = _pth(tmp_path / "x.pth", segmentation.export_mmseg(_random()), meta)
   model = weights_io.load(path, out_indices=(0, 1, 2, 3))
   assert model.description["labels"] == [] and not model.description.get("palette")
   assert model.description["assumed"] == ["preprocessing"]
 
 
-def test_the_meta_of_mmseg_1(tmp_path):
+def test_meta_of_mmseg_1(tmp_path):
   meta = dict(
     dataset_meta=dict(classes=list("vwxyz"), palette=PALETTE), cfg="a = dict(out_indices=(0, 1, 2, 3))"
   )
@@ -315,7 +315,7 @@ def test_the_meta_of_mmseg_1(tmp_path):
   assert model.module.out_indices == (0, 1, 2, 3)
 
 
-def test_every_problem_is_listed_at_once(tmp_path):
+def test_all_problems_are_listed_at_once(tmp_path):
   state = segmentation.export_mmseg(_random())
   del state["backbone.blocks.1.mlp.fc2.bias"], state["decode_head.psp_modules.2.1.bn.running_var"]
   state["decode_head.mine"] = np.zeros(3, np.float32)
@@ -344,7 +344,7 @@ def test_every_problem_is_listed_at_once(tmp_path):
     ({"decode_head.conv_seg.weight": (2**20, 8, 1, 1)}, "mis-shaped|expected"),
   ],
 )
-def test_damaged_files(change, message, tmp_path):
+def test_damaged_files_are_refused(change, message, tmp_path):
   state = segmentation.export_mmseg(_random())
   for name, shape in change.items():
     state.pop(name, None)
@@ -354,15 +354,15 @@ def test_damaged_files(change, message, tmp_path):
     weights_io.load(_pth(tmp_path / "x.pth", state), out_indices=(0, 1, 2, 3))
 
 
-def test_integers_where_weights_belong(tmp_path):
+def test_integer_tensors_are_refused(tmp_path):
   state = segmentation.export_mmseg(_random())
   state["backbone.fpn1.1.running_var"] = np.ones(8, np.int64)
   with pytest.raises(UserError, match="fpn1/bn/var: the file holds int64"):
     weights_io.load(_pth(tmp_path / "x.pth", state), out_indices=(0, 1, 2, 3))
 
 
-def test_decoders_of_another_kind_leave_their_encoder(tmp_path):
-  """As before there were segmenters: what is not the backbone is left out, by name."""
+def test_only_the_encoder_of_other_decoders_is_read(tmp_path):
+  """Only the backbone is read; the names of all other tensors are listed as left out."""
   state = {n: v for n, v in segmentation.export_mmseg(_random()).items() if re.match(r"backbone\.(?!fpn)", n)}
   state["decode_head.pixel_decoder.weight"] = np.zeros(3, np.float32)
   model = weights_io.load(_pth(tmp_path / "x.pth", state))
@@ -372,8 +372,8 @@ def test_decoders_of_another_kind_leave_their_encoder(tmp_path):
     weights_io.load(tmp_path / "x.pth", out_indices=(0, 1, 2, 3))
 
 
-def test_the_encoder_starts_a_classifier(tmp_path):
-  """Its bias tables are resized; the decoder is not used, and the log says so."""
+def test_encoder_initializes_a_classifier(tmp_path):
+  """The bias tables are resized, and the log says that the decoder is not used."""
   weights_io.save(_random(), tmp_path / "x.pth", format="unilm")
   loaded = weights_io.load(tmp_path / "x.pth")
   encoder = {**ENCODER, "image_size": (96, 96)}
@@ -389,8 +389,8 @@ def test_the_encoder_starts_a_classifier(tmp_path):
 # --- transformers ---------------------------------------------------------------------------------
 
 
-def test_the_last_block_gets_one_more_behind_it(tmp_path):
-  """transformers cannot tap its last block: 4 blocks with taps to the last leave as 5, and come back as 4."""
+def test_identity_block_is_appended_for_hf_and_removed_again(tmp_path):
+  """transformers cannot tap its last block: 4 blocks with a tapped last one are saved as 5 and loaded as 4."""
   weights_io.save(_random(), tmp_path / "x", format="hf")
   config = json.loads((tmp_path / "x" / "config.json").read_text())
   assert config["num_hidden_layers"] == 5 and config["out_indices"] == [2, 3, 4, 5]
@@ -402,7 +402,7 @@ def test_the_last_block_gets_one_more_behind_it(tmp_path):
   assert not tensors["beit.encoder.layer.4.lambda_1"].read().any()
   loaded = weights_io.load(tmp_path / "x")
   assert loaded.encoder_fields["depth"] == 4 and loaded.module.out_indices == (0, 1, 2, 3)
-  weights_io.save(_random(depth=5), tmp_path / "y", format="hf")  # here the fifth is a block like the others
+  weights_io.save(_random(depth=5), tmp_path / "y", format="hf")  # the fifth block is not the identity
   assert json.loads((tmp_path / "y" / "config.json").read_text())["num_hidden_layers"] == 5
   assert weights_io.load(tmp_path / "y").encoder_fields["depth"] == 5
 
@@ -423,7 +423,7 @@ def test_the_last_block_gets_one_more_behind_it(tmp_path):
     (None, "out_indices is None, expected four rising numbers"),
   ],
 )
-def test_stages_of_transformers(out_indices, found, tmp_path):
+def test_hf_stages_are_translated_to_blocks(out_indices, found, tmp_path):
   weights_io.save(_random(), tmp_path / "x", format="hf")
   _edit(tmp_path / "x" / "config.json", out_indices=out_indices)
   if isinstance(found, tuple):
@@ -444,14 +444,14 @@ def test_stages_of_transformers(out_indices, found, tmp_path):
     (dict(image_size=128), "does not fit"),
   ],
 )
-def test_configurations_of_another_form(changes, message, tmp_path):
+def test_unsupported_hf_configs_are_refused(changes, message, tmp_path):
   weights_io.save(_random(), tmp_path / "x", format="hf")
   _edit(tmp_path / "x" / "config.json", **changes)
   with pytest.raises(UserError, match=message):
     weights_io.load(tmp_path / "x")
 
 
-def test_a_model_without_auxiliary_head_gets_a_fresh_one(tmp_path, caplog):
+def test_missing_auxiliary_head_starts_from_random_values(tmp_path, caplog):
   model = _random()
   weights_io.save(model, tmp_path / "x", format="hf")
   path = tmp_path / "x" / "model.safetensors"
@@ -474,7 +474,7 @@ def test_a_model_without_auxiliary_head_gets_a_fresh_one(tmp_path, caplog):
     (dict(), "timm", "a segmenter cannot be saved as timm.*its formats are orbax, unilm, hf"),
   ],
 )
-def test_impossible_pairs(fields, format, message, tmp_path):
+def test_impossible_formats_are_refused(fields, format, message, tmp_path):
   with pytest.raises(UserError, match=message):
     beit_jax.save(_random(**fields), tmp_path / "x", format=format)
   assert list(tmp_path.iterdir()) == []
@@ -482,14 +482,14 @@ def test_impossible_pairs(fields, format, message, tmp_path):
 
 @pytest.fixture(scope="module")
 def peers():
-  """PyTorch and transformers; what asks for it is skipped without them."""
+  """PyTorch and transformers; a test that uses this fixture is skipped if they are not installed."""
   from tests import peers
 
   return peers
 
 
 def _theirs(peers, **config):
-  """Every parameter and every running statistic drawn anew."""
+  """A model of transformers with random values in every parameter and running statistic."""
   torch = peers.torch
   model = peers.transformers.BeitForSemanticSegmentation(peers.transformers.BeitConfig(**config))
   generator = torch.Generator().manual_seed(0)
@@ -514,8 +514,8 @@ def _their_logits(peers, model, image):
     return model(pixels).logits.numpy().transpose(0, 2, 3, 1)
 
 
-def _there_and_back_hf(peers, model, path, size):
-  """Loads what transformers saved, lets transformers load what we save; returns ours and the two largest errors."""
+def _check_both_directions(peers, model, path, size):
+  """Compares logits after loading transformers' folder, and after transformers loads ours; returns both models."""
   model.save_pretrained(path / "theirs")
   loaded = beit_jax.load(path / "theirs")
   image = _image(size, batch=1)
@@ -543,7 +543,7 @@ SMALL = dict(
 RELATIVE = dict(use_relative_position_bias=True)
 
 
-@pytest.mark.filterwarnings("ignore")  # of other people's libraries
+@pytest.mark.filterwarnings("ignore")  # of third-party libraries
 @pytest.mark.parametrize(
   "config",
   [
@@ -556,17 +556,19 @@ RELATIVE = dict(use_relative_position_bias=True)
   ],
   ids=["twelve", "absolute", "shared", "rectangle"],
 )
-def test_transformers_computes_the_same(config, peers, tmp_path):
+def test_hf_models_agree(config, peers, tmp_path):
   config = {**SMALL, **config}
   size = config["image_size"] if isinstance(config["image_size"], list) else [config["image_size"]] * 2
-  if size[0] != size[1]:  # their own tables are not what they seem (hf.undo_rectangles): one way only
+  if (
+    size[0] != size[1]
+  ):  # transformers resizes these tables (hf.resize_rectangular_tables), so only loading can agree
     model = _theirs(peers, **config)
     model.save_pretrained(tmp_path / "theirs")
     image = _image(size)
     found = _logits(beit_jax.load(tmp_path / "theirs"), image)
     np.testing.assert_allclose(found, _their_logits(peers, model, image), atol=1e-4)
     return
-  loaded, again = _there_and_back_hf(peers, _theirs(peers, **config), tmp_path, size)
+  loaded, again = _check_both_directions(peers, _theirs(peers, **config), tmp_path, size)
   layers = config["num_hidden_layers"]
   blocks = tuple(i % (layers + 1) - 2 for i in config["out_indices"])
   assert loaded.module.out_indices == blocks
@@ -574,8 +576,8 @@ def test_transformers_computes_the_same(config, peers, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_numbers_of_stages_in_transformers_are_two_higher(peers, tmp_path, caplog):
-  """[3, 5, 7, 11] taps blocks 1, 3, 5, 9 there. `out_indices=` taps unilm's; leaving, they become 5, 7, 9, 13 of 13."""
+def test_hf_stage_numbers_are_two_higher(peers, tmp_path, caplog):
+  """[3, 5, 7, 11] taps blocks 1, 3, 5, 9; `out_indices=` taps unilm's, which are saved as [5, 7, 9, 13] of 13."""
   model = _theirs(peers, **SMALL, num_hidden_layers=12, out_indices=[3, 5, 7, 11], **RELATIVE)
   model.save_pretrained(tmp_path / "theirs")
   image = _image((64, 64))
@@ -591,7 +593,7 @@ def test_numbers_of_stages_in_transformers_are_two_higher(peers, tmp_path, caplo
   again = type(model).from_pretrained(tmp_path / "ours").eval()
   assert again.config.num_hidden_layers == 13 and again.config.out_indices == [5, 7, 9, 13]
   np.testing.assert_allclose(_logits(released, image), _their_logits(peers, again, image), atol=1e-4)
-  _same(beit_jax.load(tmp_path / "ours").params, released.params)
+  _assert_same(beit_jax.load(tmp_path / "ours").params, released.params)
   with pytest.raises(
     ValueError, match="out_indices"
   ):  # with 12 blocks transformers has no number for the last
@@ -600,8 +602,8 @@ def test_numbers_of_stages_in_transformers_are_two_higher(peers, tmp_path, caplo
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("fields", [dict(), dict(rel_pos="none", abs_pos=True, layer_scale_init=0.0)])
-def test_our_models_in_transformers(fields, peers, tmp_path):
-  """With LayerScale and without, which changes what the additional block has to be."""
+def test_our_models_agree_in_transformers(fields, peers, tmp_path):
+  """The appended block depends on whether the model has LayerScale."""
   model = _random(**fields)
   beit_jax.save(model, tmp_path / "x", format="hf")
   again = peers.transformers.BeitForSemanticSegmentation.from_pretrained(tmp_path / "x").eval()
@@ -609,17 +611,17 @@ def test_our_models_in_transformers(fields, peers, tmp_path):
   np.testing.assert_allclose(_logits(model, image), _their_logits(peers, again, image), atol=1e-4)
   assert again.config.id2label[4] == "e" and again.config.auxiliary_channels == 6
   processor = peers.transformers.AutoImageProcessor.from_pretrained(tmp_path / "x", backend="pil")
-  picture = np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8)
+  image = np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8)
   for stored, wanted in ((0, 255), (5, 4), (255, 255)):
-    out = processor(picture, np.full((90, 120), stored, np.uint8), return_tensors="np")
+    out = processor(image, np.full((90, 120), stored, np.uint8), return_tensors="np")
     assert (out["labels"][0] == wanted).all()
   theirs = out["pixel_values"][0].transpose(1, 2, 0)
-  assert np.abs(theirs - np.asarray(model.preprocess([picture]))[0]).max() < 1e-4
+  assert np.abs(theirs - np.asarray(model.preprocess([image]))[0]).max() < 1e-4
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_hf_folders_of_every_make(peers, tmp_path):
-  """Sharded, as pytorch_model.bin, and under the names that transformers 5 has in memory: the same parameters."""
+def test_hf_folders_of_every_form_are_read(peers, tmp_path):
+  """Shards, pytorch_model.bin and the in-memory names of transformers 5 give the same parameters."""
   model = _theirs(peers, **SMALL, num_hidden_layers=5, out_indices=[2, 3, 4, 5], **RELATIVE)
   model.save_pretrained(tmp_path / "plain")
   wanted = beit_jax.load(tmp_path / "plain")
@@ -631,8 +633,8 @@ def test_hf_folders_of_every_make(peers, tmp_path):
   peers.safetensors_torch.save_file(model.state_dict(), tmp_path / "memory" / "model.safetensors")
   for name in ("shards", "bin", "memory"):
     found = beit_jax.load(tmp_path / name)
-    _same(found.params, wanted.params)
-    _same(found.collections, wanted.collections)
+    _assert_same(found.params, wanted.params)
+    _assert_same(found.collections, wanted.collections)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -648,18 +650,18 @@ def test_written_pth_loads_with_weights_only(peers, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_a_base_model_at_640_pixels(peers, tmp_path):
-  """As released: 12 blocks of width 768, 150 classes."""
+def test_base_model_at_640_pixels(peers, tmp_path):
+  """The released size: 12 blocks of width 768, 150 classes."""
   config = dict(image_size=640, num_labels=150, out_indices=[3, 5, 7, 11], **RELATIVE)
-  loaded, _ = _there_and_back_hf(peers, _theirs(peers, **config), tmp_path, (640, 640))
+  loaded, _ = _check_both_directions(peers, _theirs(peers, **config), tmp_path, (640, 640))
   assert round(trees.num_params(loaded.params) / 1e6) == 163
 
 
 # --- the command ----------------------------------------------------------------------------------
 
 
-def test_the_command(tmp_path, capsys):
-  """mmseg -> hf -> orbax -> mmseg, with a table of every tensor."""
+def test_convert_command(tmp_path, capsys):
+  """Converts mmseg -> hf -> orbax -> mmseg and prints a table of every tensor."""
   path = _pth(tmp_path / "x.pth", segmentation.export_mmseg(_random()))
   run = lambda source, target, *args: convert_main([str(tmp_path / source), str(tmp_path / target), *args])
   assert run("x.pth", "hf", "--format=hf") == 2

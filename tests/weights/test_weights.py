@@ -1,4 +1,4 @@
-"""Weights in and out without PyTorch: golden files, every pair of kind and format, errors, the command."""
+"""Loading and saving weights without PyTorch: golden files, every kind in every format, errors, the command."""
 
 import json
 import logging
@@ -48,7 +48,7 @@ def _random(kind, size=(32, 32), **fields):
   return Pretrained(kind, params, module, {**PREPROCESSING, "image_size": size}, description)
 
 
-def _same(a, b):
+def _assert_same(a, b):
   a, b = trees.flatten(a), trees.flatten(b)
   assert a.keys() == b.keys()
   for name in a:
@@ -65,7 +65,7 @@ def _pth(path, arrays, texts=None):
 
 
 def test_golden_files_load_without_pytorch(tmp_path):
-  """In a process in which torch, timm and transformers cannot be imported."""
+  """Golden files load in a process in which torch, timm and transformers cannot be imported."""
   code = """
 import sys
 for name in ("torch", "timm", "transformers"):
@@ -108,7 +108,7 @@ assert len(tokenizer.description["sha256"]) == 64
 
 
 @pytest.mark.parametrize("name", ["mim_plus", "finetune_plus"])
-def test_unilm_files_have_the_keys_and_shapes_of_the_reference(name, tmp_path):
+def test_saved_unilm_files_equal_the_reference(name, tmp_path):
   weights_io.save(weights_io.load(GOLDEN / f"{name}.pth"), tmp_path / "x.pth", format="unilm")
   theirs = torchfile.load(GOLDEN / f"{name}.pth")["model"]
   ours = torchfile.load(tmp_path / "x.pth")["model"]
@@ -118,8 +118,8 @@ def test_unilm_files_have_the_keys_and_shapes_of_the_reference(name, tmp_path):
     np.testing.assert_array_equal(ours[key].read(), value.read())
 
 
-def test_second_version_backbones(tmp_path):
-  """The patch-aggregation head of BEiT v2 is left out, by name."""
+def test_beit_v2_files_load(tmp_path):
+  """The patch-aggregation head of BEiT v2 is listed as left out."""
   arrays, config = reference.load("mim_v2")
   params = reference.section(arrays, "param/")
   loaded = weights_io.load(_pth(tmp_path / "v2.pth", params))
@@ -134,7 +134,7 @@ def test_second_version_backbones(tmp_path):
   assert backbone.kind == "backbone"
 
 
-# --- there and back -------------------------------------------------------------------------------
+# --- saving and loading ---------------------------------------------------------------------------
 
 PAIRS = [
   (dict(kind="mim"), ("orbax", "unilm", "hf")),
@@ -166,14 +166,14 @@ SUFFIXES = {
     for suffix in SUFFIXES[format]
   ],
 )
-def test_there_and_back_is_bit_identical(fields, format, suffix, tmp_path):
+def test_saving_and_loading_is_bit_identical(fields, format, suffix, tmp_path):
   model = _random(**fields)
   weights_io.save(model, tmp_path / f"x{suffix}", format=format)
   again = weights_io.load(tmp_path / f"x{suffix}")
   params = dict(model.params)
-  if format == "timm":  # has no place for it
+  if format == "timm":  # timm has no mask token
     params.pop("mask_token", None)
-  _same(again.params, params)
+  _assert_same(again.params, params)
   assert again.kind == model.kind
   assert again.preprocessing == model.preprocessing
   assert again.description["labels"] == model.description["labels"]
@@ -184,7 +184,7 @@ def test_there_and_back_is_bit_identical(fields, format, suffix, tmp_path):
     assert again.encoder_fields == {**model.encoder_fields, **lost}
 
 
-def test_what_timm_has_no_place_for_is_said(tmp_path, caplog):
+def test_tensors_without_a_place_in_timm_are_logged(tmp_path, caplog):
   with caplog.at_level(logging.INFO, "beit_jax"):
     weights_io.save(_random("backbone"), tmp_path / "x.pth", format="timm")
   assert "left out, since the format has no place for it: mask_token" in caplog.text
@@ -199,32 +199,32 @@ def test_what_timm_has_no_place_for_is_said(tmp_path, caplog):
     ("mim", "onnx", "format 'onnx' is unknown; the formats are orbax, unilm, timm, hf"),
   ],
 )
-def test_impossible_pairs(kind, format, message, tmp_path):
+def test_impossible_formats_are_refused(kind, format, message, tmp_path):
   with pytest.raises(UserError, match=message):
     beit_jax.save(_random(kind), tmp_path / "x", format=format)
   assert list(tmp_path.iterdir()) == []
 
 
-def test_a_tokenizer_of_other_depth_is_not_flavas(tmp_path):
+def test_tokenizer_with_other_groups_is_refused_as_flava(tmp_path):
   with pytest.raises(UserError, match="3 groups.*always has 4"):
     weights_io.save(_random("tokenizer", group_count=3), tmp_path / "x", format="hf")
 
 
-def test_nothing_is_overwritten(tmp_path):
+def test_existing_files_are_not_overwritten(tmp_path):
   (tmp_path / "x.pth").write_bytes(b"precious")
   with pytest.raises(UserError, match="is not overwritten"):
     weights_io.save(_random("mim"), tmp_path / "x.pth", format="unilm")
   assert (tmp_path / "x.pth").read_bytes() == b"precious"
 
 
-# --- what files leave open, and what is wrong with them -------------------------------------------
+# --- incomplete and wrong files -------------------------------------------------------------------
 
 
 def _state(**fields):
   return unilm.export_beit(_random(**{"kind": "classifier", "rel_pos": "per_block", **fields}), buffers=False)
 
 
-def test_heads_and_size_are_asked_for(tmp_path):
+def test_missing_num_heads_and_image_size_are_asked_for(tmp_path):
   path = _pth(tmp_path / "abs.pth", _state(rel_pos="none", abs_pos=True))
   with pytest.raises(UserError, match="number of attention heads.*give num_heads="):
     weights_io.load(path)
@@ -244,7 +244,7 @@ def test_heads_and_size_are_asked_for(tmp_path):
     weights_io.load(path, image_size=64)
 
 
-def test_heads_of_standard_sizes_are_assumed_and_said(tmp_path, caplog):
+def test_num_heads_of_standard_sizes_is_assumed_with_a_warning(tmp_path, caplog):
   state = {
     "cls_token": np.zeros((1, 1, 192), np.float32),
     "pos_embed": np.zeros((1, 5, 192), np.float32),
@@ -256,7 +256,7 @@ def test_heads_of_standard_sizes_are_assumed_and_said(tmp_path, caplog):
   assert "num_heads=3 is assumed" in caplog.text
 
 
-def test_every_problem_is_listed_at_once(tmp_path):
+def test_all_problems_are_listed_at_once(tmp_path):
   state = _state()
   del state["blocks.1.mlp.fc2.bias"]
   state["norm_of_mine.weight"] = np.zeros(3, np.float32)
@@ -272,24 +272,24 @@ def test_every_problem_is_listed_at_once(tmp_path):
     assert fact in str(error.value)
 
 
-def test_wrappers_and_prefixes(tmp_path):
-  """{"module": ...}, DINO's teacher, names with `module.`, averaged weights."""
+def test_wrappers_and_prefixes_are_removed(tmp_path):
+  """Wrappers such as {"module": ...} and prefixes such as `module.` (DINO's `backbone.` too) are removed."""
   state = _state()
   weights_io.save(_random("classifier", rel_pos="per_block"), tmp_path / "plain.pth", format="unilm")
   plain = weights_io.load(tmp_path / "plain.pth")
   path = _pth(tmp_path / "prefix.pth", {f"module.{name}": value for name, value in state.items()})
-  _same(weights_io.load(path).params, plain.params)
+  _assert_same(weights_io.load(path).params, plain.params)
   mixed = {f"backbone.{name}": value for name, value in state.items()} | {
     "head.last.weight": state["cls_token"]
   }
   loaded = weights_io.load(_pth(tmp_path / "dino.pth", mixed))
-  _same(loaded.params, plain.params)
+  _assert_same(loaded.params, plain.params)
   assert loaded.description["left_out"] == ["head.last.weight"]
   with pytest.raises(UserError, match="no averaged weights"):
     weights_io.load(path, ema=True)
 
 
-def test_heads_of_a_linear_probe(tmp_path):
+def test_linear_probe_without_encoder_is_refused(tmp_path):
   state = {
     "module.linear.0.weight": np.zeros((10, 48), np.float32),
     "module.linear.0.bias": np.zeros(10, np.float32),
@@ -298,7 +298,7 @@ def test_heads_of_a_linear_probe(tmp_path):
     weights_io.load(_pth(tmp_path / "probe.pth", state))
 
 
-def test_something_else_entirely(tmp_path):
+def test_other_files_are_refused(tmp_path):
   with pytest.raises(UserError, match="not a BEiT or ViT that this version knows"):
     weights_io.load(_pth(tmp_path / "resnet.pth", {"conv1.weight": np.zeros((4, 3, 7, 7), np.float32)}))
   (tmp_path / "page.pth").write_text("<html>404</html>")
@@ -333,8 +333,8 @@ def test_an_export_inside_a_run_does_not_hide_its_checkpoints(tmp_path):
   assert weights_io.load(tmp_path / "007").kind == "classifier"
 
 
-def test_what_was_assumed_stays_as_it_was(tmp_path):
-  """The name of the second file does not matter, and a guess does not become a fact."""
+def test_assumed_values_stay_assumed(tmp_path):
+  """After saving under another name, assumed values are the same and still listed as assumed."""
   first = weights_io.load(_pth(tmp_path / "beitv2_x.pth", _state()))
   assert first.preprocessing["mean"][0] == 0.485 and first.description["assumed"] == ["preprocessing"]
   for name, format in (("mine.pth", "unilm"), ("mine.safetensors", "timm"), ("hub", "timm"), ("hf", "hf")):
@@ -349,7 +349,7 @@ def _edit(path, **changes):
   path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-def test_files_edited_by_others_win(tmp_path):
+def test_edited_hf_files_override_our_description(tmp_path):
   weights_io.save(_random("classifier", rel_pos="per_block"), tmp_path / "x", format="hf")
   _edit(tmp_path / "x" / "config.json", layer_norm_eps=1e-12)
   _edit(tmp_path / "x" / "preprocessor_config.json", image_mean=[0.9, 0.9, 0.9])
@@ -373,7 +373,7 @@ def test_files_edited_by_others_win(tmp_path):
     ("preprocessor_config.json", dict(image_std=[1, 0, 1]), "std=.*, expected three numbers other than 0"),
   ],
 )
-def test_configurations_of_another_form(file, changes, message, tmp_path):
+def test_unsupported_hf_configs_are_refused(file, changes, message, tmp_path):
   weights_io.save(_random("classifier", rel_pos="per_block"), tmp_path / "x", format="hf")
   _edit(tmp_path / "x" / file, **changes)
   with pytest.raises(UserError, match=message):
@@ -381,14 +381,14 @@ def test_configurations_of_another_form(file, changes, message, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["[]", "null", "{", "3"])
-def test_configurations_that_are_no_tables(text, tmp_path):
+def test_hf_configs_must_be_json_objects(text, tmp_path):
   weights_io.save(_random("classifier", rel_pos="per_block"), tmp_path / "x", format="hf")
   (tmp_path / "x" / "config.json").write_text(text)
   with pytest.raises(UserError, match="must be JSON objects|not JSON"):
     weights_io.load(tmp_path / "x")
 
 
-def test_preparations_that_ours_cannot_be_are_not_used(tmp_path, caplog):
+def test_unsupported_hf_preprocessing_is_ignored(tmp_path, caplog):
   weights_io.save(_random("classifier", rel_pos="per_block"), tmp_path / "x", format="hf")
   for changes in (dict(do_rescale=False), dict(rescale_factor=1 / 127.5), dict(resample=77)):
     _edit(tmp_path / "x" / "preprocessor_config.json", **changes)
@@ -399,14 +399,14 @@ def test_preparations_that_ours_cannot_be_are_not_used(tmp_path, caplog):
   assert weights_io.load(tmp_path / "x").preprocessing["std"] == (1.0, 1.0, 1.0)
 
 
-def test_labels_with_holes(tmp_path, caplog):
+def test_labels_with_gaps_are_ignored(tmp_path, caplog):
   weights_io.save(_random("classifier", rel_pos="per_block"), tmp_path / "x", format="hf")
   _edit(tmp_path / "x" / "config.json", id2label={"0": "a", "1": "b", "4": "c"}, beit_jax=None)
   assert weights_io.load(tmp_path / "x").description["labels"] == []
   assert "every class from 0" in caplog.text
 
 
-def test_timm_configurations_that_ours_cannot_be(tmp_path):
+def test_unsupported_timm_configs_are_refused(tmp_path):
   weights_io.save(
     _random("classifier", rel_pos="none", abs_pos=True, pool="cls"), tmp_path / "x", format="timm"
   )
@@ -431,13 +431,13 @@ def test_timm_configurations_that_ours_cannot_be(tmp_path):
     dict(num_heads=True),
   ],
 )
-def test_arguments_of_the_wrong_form(arguments, tmp_path):
+def test_invalid_arguments_are_refused(arguments, tmp_path):
   path = _pth(tmp_path / "abs.pth", _state(rel_pos="none", abs_pos=True))
   with pytest.raises(UserError, match=f"{next(iter(arguments))}=.*expected"):
     weights_io.load(path, **arguments)
 
 
-def test_targets_that_cannot_be_written(tmp_path):
+def test_unwritable_targets_are_refused(tmp_path):
   model = _random("classifier", rel_pos="per_block")
   (tmp_path / "file").write_text("x")
   (tmp_path / "link").symlink_to(tmp_path / "nowhere")
@@ -455,7 +455,7 @@ def test_targets_that_cannot_be_written(tmp_path):
   assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "link"]
 
 
-def test_integers_are_no_weights(tmp_path):
+def test_integer_tensors_are_refused(tmp_path):
   state = {name: value.astype(np.int8) for name, value in _state().items()}
   safetensors.write(tmp_path / "x.safetensors", state, {})
   with pytest.raises(UserError, match="the file holds int8 there"):
@@ -464,19 +464,19 @@ def test_integers_are_no_weights(tmp_path):
     weights_io.load(tmp_path / "x.safetensors", ema=True)
 
 
-def test_openai_names_in_other_containers(tmp_path):
+def test_openai_tokenizer_loads_from_other_file_formats(tmp_path):
   arrays, _ = reference.load("dalle_pkl")
   state = reference.section(arrays, "param/encoder/")
   wanted = weights_io.load(GOLDEN / "dalle_encoder_small.pkl")
   safetensors.write(tmp_path / "x.safetensors", state, {})
-  _same(weights_io.load(tmp_path / "x.safetensors").params, wanted.params)
-  _same(weights_io.load(_pth(tmp_path / "x.pth", state)).params, wanted.params)
+  _assert_same(weights_io.load(tmp_path / "x.safetensors").params, wanted.params)
+  _assert_same(weights_io.load(_pth(tmp_path / "x.pth", state)).params, wanted.params)
 
 
 # --- the command, and fine-tuning from files ------------------------------------------------------
 
 
-def test_the_command(tmp_path, capsys):
+def test_convert_command(tmp_path, capsys):
   source = str(GOLDEN / "mim_plus.pth")
   command = [sys.executable, "-m", "beit_jax.convert", source, str(tmp_path / "x"), "--format=hf", "-v"]
   run = subprocess.run(command, capture_output=True, text=True)
@@ -499,8 +499,8 @@ def test_the_command(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_run_goes_out_and_comes_back_as_the_start_of_another(tmp_path, tokenizer_run, caplog):
-  """Run -> hf -> fine-tuning; and the tokenizer as hf in pre-training: bit-identical starts."""
+def test_exports_of_a_run_start_the_same_fine_tuning(tmp_path, tokenizer_run, caplog):
+  """Fine-tuning starts with bit-identical losses from a run, from its hf export and from its orbax export."""
   config = tiny.config("beit", total_steps=1, **NO_WARMUP, **{"tokenizer.init_from": str(tokenizer_run)})
   train.run(config, tmp_path / "mim")
   beit_jax.save(beit_jax.load(tmp_path / "mim"), tmp_path / "out", format="hf")
@@ -514,8 +514,8 @@ def test_a_run_goes_out_and_comes_back_as_the_start_of_another(tmp_path, tokeniz
     train.run(tiny.config("classify", resume=str(tmp_path / "orbax")), tmp_path / "no")
 
 
-def test_evaluation_only(tmp_path, capsys):
-  """A run, evaluated again from its folder and as a unilm file: the same numbers."""
+def test_eval_only(tmp_path, capsys):
+  """Evaluating a run from its folder and from a unilm file gives the same numbers."""
   result = train.run(tiny.config("classify", total_steps=2, **NO_WARMUP), tmp_path / "run")
   again = train.run(tiny.config("classify", eval_only=True), tmp_path / "run")
   assert again["eval"] == result["eval"] and again["images_per_second"] > 0
@@ -531,8 +531,8 @@ def test_evaluation_only(tmp_path, capsys):
     train.run(tiny.config("classify", **file, **{"eval.split": ""}), tmp_path / "none")
 
 
-def test_a_classifier_at_224_starts_a_run_at_384(tmp_path, caplog):
-  """Tables are resized, the head is replaced, and the log says so."""
+def test_classifier_at_224_initializes_a_run_at_384(tmp_path, caplog):
+  """The log says that the tables are resized and the head is replaced."""
   encoder = dict(patch_size=16, rel_pos="per_block")
   weights_io.save(_random("classifier", size=(224, 224), **encoder), tmp_path / "x.pth", format="unilm")
   model = dict(width=24, depth=2, num_heads=3, patch_size=16)
