@@ -322,6 +322,13 @@ def test_half_precision_files_become_float32(tmp_path):
   assert all(leaf.dtype == np.float32 for leaf in trees.flatten(loaded.params).values())
 
 
+def test_saved_safetensors_have_the_mode_of_new_files(tmp_path):
+  """The library on its own makes files that only their owner can read."""
+  safetensors.write(tmp_path / "x.safetensors", {"a": np.zeros(3, np.float32)}, {})
+  (tmp_path / "y").touch()
+  assert (tmp_path / "x.safetensors").stat().st_mode == (tmp_path / "y").stat().st_mode
+
+
 def test_an_export_inside_a_run_does_not_hide_its_checkpoints(tmp_path):
   run, other = _random("classifier", rel_pos="per_block"), _random("mim")
   weights_io.save(run, tmp_path / "run" / "checkpoints" / "7", format="orbax")
