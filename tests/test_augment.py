@@ -1,11 +1,14 @@
 """Augmentation on the device: keys per example, color jitter, random erasing, mixup, cutmix."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from beit_jax import augment, losses
+from beit_jax.config import ranges
 from beit_jax.config.defaults import DEFAULTS
 from tests import reference
 
@@ -58,6 +61,7 @@ def test_normalize():
 def test_augmentations_have_a_purpose_and_a_config_key_that_is_off_by_default():
   for name in augment.AUGMENTATIONS:
     assert name in augment.PURPOSES and DEFAULTS["data"][name] == 0
+    assert any(re.fullmatch(pattern, f"data.{name}") for pattern, _ in ranges.COMMON), f"{name} has no range"
   assert len(set(augment.PURPOSES.values())) == len(augment.PURPOSES)
 
 
@@ -166,3 +170,16 @@ def test_erasing_is_noise_in_a_quarter_of_the_images():
   noise = erased[erased != 7]
   assert noise.mean() == pytest.approx(0, abs=0.02) and noise.std() == pytest.approx(1, abs=0.02)
   assert (erased != 7).any(3).sum() * 3 == (erased != 7).sum()  # all channels of a pixel
+
+
+@pytest.mark.parametrize("rand_augment, jittered", [("", True), ("rand-m9-mstd0.5-inc1", False)])
+def test_rand_augment_replaces_color_jitter_only(rand_augment, jittered, monkeypatch):
+  darken = augment.Augmentation(lambda keys, views, strength: [view * strength for view in views])
+  monkeypatch.setitem(augment.AUGMENTATIONS, "darken", darken)
+  monkeypatch.setitem(augment.PURPOSES, "darken", 99)
+  data = {"color_jitter": 0.4, "random_erasing": 0.0, "darken": 0.5, "rand_augment": rand_augment}
+  views, keys = {"image": jnp.full((1, 4, 4, 3), 0.5)}, jnp.zeros((1, 2), jnp.uint32)
+  pixel = augment.augment_views(views, keys, seed=0, data=data, names=augment.ON_PIXELS + ("darken",))[
+    "image"
+  ]
+  assert (abs(float(pixel[0, 0, 0, 0]) - 0.25) > 1e-3) == jittered

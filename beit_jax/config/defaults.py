@@ -22,7 +22,7 @@ class EitherOf(NamedTuple):
 
 
 DEFAULTS: dict[str, Any] = dict(
-  objective="beit",  # "dvae" | "beit" | "classify" | "segment" | "linear_probe" | "knn"
+  objective="beit",  # a name in `objectives.OBJECTIVES`: "dvae", "beit", "classify", "segment", ...
   seed=0,
   batch_size=256,  # global: over all devices, processes and microbatches
   microbatches=1,  # gradient accumulation: the batch is run in that many parts
@@ -54,11 +54,11 @@ DEFAULTS: dict[str, Any] = dict(
     no_decay=(),  # further regexes of parameters without weight decay
   ),
   data=dict(
-    source="tfds",  # "tfds" | "folder" | "pairs" | "shapes"
+    source="tfds",  # a name in `data.sources.SOURCES`: "tfds", "folder", "pairs", "shapes"
     name="",  # tfds: "cifar10", "imagenet2012", "name/config:1.0.0"
     split="train",
     data_dir="",  # tfds: default $TFDS_DATA_DIR, then ~/tensorflow_datasets
-    root="",  # folder
+    root="",  # folder, pairs
     num_examples=8192,  # shapes
     render_size=32,  # shapes
     fraction=1.0,  # keep a fixed random part of the examples
@@ -73,7 +73,7 @@ DEFAULTS: dict[str, Any] = dict(
     crop_ratio=(3 / 4, 4 / 3),
     flip=True,
     color_jitter=0.0,
-    rand_augment="",  # "rand-m9-mstd0.5-inc1"; colour jitter is then off, as in timm
+    rand_augment="",  # "rand-m9-mstd0.5-inc1"; color jitter is then off, as in timm
     random_erasing=0.0,  # probability
     mean=(0.5, 0.5, 0.5),
     std=(0.5, 0.5, 0.5),
@@ -103,3 +103,14 @@ DEFAULTS: dict[str, Any] = dict(
   ),
   figures=True,
 )
+
+
+def plain(keys: dict[str, Any] = DEFAULTS) -> dict[str, Any]:
+  """The defaults of nested keys as plain values."""
+
+  def value(default: Any) -> Any:
+    if isinstance(default, dict):
+      return plain(default)
+    return default.default if isinstance(default, OptionalOf | EitherOf) else default
+
+  return {key: value(default) for key, default in keys.items()}

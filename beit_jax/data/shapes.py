@@ -1,7 +1,8 @@
 """The embedded data set: procedural RGB scenes, so that every objective has data on a bare machine.
 
 A scene is a textured background with one large shape and a few small ones. Kind, color, position, angle and size of
-each shape are random. The class of the image is the kind of the large shape; the label map has the kind of each pixel.
+each shape are random; shapes are slightly shaded from top to bottom. The class of the image is the kind of the large
+shape; the label map has the kind of each pixel.
 An example is a function of (split, index, size). This module needs NumPy only.
 """
 

@@ -25,15 +25,17 @@ class Source(Protocol):
   """A data set with random access.
 
   A subclass implements `__len__` and `__getitem__` and sets `description`; the other attributes have defaults for
-  images without labels. Sources are pickled when `data.workers` is positive.
+  images without labels. Sources are pickled when `data.workers` is positive, so they hold paths rather than pixels.
 
   Attributes:
-    num_classes: number of classes of `label`; 0 if there are no labels or only the config knows the number.
+    num_classes: number of classes of `label`, the same for all splits; 0 if there are no labels, or if only the config
+      knows the number (`model.num_classes`).
     class_names: name of each class of `label`; () if unknown.
     map_class_names: name of each class of `label_map`; () if unknown.
     has_labels: whether examples have a `label`.
     multi_label: whether a `label` is a vector of 0 and 1 instead of one class id.
-    description: JSON values that identify the data; checkpoints and token caches record them.
+    description: JSON values that identify the data; checkpoints and token caches record them. Caches ignore `root`
+      and `label_file`, since data may move.
   """
 
   num_classes: int = 0

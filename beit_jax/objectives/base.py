@@ -19,7 +19,7 @@ from flax.errors import FlaxError
 from jax import Array
 from ml_collections import ConfigDict
 
-from beit_jax import trees
+from beit_jax import augment, trees
 from beit_jax.config import parse, ranges
 from beit_jax.data import views
 from beit_jax.data.images import ViewSizes
@@ -85,8 +85,8 @@ class Objective(abc.ABC):
     load: replaces `beit_jax.load` for frozen parts: path -> model, whose parameters may be shapes.
 
   Attributes:
-    kind: what a checkpoint of this objective holds; a row of `weights.pretrained.KINDS` unless only this objective
-      reads it.
+    kind: what a checkpoint of this objective holds: a row of `weights.pretrained.KINDS`, which several objectives may
+      share, or a name of its own if only this objective reads it.
     eval_metrics: names of the metrics of an evaluation.
     augmentations: which of `augment.AUGMENTATIONS` are used in training.
     trains: False if there is nothing to optimize; the run is then an evaluation.
@@ -254,8 +254,8 @@ class Objective(abc.ABC):
     missing = [name for name in trees.flatten(shapes) if name not in found]
     if missing:
       raise UserError(
-        f"eval_only: {path} has no fitting {', '.join(missing)}; the data has {self.source.num_classes} classes, so "
-        "set model.num_classes to the checkpoint's, or fine-tune first"
+        f"eval_only: {path} has no fitting {', '.join(missing)}; set the keys of `model` to the checkpoint's "
+        f"(model.num_classes: the data has {self.source.num_classes} classes), or fine-tune first"
       )
     return found, str(pretrained.description.get("path"))
 
@@ -263,6 +263,23 @@ class Objective(abc.ABC):
     """Loads the Linen collections besides the parameters, from the checkpoint that `load_params` named."""
     del path
     return {}
+
+  def augmented(self, views: dict[str, Array], batch: Batch, *, normalized: bool = False) -> dict[str, Array]:
+    """Applies the augmentations on the device that the objective uses and the config switches on.
+
+    Args:
+      views: float32 [B, H, W, 3] each; all views of an example get the same augmentation.
+      batch: the batch, for its `example_key`.
+      normalized: whether the views are normalized pixels, for which other augmentations are made than for [0, 1].
+    """
+    return augment.augment_views(
+      views,
+      batch["example_key"],
+      seed=self.config.seed,
+      data=self.config.data,
+      names=self.augmentations,
+      normalized=normalized,
+    )
 
   def image_preprocessing(self) -> dict[str, Any]:
     """`preprocessing` of a description, as the config's `data` section says."""

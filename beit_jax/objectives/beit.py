@@ -15,7 +15,7 @@ from beit_jax.data.images import ViewSizes
 from beit_jax.data.sources import Source
 from beit_jax.errors import UserError
 from beit_jax.models.beit import BeitForMaskedImageModeling, masked_slots
-from beit_jax.objectives import base, masked
+from beit_jax.objectives import masked
 from beit_jax.objectives.base import (
   Array,
   Batch,
@@ -137,13 +137,7 @@ class MaskedImageModeling(EncoderObjective):
   def _pixels(self, batch: Batch, *, train: bool) -> dict[str, Array]:
     """The views in a batch, float32 [B, H, W, 3] in [0, 1]. In training all get the same color jitter."""
     views = {name: augment.to_float(batch[name]) for name in self.views() if name in batch}
-    return augment.augment_views(
-      views,
-      batch["example_key"],
-      seed=self.config.seed,
-      data=self.config.data,
-      names=self.augmentations if train else (),
-    )
+    return self.augmented(views, batch) if train else views
 
   def tokenize(self, frozen: PyTree, batch: Batch) -> Array:
     """The targets of a training batch: int32 [B, N]. Pure."""
@@ -208,9 +202,5 @@ class MaskedImageModeling(EncoderObjective):
 
   def describe(self) -> dict[str, Any]:
     tokenizer = self.tokenizer.description
-    return dict(
-      kind=self.kind,
-      module=base.field_values(self.module),
-      preprocessing=self.image_preprocessing(),
-      tokenizer=dict(path=tokenizer.get("path"), sha256=tokenizer.get("sha256")),
-    )
+    facts = dict(path=tokenizer.get("path"), sha256=tokenizer.get("sha256"))
+    return {**super().describe(), "tokenizer": facts}

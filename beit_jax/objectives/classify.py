@@ -1,6 +1,5 @@
 """Image classification: fine-tuning a pre-trained encoder, or training the same network from scratch."""
 
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +76,10 @@ class Classification(EncoderObjective):
 
   def _num_classes(self) -> int:
     source, wanted = self.source, self.config.model.num_classes
+    if source.has_labels and not (source.num_classes or wanted):
+      raise UserError(
+        "config key 'model.num_classes': the data do not say how many classes they have; set it"
+      )
     if not source.has_labels or not (source.num_classes or (wanted and not self.multi_label)):
       raise UserError(
         "config key 'data': this data has no labels to classify; use folders named by class or set data.label_key "
@@ -92,18 +95,6 @@ class Classification(EncoderObjective):
     labels = ((self.module.num_classes,), jnp.float32) if self.multi_label else ((), jnp.int32)
     return {**super().batch_shapes(batch_size), **base.with_common_arrays({"label": labels}, batch_size)}
 
-  def _image(self, batch: Batch, *, train: bool) -> Array:
-    """Normalized pixels. In training with color jitter (unless RandAugment did that on the host) and random erasing."""
-    data = self.config.data
-    names = self.augmentations if train else ()
-    random = functools.partial(
-      augment.augment_views, example_key=batch["example_key"], seed=self.config.seed, data=data
-    )
-    views = {"image": augment.to_float(batch["image"])}
-    views = random(views, names=() if data.rand_augment else names)
-    views = {"image": augment.normalize(views["image"], data.mean, data.std)}
-    return random(views, names=names, normalized=True)["image"]
-
   def _targets(self, label: Array, smoothing: float) -> Array:
     """float32 [B, C]. With several labels per image, `_nll` does the smoothing."""
     return label if self.multi_label else losses.smooth_labels(label, self.module.num_classes, smoothing)
@@ -115,7 +106,7 @@ class Classification(EncoderObjective):
 
   def loss(self, variables: Variables, frozen: PyTree, batch: Batch, key: Array, step: Array) -> LossOutput:
     del frozen, step
-    options, image = self.config.loss, self._image(batch, train=True)
+    options, image = self.config.loss, self.normalized_image(batch, train=True)
     targets = self._targets(batch["label"], options.label_smoothing)
     if self.mixes:
       image, targets = augment.random_mix(
@@ -138,7 +129,7 @@ class Classification(EncoderObjective):
 
   def eval_step(self, variables: Variables, frozen: PyTree, batch: Batch) -> EvalOutput:
     del frozen
-    logits = self.module.apply(variables, self._image(batch, train=False))
+    logits = self.module.apply(variables, self.normalized_image(batch, train=False))
     valid, label = batch["valid"].astype(jnp.float32), batch["label"]
     nll, count = self._nll(logits, self._targets(label, 0.0), 0.0), valid.sum()
     sums = {"loss": Metric((nll * valid).sum(), count)}
@@ -172,7 +163,7 @@ class Classification(EncoderObjective):
     """Images with their predicted class and, where that is wrong, the true one."""
     if self.multi_label:
       return {}
-    logits = np.asarray(self.module.apply(variables, self._image(batch, train=False)))
+    logits = np.asarray(self.module.apply(variables, self.normalized_image(batch, train=False)))
     names = self.source.class_names or [str(i) for i in range(self.module.num_classes)]
     captions = [
       names[guess] if guess == true else f"{names[guess]} (is {names[true]})"
@@ -194,13 +185,8 @@ class Classification(EncoderObjective):
     return super().adapt(pretrained, shapes)
 
   def describe(self) -> dict[str, Any]:
-    return dict(
-      kind=self.kind,
-      module=base.field_values(self.module),
-      preprocessing=self.image_preprocessing(),
-      labels=list(self.source.class_names),
-      multi_label=self.multi_label,
-    )
+    labels = list(self.source.class_names)
+    return {**super().describe(), "labels": labels, "multi_label": self.multi_label}
 
 
 def _report_scores(rows: Rows, names: list[str], folder: Path) -> list[Path]:

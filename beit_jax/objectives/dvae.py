@@ -99,13 +99,7 @@ class TokenizerTraining(base.Objective):
 
   def loss(self, variables: Variables, frozen: PyTree, batch: Batch, key: Array, step: Array) -> LossOutput:
     del frozen
-    views = augment.augment_views(
-      {"image": augment.to_float(batch["token_image"])},
-      batch["example_key"],
-      seed=self.config.seed,
-      data=self.config.data,
-      names=self.augmentations,
-    )
+    views = self.augmented({"image": augment.to_float(batch["token_image"])}, batch)
     image = views["image"]
     target = map_pixels(image)
     temperature, kl_weight = self.schedules(step)

@@ -9,7 +9,7 @@ from typing import Any
 import flax.linen as nn
 from ml_collections import ConfigDict
 
-from beit_jax import transfer
+from beit_jax import augment, transfer
 from beit_jax.config.defaults import OptionalOf
 from beit_jax.config.parse import pair
 from beit_jax.data.images import ViewSizes
@@ -17,10 +17,12 @@ from beit_jax.errors import UserError
 from beit_jax.models import attention, beit
 from beit_jax.objectives.base import (
   Array,
+  Batch,
   Objective,
   PyTree,
   Variables,
   abstract_model,
+  field_values,
   image_preprocessing,
   module_fields,
 )
@@ -62,6 +64,19 @@ class EncoderObjective(Objective):
 
   def init(self, key: Array) -> Variables:
     return self._init_module(key, self.image_size)
+
+  def normalized_image(self, batch: Batch, *, train: bool) -> Array:
+    """The normalized images of a batch, float32 [B, H, W, 3]; in training with all augmentations."""
+    data = self.config.data
+    views = {"image": augment.to_float(batch["image"])}
+    views = self.augmented(views, batch) if train else views
+    views = {"image": augment.normalize(views["image"], data.mean, data.std)}
+    views = self.augmented(views, batch, normalized=True) if train else views
+    return views["image"]
+
+  def describe(self) -> dict[str, Any]:
+    preprocessing = self.image_preprocessing()
+    return dict(kind=self.kind, module=field_values(self.module), preprocessing=preprocessing)
 
   def adapt(self, pretrained: Pretrained, shapes: PyTree) -> dict[str, Any]:
     return adapt_encoder(self.config.data, self.module.encoder, pretrained, shapes, log.info)

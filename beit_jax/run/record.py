@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 import beit_jax
 from beit_jax import trees
+from beit_jax.config import defaults
 from beit_jax.errors import UserError
 from beit_jax.run import checkpoint, files
 from beit_jax.runtime import bucket
@@ -223,13 +224,12 @@ def _differences(folder: Path, config: ConfigDict) -> dict[str, str]:
   return {name: f"{name}: {old[name]!r} in the checkpoint, {new[name]!r} in the config" for name in names}
 
 
-# Keys that runs of earlier versions do not have, with the values that they used in effect.
-ADDED = {"optimizer.name": "adamw", "optimizer.momentum": 0.9}
-
-
 def flatten_config(config: dict[str, Any]) -> dict[str, Any]:
-  """A config as JSON: dotted key -> value."""
-  return ADDED | dict(_leaves(_as_json(config)))
+  """A config as JSON: dotted key -> value.
+
+  Keys that a run of an earlier version lacks get their defaults, which must therefore mean what that version did.
+  """
+  return dict(_leaves(_as_json(defaults.plain()))) | dict(_leaves(_as_json(config)))
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
