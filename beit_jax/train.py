@@ -1,6 +1,6 @@
 """The one training loop: every objective, one device or many.
 
-`run` reads in the order in which things happen: prepare (data, objective, optimizer), initial state, restore, steps.
+`_train` follows the order of a run: prepare (data, objective, optimizer), initial state, restore, steps, result.
 """
 
 import contextlib
@@ -56,8 +56,9 @@ def run(config: ConfigDict, workdir: Path, name: str = "") -> dict[str, Any]:
     name: what the log calls the run; default: the folder's name.
 
   Returns:
-    The content of workdir/result.json: step, seconds, `first` and `last` training metrics, `eval` metrics. With
-    `eval_only`, that of workdir/eval.json.
+    The content of workdir/result.json: step, seconds of this call, `first` and `last` training metrics, `eval` metrics,
+    examples, skipped_steps, bad_images. With `eval_only`, or an objective that does not train, that of
+    workdir/eval.json.
 
   Raises:
     UserError: something that the user can fix, with what to do.
@@ -78,7 +79,7 @@ def run(config: ConfigDict, workdir: Path, name: str = "") -> dict[str, Any]:
   except bucket.errors(OSError) as error:
     what = f"{getattr(error, 'filename', None) or workdir}: {getattr(error, 'strerror', None) or error}"
     raise (TransientError if bucket.is_transient(error) else UserError)(
-      f"{what}. Checkpoints in {workdir} are unchanged; fix this, then give the same command again"
+      f"{what}. Complete checkpoints in {workdir} are kept; fix this, then give the same command again"
     ) from error
 
 
@@ -93,7 +94,8 @@ class Plan(NamedTuple):
     param_shapes: the parameters, as shapes.
     schedules: see `step.make_schedules`.
     tx: the optimizer.
-    steps_per_epoch, total_steps: durations.
+    steps_per_epoch: optimizer updates in an epoch.
+    total_steps: optimizer updates in the run.
   """
 
   source: sources.Source
@@ -113,13 +115,13 @@ def prepare(
   source: sources.Source | None = None,
   load: Loader | None = None,
 ) -> Plan:
-  """Validates the whole config before any array is allocated.
+  """Validates the whole config before the training state is allocated.
 
   Args:
     config: a complete config.
     mesh: the devices.
     source: replaces the training data; there is then no evaluation.
-    load: replaces `beit_jax.load` for frozen parts: path -> model.
+    load: function from a path to a model, used instead of `beit_jax.load` for frozen models.
 
   Raises:
     UserError: a value does not fit the data, the model or the mesh.
@@ -154,11 +156,13 @@ def _total_steps(config: ConfigDict, num_examples: int, steps_per_epoch: int) ->
   total_steps = parse.duration(config, "total", steps_per_epoch)
   if total_steps < 1:
     raise UserError(
-      f"this run would not make a single update: its {num_examples} examples are fewer than batch_size="
-      f"{config.batch_size}; lower batch_size or set total_steps"
+      f"this run would not make a single update: its {num_examples} examples are {steps_per_epoch} batches of "
+      f"batch_size={config.batch_size}; lower batch_size, or set total_steps or a larger total_epochs"
     )
   if total_steps > ranges.MAX_STEPS:
-    raise UserError(f"config key 'total_epochs': {total_steps} steps are more than {ranges.MAX_STEPS:,}")
+    raise UserError(
+      f"config key 'total_epochs' or 'total_steps': {total_steps} steps are more than {ranges.MAX_STEPS:,}"
+    )
   return total_steps
 
 
@@ -176,10 +180,11 @@ def _check_batch_size(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
 def _check_best_metric(config: ConfigDict, objective: Objective) -> None:
   best, names = config.checkpoint.best, objective.eval_metrics
   names = names + tuple(f"ema_{name}" for name in names if config.optimizer.ema_decay)
-  if best and (best not in names or not config.eval.split):
+  if best and not config.eval.split:
+    raise UserError(f"config key 'checkpoint.best': {best!r} needs an evaluation; set eval.split")
+  if best and best not in names:
     raise UserError(
-      f"config key 'checkpoint.best': {best!r} is not evaluated (eval.split={config.eval.split!r}); there are "
-      + ", ".join(names)
+      f"config key 'checkpoint.best': {best!r} is not evaluated; choose one of {', '.join(names)}"
     )
 
 
@@ -239,7 +244,7 @@ def _train(
     skipped_steps=loop.meter.skipped,
   )
   bucket.push()
-  distributed.barrier(f"{name}: all bad images are named", BARRIER_SECONDS)
+  distributed.barrier(f"{name}: all files of bad images are written", BARRIER_SECONDS)
   bad_images = loop.bad_images.reasons.keys() | _bad_images_of_all_processes(plan.source, workdir)
   result["bad_images"] = len(bad_images)
   record.write_result(workdir, result)
@@ -280,8 +285,10 @@ class _Loop:
     )
     # An evaluation at the step that was restored may have been interrupted.
     self._redo_evaluation = start_step > 0 and self._evaluates_at(start_step)
-    redo = self._redo_evaluation or start_step == plan.total_steps
-    self._logger = MetricWriter(workdir, plan.total_steps, name, start_step, redo_evaluation=redo)
+    rewrites_evaluation = self._redo_evaluation or start_step == plan.total_steps
+    self._logger = MetricWriter(
+      workdir, plan.total_steps, name, start_step, redo_evaluation=rewrites_evaluation
+    )
     stack.enter_context(contextlib.closing(self._logger))
     self.meter = Meter(config, self._logger, workdir, name, plan.schedules, start_step)
     self._trace = Trace(config.profile_steps, workdir / "profile", plan.total_steps)
@@ -299,9 +306,8 @@ class _Loop:
       plan.objective, plan.tx, config.microbatches, key, shardings, config.optimizer.ema_decay
     )
     batches = self._train_batches()
-    metrics: dict[str, float] = {}
     if self._redo_evaluation:
-      metrics = self._evaluate(self._start_step, state)
+      self._evaluate(self._start_step, state)
     self.meter.restart(self._start_step)
     for step in range(self._start_step + 1, plan.total_steps + 1):
       self._trace.before(step, state)
@@ -312,28 +318,26 @@ class _Loop:
       is_logged = step in (1, plan.total_steps) or step % config.log_every_steps == 0
       self.meter.enqueue(step, step_metrics, batch, is_logged)
       self.meter.drain(self._max_in_flight)
-      metrics = self._save_and_evaluate(step, state) or metrics
-    if plan.eval_source is not None:
-      metrics = self._evaluate(plan.total_steps, state)
-    return state, metrics
+      self._save_and_evaluate(step, state)
+    return state, self._evaluate(plan.total_steps, state) if plan.eval_source is not None else {}
 
-  def _save_and_evaluate(self, step: int, state: TrainState) -> dict[str, float]:
-    """Saves and evaluates if it is time for that; returns the metrics of the evaluation, {} without one."""
+  def _save_and_evaluate(self, step: int, state: TrainState) -> None:
+    """Saves and evaluates if it is time for that; ends the run if it was asked to stop."""
     stopping, evaluating = self._watch.requested(), self._evaluates_at(step)
     # The checkpoint must be complete before the run ends, stops or evaluates.
     must_save_now = step == self._plan.total_steps or stopping or evaluating
     every = self._config.checkpoint.every_steps
     if not (must_save_now or self._is_due(step, every) or self._saver.must_retry()):
-      return {}
+      return
     self.meter.drain()
     if must_save_now:
       self._saver.save_and_wait(step, state, self._description)
-      self._watch.saved()
+      self._watch.saved()  # raises if the run was asked to stop
     else:
       self._saver.save(step, state, self._description)
-    metrics = self._evaluate(step, state) if evaluating else {}
+    if evaluating:
+      self._evaluate(step, state)
     self.meter.restart(step)
-    return metrics
 
   def _is_due(self, step: int, every: int | None) -> bool:
     return every is not None and step % every == 0 and step < self._plan.total_steps
