@@ -1,6 +1,6 @@
-"""Losses as sums with their counts: sums are added over devices, microbatches and eval steps, divided last.
+"""Losses, as sums and counts that are added over devices, microbatches and evaluation steps and divided last.
 
-Logits are cast to float32 before anything is computed. Letters: B batch, M masked, V vocabulary, C classes.
+Logits are cast to float32 first. Shapes: B = batch size, M = masked patches, V = vocabulary size, C = classes.
 """
 
 import jax
@@ -12,15 +12,15 @@ def masked_cross_entropy(logits: jax.Array, targets: jax.Array, weight: jax.Arra
 
   Args:
     logits: [B, M, V].
-    targets: int32 [B, M] visual-token ids; one that is none gives NaN.
+    targets: int32 [B, M], visual tokens; an out-of-range token yields NaN.
     weight: [B, M], 1 for a masked patch, 0 for an unused slot.
 
   Returns:
-    float32 scalars (sum of losses, number of correct argmaxes, sum of weights): the loss is sum / weights,
-    so that every masked patch of the global batch counts alike.
+    float32 scalars (sum of losses, number of correct predictions, sum of weights). The loss is the first divided by the
+    last, so that every masked patch of the global batch has the same weight.
   """
   logits = logits.astype(jnp.float32)
-  # A masked sum rather than a gather, whose gradient would be a scatter into the logits; neither needs a copy of them.
+  # A masked sum instead of a gather, whose gradient would be a scatter into the logits. Neither copies them.
   hit = targets[..., None] == jnp.arange(logits.shape[-1], dtype=targets.dtype)
   target = jnp.where(hit.any(-1), jnp.where(hit, logits, 0.0).sum(-1), jnp.nan)
   nll = jax.nn.logsumexp(logits, -1) - target  # [B, M]
@@ -29,20 +29,34 @@ def masked_cross_entropy(logits: jax.Array, targets: jax.Array, weight: jax.Arra
 
 
 def smooth_labels(labels: jax.Array, num_classes: int, smoothing: float) -> jax.Array:
-  """int [B] -> float32 [B, C]: off value s/C, on value 1 - s + s/C (timm)."""
+  """Smoothed one-hot labels: int [B] -> float32 [B, C], off value s/C and on value 1 - s + s/C (timm)."""
   one_hot = jax.nn.one_hot(labels, num_classes)
   return one_hot * (1.0 - smoothing) + smoothing / num_classes
 
 
 def soft_target_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
-  """-sum(targets * log softmax(logits)) per example: float32 [B], from [B, C] and [B, C] rows that sum to 1."""
+  """-sum(targets * log softmax(logits)) per example.
+
+  Args:
+    logits: [B, C].
+    targets: [B, C], rows that sum to 1.
+
+  Returns:
+    float32 [B].
+  """
   return -(targets * jax.nn.log_softmax(logits.astype(jnp.float32))).sum(-1)
 
 
 def binary_cross_entropy(logits: jax.Array, targets: jax.Array, smoothing: float = 0.0) -> jax.Array:
-  """Several labels an image: mean over the classes of -log p(target) per example: float32 [B], both inputs [B, C].
+  """Binary cross-entropy for several labels per image, averaged over classes.
 
-  Targets in [0, 1] are first drawn towards 1/2 by `smoothing`.
+  Args:
+    logits: [B, C].
+    targets: [B, C], in [0, 1].
+    smoothing: moves the targets towards 1/2.
+
+  Returns:
+    float32 [B].
   """
   logits = logits.astype(jnp.float32)
   targets = targets * (1.0 - smoothing) + 0.5 * smoothing
@@ -52,15 +66,15 @@ def binary_cross_entropy(logits: jax.Array, targets: jax.Array, smoothing: float
 def logit_laplace(mean: jax.Array, log_scale: jax.Array, target: jax.Array) -> jax.Array:
   """Negative log-likelihood of the logit-Laplace distribution, elementwise (DALL-E paper, appendix A.3).
 
-  density(x) = exp(-|logit(x) - mean| / b) / (2 b x (1 - x)), b = exp(log_scale), for x in (0, 1); that is
-  why `map_pixels` keeps pixels inside [0.1, 0.9].
+  density(x) = exp(-|logit(x) - mean| / b) / (2 b x (1 - x)), b = exp(log_scale), for x in (0, 1). For this reason
+  `map_pixels` keeps pixels inside [0.1, 0.9].
   """
   distance = jnp.abs(jnp.log(target) - jnp.log1p(-target) - mean)
   return jnp.log(2.0 * target * (1.0 - target)) + log_scale + distance * jnp.exp(-log_scale)
 
 
 def kl_to_uniform(logits: jax.Array) -> jax.Array:
-  """KL(softmax(logits) || uniform) in nats over the last axis: float32 in [0, log V]."""
+  """KL(softmax(logits) || uniform) over the last axis, in nats: float32 in [0, log V]."""
   log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
   return (jnp.exp(log_probs) * log_probs).sum(-1) + jnp.log(logits.shape[-1])
 
@@ -68,20 +82,21 @@ def kl_to_uniform(logits: jax.Array) -> jax.Array:
 def segmentation_cross_entropy(
   logits: jax.Array, label: jax.Array, ignore: int = 255
 ) -> tuple[jax.Array, ...]:
-  """Cross-entropy of pixels whose label is not `ignore`; a label that is no class gives NaN.
+  """Cross-entropy of pixels.
 
   Args:
-    logits: [B, H, W, C] at the size of the label.
-    label: integers [B, H, W].
+    logits: [B, H, W, C], at the size of the label.
+    label: integers [B, H, W]; an out-of-range label yields NaN.
+    ignore: pixels with this label do not count.
 
   Returns:
-    float32 scalars (sum of losses, number of valid pixels, number of correct argmaxes). The mean over the valid
-    pixels is sum / valid; mmseg divides by the number of all pixels.
+    float32 scalars (sum of losses, number of valid pixels, number of correct predictions). The loss is the sum divided
+    by the number of valid pixels; mmseg divides by the number of all pixels.
   """
   logits, label = logits.astype(jnp.float32), label.astype(jnp.int32)
   valid = label != ignore
   hit = label[..., None] == jnp.arange(logits.shape[-1])
-  # A masked sum rather than a gather, whose gradient would be a scatter into the largest array there is.
+  # A masked sum instead of a gather, whose gradient would be a scatter into the largest array of the step.
   target = jnp.where(hit.any(-1) | ~valid, jnp.where(hit, logits, 0.0).sum(-1), jnp.nan)
   nll = jnp.where(valid, jax.nn.logsumexp(logits, -1) - target, 0.0)
   correct = (logits.argmax(-1) == label) & valid
