@@ -1,12 +1,12 @@
-"""Kills a real run with SIGKILL again and again, and compares what comes out with a run that was left alone.
+"""Kills a real run repeatedly with SIGKILL and compares its result with that of an uninterrupted run.
 
     python -m tests.kills --kills=30
-    python -m tests.kills --kills=10 --meshes         # another mesh after each kill: losses to 1e-5 instead of bits
-    python -m tests.kills --kills=10 --processes=2    # one or both of two are killed; the other must end by itself
+    python -m tests.kills --kills=10 --meshes         # another mesh after each kill: losses equal to 1e-5
+    python -m tests.kills --kills=10 --processes=2    # kills one or both of two; the other must exit by itself
 
-A third of the kills wait for a save to be under way (Orbax's temporary folder, or a step without its digest); the
-others come at a random moment from the start of the process to some seconds after its first step. The number of data
-workers changes after each. The exit status says whether all is as it should be.
+A third of the kills happen during a save (Orbax's temporary folder exists, or a step has no digest yet); the others
+happen at a random moment between the start of the process and a few seconds after its first step. The number of data
+workers changes after each kill. The exit status is 0 if the results are equal.
 """
 
 import argparse
@@ -31,23 +31,32 @@ from beit_jax.run import checkpoint
 from beit_jax.runtime import rendezvous
 
 ROOT = Path(__file__).resolve().parent.parent
-MARK = "BEIT_JAX_KILLS"  # in the environment of every process of a run, so that orphans are found
+MARK = "BEIT_JAX_KILLS"  # an environment variable of every process of a run, by which surviving processes are found
 TIMINGS = ("images_per_second", "data_wait")
-PATIENCE = 120  # seconds for processes that were asked to end; a machine may be busy
-LIMIT = 30  # seconds for the processes that are left when one is killed
+EXIT_TIMEOUT = 120  # seconds for processes that were asked to exit; the machine may be busy
+SURVIVOR_TIMEOUT = 30  # seconds for the other processes to exit after one was killed
 
 
 def _without_torch(folder: Path) -> str:
-  """A folder for the search path where PyTorch cannot be imported: tensorboardX does so where it can, for seconds."""
+  """Returns a folder for PYTHONPATH that hides PyTorch, whose import by tensorboardX takes seconds."""
   folder.mkdir(exist_ok=True)
   (folder / "torch.py").write_text("raise ImportError\n")
   return str(folder)
 
 
 def start(
-  workdir: Path, mark: str, *, workers: int, mesh: int, slow: float, place: tuple[str, ...] = ()
+  workdir: Path, mark: str, *, workers: int, mesh: int, slow: float, flags: tuple[str, ...] = ()
 ) -> subprocess.Popen:
-  """`place`: flags of one process of several, which have a device each."""
+  """Starts one process of a run.
+
+  Args:
+    workdir: folder of the run; output and the compilation cache lie beside it.
+    mark: value of the environment variable by which the processes of the run are found.
+    workers: number of data workers.
+    mesh: size of the mesh along "data".
+    slow: seconds that each part of a save is delayed.
+    flags: flags of one process of several, each of which has one device.
+  """
   env = {
     **os.environ,
     MARK: mark,
@@ -58,7 +67,7 @@ def start(
   paths = f"{ROOT}{os.pathsep}{_without_torch(workdir.parent / 'path')}"
   env |= {"JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "cache"), "PYTHONPATH": paths}
   env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1", "XLA_FLAGS": ""}
-  env["JAX_NUM_CPU_DEVICES"] = "8" if mesh > 1 and not place else "1"
+  env["JAX_NUM_CPU_DEVICES"] = "8" if mesh > 1 and not flags else "1"
   command = [
     sys.executable,
     "-m",
@@ -66,7 +75,7 @@ def start(
     f"--config={ROOT}/tests/kills_config.py",
     f"--workdir={workdir}",
   ]
-  command += [f"--config.data.workers={workers}", f"--config.mesh.data={mesh}", *place]
+  command += [f"--config.data.workers={workers}", f"--config.mesh.data={mesh}", *flags]
   with (workdir.parent / "output.txt").open("a") as output:
     return subprocess.Popen(command, env=env, cwd=ROOT, stdout=output, stderr=output)
 
@@ -77,7 +86,7 @@ def free_port() -> int:
 
 
 def start_all(workdir: Path, mark: str, processes: int, **options) -> list[subprocess.Popen]:
-  """All processes of a run; several have a device each, and a mesh of these."""
+  """Starts all processes of a run. Several processes have one device each and share a mesh."""
   if processes == 1:
     return [start(workdir, mark, **options)]
   together = (
@@ -86,11 +95,11 @@ def start_all(workdir: Path, mark: str, processes: int, **options) -> list[subpr
     "--heartbeat_timeout=10",
   )
   options |= {"mesh": processes}
-  return [start(workdir, mark, place=(*together, f"--process_id={i}"), **options) for i in range(processes)]
+  return [start(workdir, mark, flags=(*together, f"--process_id={i}"), **options) for i in range(processes)]
 
 
-def orphans(mark: str) -> list[int]:
-  """Living processes with the mark in their environment."""
+def living_processes(mark: str) -> list[int]:
+  """Returns the ids of the living processes with this mark in their environment."""
   found = []
   for folder in Path("/proc").glob("[0-9]*"):
     try:
@@ -102,28 +111,28 @@ def orphans(mark: str) -> list[int]:
   return found
 
 
-def ended(started: list[subprocess.Popen], workdir: Path) -> list[int]:
-  """Exit statuses of processes that are about to end; the stacks of those that hang instead."""
+def exit_statuses(started: list[subprocess.Popen], workdir: Path) -> list[int]:
+  """Waits for processes that are about to exit; if one hangs, the error contains the stacks of all."""
   try:
-    return [process.wait(PATIENCE) for process in started]
+    return [process.wait(EXIT_TIMEOUT) for process in started]
   except subprocess.TimeoutExpired:
     for process in started:
       process.send_signal(signal.SIGABRT)
       process.wait()
     text = (workdir.parent / "output.txt").read_text()
-    raise AssertionError(f"still there after {PATIENCE} s:\n{text[-12000:]}") from None
+    raise AssertionError(f"still running after {EXIT_TIMEOUT} s:\n{text[-12000:]}") from None
 
 
 def left_behind(mark: str) -> list[int]:
-  """Those that live on for 30 s: a worker that has just been started first imports what it needs."""
+  """Returns the processes that are still alive after 30 s: a new worker first completes its imports."""
   deadline = time.monotonic() + 30
-  while (found := orphans(mark)) and time.monotonic() < deadline:
+  while (found := living_processes(mark)) and time.monotonic() < deadline:
     time.sleep(0.1)
   return found
 
 
 def saving(workdir: Path) -> bool:
-  """Whether a save is under way."""
+  """Returns whether a save is in progress."""
   root = workdir / "checkpoints"
   try:
     folders = [path for path in root.iterdir() if path.is_dir()]
@@ -140,49 +149,53 @@ def logged_steps(workdir: Path) -> int:
 def kill_once(
   workdir: Path, mark: str, rng: random.Random, in_save: bool, processes: int = 1, **options
 ) -> str:
-  """Starts the run, kills it: "save", "step", "start", or "finished" where it was too fast.
+  """Starts the run and kills it.
 
-  Of several processes some are killed, and the others must end by themselves, soon.
+  Of several processes, a random selection is killed, and the others must soon exit by themselves.
+
+  Returns:
+    Where the kill happened ("save", "step" or "start"), or "finished" if the run ended first.
   """
   started = start_all(workdir, mark, processes, **options)
   began, lines = time.monotonic(), logged_steps(workdir)
-  if in_save:
-    reached = lambda: logged_steps(workdir) > lines and saving(workdir)
-  elif rng.random() < 0.25:
-    moment = began + rng.uniform(0, 10)
-    reached = lambda: time.monotonic() > moment
-  else:
-    reached = lambda: logged_steps(workdir) > lines
+  # Of the kills outside a save, one in four happens at a random time, the others after a logged step.
+  moment = began + rng.uniform(0, 10) if not in_save and rng.random() < 0.25 else None
+
+  def reached() -> bool:
+    if moment is not None:
+      return time.monotonic() > moment
+    return logged_steps(workdir) > lines and (not in_save or saving(workdir))
+
   while all(process.poll() is None for process in started) and not reached():
     time.sleep(0.002)
   if not in_save:
     time.sleep(rng.uniform(0, 0.5) if logged_steps(workdir) > lines else 0)
   where = "start" if logged_steps(workdir) == lines else "save" if saving(workdir) else "step"
   if any(process.poll() is not None for process in started):
-    _all_well(workdir, started)
+    _check_success(workdir, started)
     return "finished"
   victims = rng.sample(started, rng.randint(1, processes))
   for process in victims:
     process.kill()
     process.wait()
-  statuses = [process.wait(LIMIT) for process in started if process not in victims]
-  # JAX's own heartbeat may be the first to notice, and aborts.
+  statuses = [process.wait(SURVIVOR_TIMEOUT) for process in started if process not in victims]
+  # JAX's own heartbeat may detect the loss first; it aborts the process.
   assert all(status in (1, rendezvous.LOST_STATUS, -signal.SIGABRT) for status in statuses), statuses
   assert not left_behind(mark)
   return where
 
 
-def _all_well(workdir: Path, started: list[subprocess.Popen]) -> None:
+def _check_success(workdir: Path, started: list[subprocess.Popen]) -> None:
   for process in started:
     assert process.wait() == 0, (workdir.parent / "output.txt").read_text()[-2000:]
 
 
 def finish(workdir: Path, mark: str, processes: int = 1, **options) -> None:
-  _all_well(workdir, start_all(workdir, mark, processes, **options))
+  _check_success(workdir, start_all(workdir, mark, processes, **options))
 
 
 def outcome(workdir: Path) -> tuple[dict, list[dict], dict]:
-  """(every array of the final and the best state, the rows of metrics.jsonl without timings, the evaluation)."""
+  """Returns (arrays of the final and the best state, rows of metrics.jsonl without timings, evaluation)."""
   arrays = {}
   for kind in ("checkpoints", "best"):
     if not (workdir / kind).is_dir():
@@ -196,15 +209,15 @@ def outcome(workdir: Path) -> tuple[dict, list[dict], dict]:
   return arrays, rows, json.loads((workdir / "result.json").read_text())["eval"]
 
 
-def compare(whole: Path, killed: Path, exact: bool) -> None:
-  (wanted, rows, evaluation), (found, found_rows, found_evaluation) = outcome(whole), outcome(killed)
+def compare(reference: Path, killed: Path, exact: bool) -> None:
+  """Asserts that two runs are equal: to the bit if `exact`, otherwise their losses to 1e-5."""
+  (wanted, rows, evaluation), (found, found_rows, found_evaluation) = outcome(reference), outcome(killed)
   assert wanted.keys() == found.keys()
   if exact:
     differ = [name for name in wanted if not np.array_equal(wanted[name], found[name])]
     assert not differ, f"{len(differ)} of {len(wanted)} arrays differ, first {differ[:3]}"
-    assert rows == found_rows, [pair for pair in zip(rows, found_rows, strict=False) if pair[0] != pair[1]][
-      :2
-    ]
+    different_rows = [pair for pair in zip(rows, found_rows, strict=False) if pair[0] != pair[1]]
+    assert rows == found_rows, different_rows[:2]
     assert evaluation == found_evaluation
     return
   losses = [[row["loss"] for row in some if "loss" in row] for some in (rows, found_rows)]
@@ -212,14 +225,14 @@ def compare(whole: Path, killed: Path, exact: bool) -> None:
 
 
 def harness(folder: Path, kills: int, seed: int, meshes: bool = False, processes: int = 1) -> dict[str, int]:
-  """Everything; how many kills came where."""
+  """Compares a run that is killed `kills` times with an uninterrupted one; returns where the kills happened."""
   rng, mark = random.Random(seed), uuid.uuid4().hex
-  whole, killed = folder / "whole" / "run", folder / "killed" / "run"
-  for path in (whole, killed):
+  reference, killed = folder / "reference" / "run", folder / "killed" / "run"
+  for path in (reference, killed):
     path.parent.mkdir(parents=True)
   shared = dict(processes=processes)
-  finish(whole, mark, workers=2, mesh=1, slow=0.0, **shared)
-  shutil.copytree(whole.parent / "cache", killed.parent / "cache")  # of compiled programs
+  finish(reference, mark, workers=2, mesh=1, slow=0.0, **shared)
+  shutil.copytree(reference.parent / "cache", killed.parent / "cache")  # the compiled programs
   counts = {"save": 0, "step": 0, "start": 0}
   while sum(counts.values()) < kills:
     done = sum(counts.values())
@@ -227,14 +240,14 @@ def harness(folder: Path, kills: int, seed: int, meshes: bool = False, processes
     options |= shared
     in_save = done % 3 == 0
     where = kill_once(killed, mark, rng, in_save=in_save, slow=0.1 if in_save else 0.0, **options)
-    if where == "finished":  # compare, and begin anew
-      compare(whole, killed, exact=not meshes)
+    if where == "finished":  # compare and start over
+      compare(reference, killed, exact=not meshes)
       shutil.rmtree(killed)
       continue
     counts[where] += 1
     print(f"kill {done + 1}: {where}, {logged_steps(killed)} rows logged", flush=True)
   finish(killed, mark, workers=1, mesh=1, slow=0.0, **shared)
-  compare(whole, killed, exact=not meshes)
+  compare(reference, killed, exact=not meshes)
   assert not left_behind(mark)
   return counts
 
@@ -250,8 +263,9 @@ def main() -> int:
   began = time.monotonic()
   with tempfile.TemporaryDirectory() as folder:
     counts = harness(Path(folder), arguments.kills, arguments.seed, arguments.meshes, arguments.processes)
+  seconds = time.monotonic() - began
   print(
-    f"{arguments.kills} kills ({counts}), {time.monotonic() - began:.0f} s: the run came out as if left alone"
+    f"{arguments.kills} kills ({counts}), {seconds:.0f} s: the result equals that of an uninterrupted run"
   )
   return 0
 

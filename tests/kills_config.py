@@ -1,4 +1,4 @@
-"""The run that tests/kills.py kills: a small classifier of the embedded scenes, with all that could come undone."""
+"""The config of tests/kills.py: a small classifier of the generated scenes, with every feature that keeps state."""
 
 from ml_collections import ConfigDict
 

@@ -1,16 +1,17 @@
-"""Time and memory of the cases of a fuzz test: a limit for each, and figures about all."""
+"""Limits of time and memory for each case of a fuzz test, and a summary of all cases."""
 
 import contextlib
 import resource
 import signal
 import time
 
-SECONDS, WAIT = 5.0, 60.0  # of the processor, on however busy a machine; on the clock, for one that waits
-GROWTH = 2**30  # bytes
+SECONDS = 5.0  # of processor time, which does not depend on the load of the machine
+WAIT = 60.0  # seconds of wall-clock time, for a case that waits without computing
+GROWTH = 2**30  # bytes above the memory at the start
 
 
 class TooSlow(BaseException):
-  """Not an Exception: code under test may catch all of these."""
+  """A case took too long. A BaseException, since the code under test may catch every Exception."""
 
 
 def _peak() -> int:
@@ -18,22 +19,22 @@ def _peak() -> int:
 
 
 class Limits:
-  """`with limits.case(what):` around each case, in the main thread; made after a warm-up."""
+  """Limits each `with limits.case(what):` block. Create it after a warm-up, in the main thread."""
 
   def __init__(self, name: str, seconds: float = SECONDS):
     self._name, self._seconds = name, seconds
     self.count, self._began, self._slowest = 0, time.monotonic(), (0.0, "")
     with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
-      file.write("5")  # on Linux: the peak of earlier tests is forgotten
+      file.write("5")  # on Linux, this resets the peak that earlier tests have reached
     self._base = _peak()
 
   @contextlib.contextmanager
   def case(self, what: str):
-    def late(*_):
-      raise TooSlow(f"{self._name}, {what}: no end after {self._seconds:g} s")
+    def stop(*_):
+      raise TooSlow(f"{self._name}, {what}: not finished after {self._seconds:g} s")
 
     timers = ((signal.SIGPROF, signal.ITIMER_PROF, self._seconds), (signal.SIGALRM, signal.ITIMER_REAL, WAIT))
-    before = [signal.signal(number, late) for number, _, _ in timers]
+    before = [signal.signal(number, stop) for number, _, _ in timers]
     began = time.process_time()
     for _, timer, seconds in timers:
       signal.setitimer(timer, seconds)
@@ -54,10 +55,10 @@ class Limits:
     return _peak() - self._base
 
   def report(self, **counts: int) -> None:
-    """Prints the figures (`pytest -n 0 -s` shows them)."""
+    """Prints the summary, which `pytest -n 0 -s` shows."""
     seconds, what = self._slowest
-    more = "".join(f", {count} {name}" for name, count in counts.items())
+    extra = "".join(f", {count} {name}" for name, count in counts.items())
     print(
-      f"\n{self._name}: {self.count} cases{more}; {time.monotonic() - self._began:.0f} s, the slowest {seconds:.2f} s "
-      f"of the processor ({what}); peak of memory {self.growth / 2**20:.0f} MiB above the base"
+      f"\n{self._name}: {self.count} cases{extra}; {time.monotonic() - self._began:.0f} s, the slowest {seconds:.2f} s "
+      f"of processor time ({what}); peak memory {self.growth / 2**20:.0f} MiB above the base"
     )

@@ -1,4 +1,4 @@
-"""What a run goes on from: the newest checkpoint that can be read, of the same classes and optimizer, never less."""
+"""A run resumes from its newest readable checkpoint, with the same classes, the same optimizer and no fewer steps."""
 
 import errno
 import hashlib
@@ -23,16 +23,14 @@ def _config(**changes):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-  workdir = tmp_path_factory.mktemp("going_on") / "run"
+  workdir = tmp_path_factory.mktemp("resume") / "run"
   train.run(_config(), workdir)
   return workdir
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.EBADMSG])
-def test_a_checkpoint_that_cannot_be_read_gives_way_to_the_one_before(
-  code, run, tmp_path, monkeypatch, caplog
-):
-  """As on a bad sector. Errors of a network are an outage instead: the checkpoint may be good."""
+def test_an_unreadable_checkpoint_is_replaced_by_the_previous_one(code, run, tmp_path, monkeypatch, caplog):
+  """These errors come from a bad sector. A network error says nothing about the checkpoint (next test)."""
   shutil.copytree(run, tmp_path / "run")
   (tmp_path / "run" / "result.json").unlink()
   *_, before, newest = checkpoint.steps(tmp_path / "run" / "checkpoints")
@@ -50,7 +48,7 @@ def test_a_checkpoint_that_cannot_be_read_gives_way_to_the_one_before(
   assert "cannot be read" in caplog.text and list((tmp_path / "run" / "damaged").iterdir())
 
 
-def test_an_outage_damages_no_checkpoint(run, tmp_path, monkeypatch):
+def test_an_outage_does_not_mark_a_checkpoint_as_damaged(run, tmp_path, monkeypatch):
   shutil.copytree(run, tmp_path / "run")
   (tmp_path / "run" / "result.json").unlink()
 
@@ -64,7 +62,7 @@ def test_an_outage_damages_no_checkpoint(run, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-  "error, passes",
+  "error, transient",
   [
     (ValueError("OUT_OF_RANGE: Error writing \"x\" [os_error_code='5']"), True),
     (ValueError("OUT_OF_RANGE: Error writing \"x\" [os_error_code='28']"), False),
@@ -73,21 +71,21 @@ def test_an_outage_damages_no_checkpoint(run, tmp_path, monkeypatch):
     (OSError(errno.ENOSPC, "full"), False),
   ],
 )
-def test_which_errors_may_pass(error, passes):
-  assert bucket.is_transient(error) is passes
+def test_which_errors_are_transient(error, transient):
+  assert bucket.is_transient(error) is transient
 
 
 def test_a_longer_run_that_was_killed_is_not_finished(run, tmp_path):
-  """The shorter one's result does not speak for it."""
+  """The result of the earlier, shorter run does not count for the longer one."""
   shutil.copytree(run, tmp_path / "run")
 
-  def ends(self, step, *_):
+  def stop(self, step, *_):
     if step == 8:
       raise UserError("the end")
 
   longer = _config(total_steps=10)
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(train.Trace, "before", ends)
+    patch.setattr(train.Trace, "before", stop)
     with pytest.raises(UserError, match="the end"):
       train.run(longer, tmp_path / "run")
   result = train.run(longer, tmp_path / "run")
@@ -96,7 +94,7 @@ def test_a_longer_run_that_was_killed_is_not_finished(run, tmp_path):
   )
 
 
-def test_a_run_that_is_to_be_shorter_than_it_is(run, tmp_path):
+def test_total_steps_below_the_current_step_are_refused(run, tmp_path):
   shutil.copytree(run, tmp_path / "run")
   before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
   with pytest.raises(UserError, match="'total_steps': 2, but this run starts at step 6"):
@@ -105,7 +103,7 @@ def test_a_run_that_is_to_be_shorter_than_it_is(run, tmp_path):
   assert json.loads((tmp_path / "run" / "result.json").read_text())["step"] == 6
 
 
-def test_classes_with_other_numbers(run, tmp_path):
+def test_renumbered_or_added_classes_are_refused(run, tmp_path):
   shutil.copytree(run, tmp_path / "run")
   folder = checkpoint.find(tmp_path / "run")
   description = checkpoint.read_description(folder)
@@ -117,7 +115,7 @@ def test_classes_with_other_numbers(run, tmp_path):
   record.check_same_data(folder, description)
 
 
-def test_a_resume_with_another_optimizer(run, tmp_path):
+def test_another_optimizer_state_is_refused(run, tmp_path):
   changes = {"optimizer.weight_decay_end": 0.1, "resume": str(run), "total_steps": 8}
   with pytest.raises(
     UserError, match="(?s)'resume': the optimizer's state .*weight_decay_end: None in the checkpoint"
@@ -128,7 +126,7 @@ def test_a_resume_with_another_optimizer(run, tmp_path):
 @pytest.mark.parametrize(
   "name", ["lion", "lamb", *(pytest.param(name, marks=pytest.mark.slow) for name in ("muon", "sgd"))]
 )
-def test_a_resume_with_an_optimizer_of_another_name(name, run, tmp_path):
+def test_an_optimizer_of_another_name_is_refused(name, run, tmp_path):
   changes = {"optimizer.name": name, "resume": str(run), "total_steps": 8}
   with pytest.raises(UserError, match=f"optimizer.name: 'adamw' in the checkpoint, '{name}' in the config"):
     train.run(_config(**changes), tmp_path)
@@ -143,7 +141,7 @@ def _without_added_keys(path):
   path.write_text(json.dumps(text))
 
 
-def test_a_run_of_an_earlier_version_goes_on(run, tmp_path):
+def test_a_run_of_an_earlier_version_resumes(run, tmp_path):
   """A config without `optimizer.name` stands for AdamW."""
   shutil.copytree(run, tmp_path / "run")
   folder = checkpoint.find(tmp_path / "run")
@@ -158,7 +156,7 @@ def test_a_run_of_an_earlier_version_goes_on(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_damaged_best_state_is_put_aside(tmp_path, caplog):
+def test_a_damaged_best_state_is_moved_away(tmp_path, caplog):
   best = {"checkpoint.best": "acc1", "eval.every_steps": 2}
   train.run(_config(total_steps=4, **best), tmp_path)
   for step in checkpoint.steps(tmp_path / "best" / "checkpoints"):
@@ -168,7 +166,7 @@ def test_a_damaged_best_state_is_put_aside(tmp_path, caplog):
 
 
 @pytest.mark.slow
-def test_the_best_state_is_of_this_run(tmp_path, caplog):
+def test_a_best_state_of_an_earlier_run_is_moved_away(tmp_path, caplog):
   best = {"checkpoint.best": "acc1", "eval.every_steps": 2}
   train.run(_config(total_steps=4, **best), tmp_path)
   for name in ("checkpoints", "saved.json", "metrics.jsonl"):
@@ -179,7 +177,7 @@ def test_the_best_state_is_of_this_run(tmp_path, caplog):
 
 
 @pytest.mark.slow
-def test_a_renamed_checkpoint_is_resumed(tmp_path, caplog):
+def test_a_run_resumes_from_a_renamed_checkpoint(tmp_path, caplog):
   train.run(_config(total_steps=2), tmp_path / "first")
   (tmp_path / "first/checkpoints/2").rename(tmp_path / "renamed")
   result = train.run(_config(total_steps=3, resume=str(tmp_path / "renamed")), tmp_path / "second")

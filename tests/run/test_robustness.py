@@ -1,4 +1,4 @@
-"""Nothing is lost: bad numbers, bad images, bad checkpoints, another recipe, another writer, errors of the disk."""
+"""A run keeps its results despite NaN, bad images, bad checkpoints, another recipe, a second run and disk errors."""
 
 import io
 import json
@@ -7,6 +7,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ from beit_jax.runtime import lock, logs, sharding
 from tests import tiny
 from tests.conftest import ROOT
 
-# A save that fails leaves Orbax's event loop and threads to the garbage collector, which complains when it likes.
+# A save that fails leaves Orbax's event loop and threads to the garbage collector, which warns at any later time.
 pytestmark = [
   pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
   pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning"),
@@ -46,11 +47,11 @@ def _config(**changes):
   )
 
 
-# Bad numbers.
+# Steps that are not finite.
 
 
-def _poison(monkeypatch, where, steps):
-  """NaN in the loss, the gradient or the batch at some steps (the updates made before)."""
+def inject_nan(monkeypatch, where, steps):
+  """Puts NaN into the loss, the gradient or the batch at `steps` (numbers of updates made before)."""
   original = Classification.loss
 
   def loss(self, variables, frozen, batch, key, step):
@@ -61,7 +62,7 @@ def _poison(monkeypatch, where, steps):
     total = output.metrics["loss"].total
     if where == "loss":
       total = jnp.where(bad, jnp.nan, total)
-    if where == "gradient":  # the derivative of the root at 0 is infinite, times 0
+    if where == "gradient":  # the derivative of sqrt at 0 is infinite, and infinity times 0 is NaN
       leaf = variables["params"]["head"]["kernel"]
       total = total + jnp.sqrt(jnp.where(bad, jnp.sum(leaf * 0.0), 1.0)) - jnp.where(bad, 0.0, 1.0)
     return output._replace(metrics={**output.metrics, "loss": output.metrics["loss"]._replace(total=total)})
@@ -76,7 +77,7 @@ SLOW = pytest.mark.slow
   "where", ["loss", pytest.param("gradient", marks=SLOW), pytest.param("batch", marks=SLOW)]
 )
 def test_a_step_that_is_not_finite_is_skipped(where, monkeypatch, tmp_path):
-  _poison(monkeypatch, where, [2])
+  inject_nan(monkeypatch, where, [2])
   result = train.run(_config(total_steps=4, **{"optimizer.ema_decay": 0.5}), tmp_path)
   assert result["skipped_steps"] == 1 and result["step"] == 4
   rows = _rows(tmp_path)
@@ -95,8 +96,8 @@ def test_a_step_that_is_not_finite_is_skipped(where, monkeypatch, tmp_path):
   assert all(np.array_equal(averages[0][name], averages[1][name]) for name in averages[0])
 
 
-def test_five_in_a_row_stop_the_run_with_the_batch(monkeypatch, tmp_path):
-  _poison(monkeypatch, "loss", [1, 3, 4, 5, 6, 7])
+def test_five_bad_steps_in_a_row_stop_the_run_and_save_the_batch(monkeypatch, tmp_path):
+  inject_nan(monkeypatch, "loss", [1, 3, 4, 5, 6, 7])
   with pytest.raises(UserError) as error:
     train.run(_config(total_steps=20, **{"checkpoint.every_steps": 2}), tmp_path)
   for fact in ("5 steps in a row", "bad_batch_8.npz", "optimizer.learning_rate"):
@@ -119,12 +120,11 @@ def _png(seed, size=(24, 20)):
 
 def _bomb(side=50_000):
   """A PNG whose header claims side x side pixels."""
-  import zlib
-
   header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-  chunk = lambda kind, data: (
-    struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-  )
+
+  def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
   pixels = chunk(b"IDAT", zlib.compress(b"\0" * 1000))
   return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + pixels + chunk(b"IEND", b"")
 
@@ -158,8 +158,8 @@ def _folder(root, count, broken):
 
 
 @pytest.mark.slow
-def test_two_per_cent_of_broken_images_of_ten_kinds(tmp_path, caplog):
-  """Trains to the end with the count, twice, bit-identical, also with data workers; evaluation leaves them out."""
+def test_a_run_trains_with_two_percent_of_broken_images(tmp_path, caplog):
+  """Ten kinds of damage: counted, left out of the evaluation, and the same result with data workers to the bit."""
   broken = dict(zip(range(7, 500, 50), BROKEN.values(), strict=True))
   changes = _folder(tmp_path / "data", 500, broken)
   results = []
@@ -178,7 +178,7 @@ def test_two_per_cent_of_broken_images_of_ten_kinds(tmp_path, caplog):
   assert "0007.png cannot be decoded: the file is empty" in caplog.text
 
 
-def test_half_of_the_images_broken_stops_the_run(tmp_path):
+def test_half_of_the_images_being_broken_stops_the_run(tmp_path):
   changes = _folder(tmp_path / "data", 200, {i: b"no image" for i in range(0, 200, 2)})
   with pytest.raises(UserError) as error:
     train.run(_config(total_steps=32, **changes), tmp_path / "run")
@@ -186,21 +186,21 @@ def test_half_of_the_images_broken_stops_the_run(tmp_path):
     assert fact in str(error.value)
 
 
-def test_another_takes_the_place(tmp_path):
+def test_a_broken_image_is_replaced_by_another(tmp_path):
   changes = _folder(tmp_path, 8, {2: b""})
   source = sources.FolderSource(changes["data.root"], "train", "")  # a: 0 2 4 6, b: 1 3 5 7
   reader = ViewReader({"image": ((16, 16), "bicubic")}, tiny.config("classify").data.to_dict())
   seen = bad_images.BadImageTracker(source, 1.0)
   options = dict(rows=np.arange(8), batch_size=8)
-  whole = next(pipeline.eval_batches(source, reader, bad_images=seen, **options))
-  assert whole["valid"].tolist() == [True, False] + [True] * 6 and list(seen.reasons) == [1]
-  assert sum(np.array_equal(whole["image"][1], whole["image"][i]) for i in range(8)) == 2
+  batch = next(pipeline.eval_batches(source, reader, bad_images=seen, **options))
+  assert batch["valid"].tolist() == [True, False] + [True] * 6 and list(seen.reasons) == [1]
+  assert sum(np.array_equal(batch["image"][1], batch["image"][i]) for i in range(8)) == 2
   with pytest.raises(BadImage, match="0002.png"):
     next(pipeline.eval_batches(source, reader, **options))
 
 
-class _Data(sources.Source):
-  """So many gray images; what `fault` returns for an index is raised instead."""
+class _GrayImages(sources.Source):
+  """A source of `count` gray images that raises the error which `fault` returns for an index, if any."""
 
   description: dict = {}
 
@@ -221,14 +221,14 @@ def _broken(indices):
   return lambda index: BadImage(f"{index} is broken") if index in indices else None
 
 
-def _noted(source, order, batch_size=16, **options):
-  """Examples seen until too many were replaced, or None."""
-  noted = bad_images.BadImageTracker(source, 0.05, **options)
+def _examples_until_stop(source, order, batch_size=16, **options):
+  """Returns the number of examples read until the tracker stops the run, or None if it never does."""
+  tracker = bad_images.BadImageTracker(source, 0.05, **options)
   bad = np.array([source._fault(int(index)) is not None for index in order])
   for start in range(0, len(order), batch_size):
     part = np.s_[start : start + batch_size]
     try:
-      noted.update(order[part], bad[part])
+      tracker.update(order[part], bad[part])
     except UserError:
       return start + batch_size
   return None
@@ -240,53 +240,53 @@ def quiet(monkeypatch):
 
 
 @pytest.mark.parametrize("share, batch_size", [(0.02, 16), (0.04, 16), (0.04, 64)])
-def test_a_share_below_the_limit_stops_no_run(share, batch_size, quiet):
-  """A large set, of which 20,000 examples are seen from anywhere on."""
+def test_a_share_below_the_limit_does_not_stop_the_run(share, batch_size, quiet):
+  """The run sees 20,000 examples of a much larger data set."""
   for seed in range(100):
     rng = np.random.default_rng(seed)
     bad = rng.random(20_000) < share
-    source = _Data(10**6, lambda index, bad=bad: bad[index] or None)
-    assert _noted(source, np.arange(20_000), batch_size) is None, seed
+    source = _GrayImages(10**6, lambda index, bad=bad: bad[index] or None)
+    assert _examples_until_stop(source, np.arange(20_000), batch_size) is None, seed
 
 
-def test_a_share_above_the_limit_stops_it_soon(quiet):
+def test_a_share_above_the_limit_soon_stops_the_run(quiet):
   for seed in range(20):
     bad = np.random.default_rng(seed).random(20_000)
     for share, soon in ((0.5, 48), (0.1, 2000), (0.07, 10_000)):
-      source = _Data(10**6, lambda index, share=share, bad=bad: bad[index] < share or None)
-      seen = _noted(source, np.arange(20_000))
+      source = _GrayImages(10**6, lambda index, share=share, bad=bad: bad[index] < share or None)
+      seen = _examples_until_stop(source, np.arange(20_000))
       assert seen is not None and seen <= soon, (seed, share)
 
 
-def test_small_data_is_counted_whole(quiet):
-  """Of 100 examples five may be bad, epoch after epoch, in whatever order, from wherever the run goes on."""
+def test_the_limit_applies_to_the_whole_of_a_small_data_set(quiet):
+  """Five of 100 examples may be bad, in every epoch, in any order and from any resumed position."""
   for seed in range(100):
     rng = np.random.default_rng(seed)
     order = np.concatenate([rng.permutation(100) for _ in range(8)])[rng.integers(100) :]
     some = set(rng.choice(100, 50, replace=False).tolist())
     few = set(list(some)[:5])
-    assert _noted(_Data(100, _broken(few)), order) is None, seed
-    assert _noted(_Data(100, _broken(few | {min(set(range(100)) - few)})), order) <= 224
-    assert _noted(_Data(100, _broken(some)), order) <= 48
+    assert _examples_until_stop(_GrayImages(100, _broken(few)), order) is None, seed
+    assert _examples_until_stop(_GrayImages(100, _broken(few | {min(set(range(100)) - few)})), order) <= 224
+    assert _examples_until_stop(_GrayImages(100, _broken(some)), order) <= 48
 
 
-def test_errors_that_pass_do_not_add_up(quiet):
-  """Two others of 100 in each of fifty epochs."""
-  source, rng = _Data(100), np.random.default_rng(0)
-  noted = bad_images.BadImageTracker(source, 0.05)
+def test_transient_errors_do_not_add_up(quiet):
+  """Two different examples of 100 fail in each of fifty epochs."""
+  source, rng = _GrayImages(100), np.random.default_rng(0)
+  tracker = bad_images.BadImageTracker(source, 0.05)
   for epoch in range(50):
     order = rng.permutation(100)
     bad = np.isin(order, (np.arange(2) + 2 * epoch) % 100)
     for start in range(0, 100, 20):
-      noted.update(order[start : start + 20], bad[start : start + 20])
-  assert len(noted.reasons) == 100 and noted.count <= 4
+      tracker.update(order[start : start + 20], bad[start : start + 20])
+  assert len(tracker.reasons) == 100 and tracker.count <= 4
 
 
 @pytest.mark.parametrize("count", [7, 35, 36])
-def test_a_broken_folder_is_a_part_of_the_whole_set(count, tmp_path):
-  """An evaluation reads in order: its first folder all broken is one in a hundred, or 5 %, of 700; more is too much."""
+def test_evaluation_compares_a_broken_folder_with_the_whole_set(count, tmp_path):
+  """An evaluation reads in order. Its first folder is broken: 1 % or 5 % of 700 examples pass, more is an error."""
   config = _config(**{"eval.batch_size": 16})
-  source, mesh = _Data(700, _broken(range(count))), sharding.make_mesh(1, 1)
+  source, mesh = _GrayImages(700, _broken(range(count))), sharding.make_mesh(1, 1)
   reader = ViewReader({"image": ((8, 8), "bicubic")}, config.data.to_dict())
   objective = type("Objective", (), {"reader": lambda self: reader})()
   batches = evaluate.eval_batches(config, objective, source, mesh, 16)
@@ -299,30 +299,31 @@ def test_a_broken_folder_is_a_part_of_the_whole_set(count, tmp_path):
     assert fact in str(error.value)
 
 
-def test_what_all_processes_found_is_added_up():
-  noted = bad_images.BadImageTracker(_Data(700, _broken({3})), 0.05, shuffled=False)
-  noted.update(np.arange(350), np.arange(350) == 3)
-  noted.check(35)
-  for known in (noted, bad_images.BadImageTracker(_Data(700), 0.05, shuffled=False)):
+def test_bad_examples_of_all_processes_are_summed():
+  tracker = bad_images.BadImageTracker(_GrayImages(700, _broken({3})), 0.05, shuffled=False)
+  tracker.update(np.arange(350), np.arange(350) == 3)
+  tracker.check(35)
+  for known in (tracker, bad_images.BadImageTracker(_GrayImages(700), 0.05, shuffled=False)):
     with pytest.raises(UserError, match="36 of 700 examples could not be read"):
       known.check(36)
 
 
 def test_a_file_is_read_again_before_it_counts_as_broken(monkeypatch):
-  """Errors of network mounts pass; a file that is not there is not there."""
+  """Errors of network mounts may be transient and are retried; a missing file is not retried."""
   monkeypatch.setattr(examples, "PAUSES", (0.0, 0.0))
   asked = []
 
   def fault(index):
     asked.append(index)
-    passing = index == 2 and asked.count(2) < 3
-    return FileNotFoundError(2, "gone") if index == 1 else OSError(5, "I/O error") if passing else None
+    if index == 1:
+      return FileNotFoundError(2, "gone")
+    return OSError(5, "I/O error") if index == 2 and asked.count(2) < 3 else None
 
-  source = _Data(4, fault)
+  source = _GrayImages(4, fault)
   reader = ViewReader({"image": ((8, 8), "bicubic")}, tiny.config("classify").data.to_dict())
-  noted = bad_images.BadImageTracker(source, 1.0)
-  batch = next(pipeline.eval_batches(source, reader, rows=np.arange(4), batch_size=4, bad_images=noted))
-  assert batch["valid"].tolist() == [True, False, True, True] and list(noted.reasons) == [1]
+  tracker = bad_images.BadImageTracker(source, 1.0)
+  batch = next(pipeline.eval_batches(source, reader, rows=np.arange(4), batch_size=4, bad_images=tracker))
+  assert batch["valid"].tolist() == [True, False, True, True] and list(tracker.reasons) == [1]
   assert asked.count(2) >= 3 and asked[:3] == [0, 1, asked[2]] and asked[2] != 1
 
 
@@ -331,14 +332,14 @@ TFDS = ROOT.parent / "shared" / "data" / "tfds"
 
 @pytest.mark.skipif(not (TFDS / "cifar10").is_dir(), reason="no prepared CIFAR-10 beside the repository")
 @pytest.mark.parametrize("damage", ["cut", "flipped"])
-def test_a_damaged_file_of_records(damage, tmp_path):
-  """ArrayRecord has checksums, and none of its errors is ours."""
+def test_a_damaged_record_file_is_named(damage, tmp_path):
+  """ArrayRecord verifies checksums; its errors become a UserError."""
   shutil.copytree(TFDS / "cifar10", tmp_path / "cifar10", ignore=shutil.ignore_patterns("*train*"))
   (path,) = (tmp_path / "cifar10").rglob("*test.array_record*")
   data = bytearray(path.read_bytes())
   if damage == "cut":
     del data[1_000_000:]
-  else:  # a record in twenty-five, and not the table of all of them at the end
+  else:  # damages one record in twenty-five and leaves the index at the end intact
     for at in range(100_000, len(data) - 200_000, 20_000):
       data[at] ^= 0xFF
   path.chmod(0o600)
@@ -357,20 +358,20 @@ def test_a_damaged_file_of_records(damage, tmp_path):
     assert fact in str(error.value)
 
 
-def test_nothing_but_broken_images(tmp_path):
+def test_a_data_set_of_only_broken_images_stops_the_run(tmp_path):
   changes = _folder(tmp_path, 6, {i: b"" for i in range(6)})
   with pytest.raises(UserError, match="nor could any"):
     train.run(_config(**{**changes, "batch_size": 6, "mesh.data": 1}), tmp_path / "run")
 
 
-def test_sizes_are_read_before_pixels():
+def test_the_size_is_checked_before_decoding():
   with pytest.raises(Image.DecompressionBombError):
     images.decode(BROKEN["bomb"])
   with pytest.raises(ValueError, match="9000x9000 pixels are more than 67,108,864"):
     images.decode(_bomb(9000))
 
 
-def test_share_must_be_one(tmp_path):
+def test_max_bad_must_be_a_share(tmp_path):
   with pytest.raises(UserError, match="data.max_bad"):
     train.run(_config(**{"data.max_bad": 2.0}), tmp_path)
 
@@ -386,7 +387,7 @@ def run(tmp_path_factory):
 
 
 def _cases(path, rng):
-  """Ways to damage one file: cut off, flipped bits, a hole, more bytes, gone."""
+  """Yields damaged contents of a file (longer, truncated, flipped bits, missing bytes); None deletes it."""
   data = path.read_bytes()
   yield None
   yield data + b"\0"
@@ -408,8 +409,8 @@ def _same_json(one, other):
     return False
 
 
-def test_every_damage_falls_back_to_the_checkpoint_before(run, tmp_path):
-  """Over 200 cases on the files of the newest checkpoint: never restored, never a restart."""
+def test_every_damage_falls_back_to_the_previous_checkpoint(run, tmp_path):
+  """In over 200 cases, the damaged newest checkpoint is not restored, and the run does not restart."""
   rng, count = np.random.default_rng(0), 0
   workdir = tmp_path / "run"
   shutil.copytree(run, workdir)
@@ -428,37 +429,35 @@ def test_every_damage_falls_back_to_the_checkpoint_before(run, tmp_path):
   assert checkpoint.find(workdir).name == "6"
 
 
-def test_no_good_checkpoint_is_no_fresh_start(run, tmp_path):
+def test_a_run_without_a_good_checkpoint_does_not_restart(run, tmp_path):
   workdir = tmp_path / "run"
   shutil.copytree(run, workdir)
   (workdir / "result.json").unlink()
   for step in checkpoint.steps(workdir / "checkpoints"):
     (workdir / "checkpoints" / str(step) / "description.json").write_text("{}")
-  for _ in range(2):  # and not at the second attempt either
+  for _ in range(2):  # the second attempt does not restart either
     with pytest.raises(UserError, match="no checkpoint of this run can be used"):
       train.run(_config(), workdir)
   assert len(checkpoint.steps(workdir / "checkpoints")) == 6
 
 
 @pytest.mark.slow
-def test_old_checkpoints_go_when_the_new_one_is_sealed(run, tmp_path, monkeypatch):
+def test_old_checkpoints_are_deleted_after_the_new_one_is_sealed(run, tmp_path, monkeypatch):
   order = []
   original = files.write_json
-  monkeypatch.setattr(
-    files,
-    "write_json",
-    lambda path, value: (
-      original(path, value),
-      order.append((path.name, checkpoint.steps(path.parent.parent))),
-    ),
-  )
+
+  def write_json(path, value):
+    original(path, value)
+    order.append((path.name, checkpoint.steps(path.parent.parent)))
+
+  monkeypatch.setattr(files, "write_json", write_json)
   train.run(_config(total_steps=3, **{"checkpoint.keep": 1}), tmp_path)
   assert ("digest.json", [1, 2]) in order and ("digest.json", [2, 3]) in order
   assert checkpoint.steps(tmp_path / "checkpoints") == [3]
 
 
 @pytest.mark.slow
-def test_another_recipe_is_refused_and_other_logging_is_not(run, tmp_path, caplog):
+def test_resuming_refuses_another_recipe_and_accepts_other_logging(run, tmp_path, caplog):
   workdir = tmp_path / "run"
   shutil.copytree(run, workdir)
   with pytest.raises(UserError) as error:
@@ -470,8 +469,8 @@ def test_another_recipe_is_refused_and_other_logging_is_not(run, tmp_path, caplo
 
 
 @pytest.mark.slow
-def test_a_run_whose_checkpoints_are_gone_is_not_begun_again(run, tmp_path):
-  """The folder was renamed, deleted, or the only digest was: refused, twice, and the log is as it was."""
+def test_a_run_whose_checkpoints_are_gone_does_not_restart(run, tmp_path):
+  """If the folder was renamed or the digests were deleted, both attempts are refused and leave the log unchanged."""
   for gone in ("renamed", "unsealed"):
     workdir = tmp_path / gone
     shutil.copytree(run, workdir)
@@ -488,7 +487,7 @@ def test_a_run_whose_checkpoints_are_gone_is_not_begun_again(run, tmp_path):
     assert (workdir / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_run_that_had_no_checkpoint_yet_begins_again_loudly(tmp_path, caplog):
+def test_a_run_without_a_first_checkpoint_restarts_with_a_warning(tmp_path, caplog):
   rows = "".join(json.dumps({"step": i, "loss": 1.0}) + "\n" for i in range(1, 41))
   (tmp_path / "metrics.jsonl").write_text(rows + '{"step": 10000, "lo')
   record.check_not_lost(tmp_path)
@@ -496,14 +495,14 @@ def test_a_run_that_had_no_checkpoint_yet_begins_again_loudly(tmp_path, caplog):
 
 
 def test_one_complete_checkpoint_is_never_forgotten(tmp_path):
-  """However few steps after it a run ended, and whatever became of its checkpoints."""
+  """This holds even if the run ended soon after its first checkpoint and the folder was renamed."""
 
-  def ends(self, step, *_):
+  def stop(self, step, *_):
     if step == 4:
       raise UserError("the end")
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(train.Trace, "before", ends)
+    patch.setattr(train.Trace, "before", stop)
     with pytest.raises(UserError, match="the end"):
       train.run(_config(**{"checkpoint.every_steps": 2, "eval.every_steps": None}), tmp_path)
   assert checkpoint.steps(tmp_path / "checkpoints") == [2] and (tmp_path / "saved.json").is_file()
@@ -515,14 +514,14 @@ def test_one_complete_checkpoint_is_never_forgotten(tmp_path):
   assert train.run(_config(), tmp_path)["step"] == 6 and _rows(tmp_path)[0]["step"] == 1
 
 
-def test_what_was_evaluated_was_saved(tmp_path):
+def test_an_evaluated_step_counts_as_saved(tmp_path):
   (tmp_path / "metrics.jsonl").write_text('{"step": 3, "loss": 1.0}\n{"step": 3, "eval_loss": 1.0}\n')
   with pytest.raises(UserError, match="has 3 steps"):
     record.check_not_lost(tmp_path)
 
 
-def test_steps_count_from_where_a_resume_began(tmp_path, caplog):
-  """A run with `resume`, killed before its first own checkpoint, may be given again."""
+def test_steps_are_counted_from_the_resumed_step(tmp_path, caplog):
+  """A run with `resume` that was killed before its own first checkpoint can be started again."""
   (tmp_path / "metrics.jsonl").write_text('{"step": 101, "loss": 1.0}\n{"step": 102, "loss": 1.0}\n')
   record.check_not_lost(tmp_path, 100)
   assert "reached step 102 without a checkpoint; this one starts at step 100" in caplog.text
@@ -531,15 +530,15 @@ def test_steps_count_from_where_a_resume_began(tmp_path, caplog):
     record.check_not_lost(tmp_path, 100)
 
 
-def test_nothing_was_begun(tmp_path, caplog):
+def test_a_new_run_is_accepted_without_a_warning(tmp_path, caplog):
   record.check_not_lost(tmp_path)
   (tmp_path / "metrics.jsonl").write_text("")
   record.check_not_lost(tmp_path)
   assert not caplog.text
 
 
-def test_lines_that_a_kill_or_a_power_cut_left_half(tmp_path):
-  """metrics.jsonl and bad_images.jsonl with a cut, an empty, a zeroed and a foreign line."""
+def test_incomplete_lines_after_a_kill_or_a_power_cut_are_ignored(tmp_path):
+  """metrics.jsonl has truncated, empty, zeroed and foreign lines; bad_images.jsonl has a truncated one."""
   rows = b'{"step": 1, "loss": 2.0}\n\n\0\0\0\xff\n[1]\n7\n{"step": 2, "loss": 1.0}\n{"step": 3, "lo'
   (tmp_path / "metrics.jsonl").write_bytes(rows)
   assert [row["step"] for row in record.rows(tmp_path)] == [1, 2]
@@ -550,7 +549,7 @@ def test_lines_that_a_kill_or_a_power_cut_left_half(tmp_path):
   path = tmp_path / "bad_images.jsonl"
   path.write_text('{"index": 4, "reason": "a"}\n{"index": 5, "rea')
   source = sources.make_source(_config().data.to_dict())
-  for index in (0, 1):  # the first line after the cut one begins anew
+  for index in (0, 1):  # the first new line does not continue the truncated one
     seen = bad_images.BadImageTracker(source, 1.0, path)
     assert sorted(seen.reasons) == sorted([4, *range(index)])
     seen.update(np.array([index]), np.array([True]))
@@ -558,9 +557,9 @@ def test_lines_that_a_kill_or_a_power_cut_left_half(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_kill_at_the_very_end(tmp_path, monkeypatch):
-  """In the last evaluation, in the figures, before the result: done again, with the same numbers, each once."""
-  whole = train.run(_config(total_steps=3, figures=True), tmp_path / "whole")
+def test_a_kill_at_the_very_end_does_not_change_the_result(tmp_path, monkeypatch):
+  """A kill in the last evaluation, in the figures, or before the result: these are repeated, with the same numbers."""
+  reference = train.run(_config(total_steps=3, figures=True), tmp_path / "reference")
   workdir = tmp_path / "run"
   parts = ((Classification, "check_eval"), (train, "_write_figures"), (record, "write_result"))
   for owner, name in parts:
@@ -572,15 +571,15 @@ def test_a_kill_at_the_very_end(tmp_path, monkeypatch):
       patch.setattr(owner, name, stop)
       train.run(_config(total_steps=3, figures=True), workdir)
     assert not (workdir / "result.json").exists()
-  assert train.run(_config(total_steps=3, figures=True), workdir)["eval"] == whole["eval"]
+  assert train.run(_config(total_steps=3, figures=True), workdir)["eval"] == reference["eval"]
   timeless = [
     [{**row, "images_per_second": 0, "data_wait": 0} for row in _rows(path)]
-    for path in (tmp_path / "whole", workdir)
+    for path in (tmp_path / "reference", workdir)
   ]
   assert timeless[0] == timeless[1]
 
 
-def test_a_digest_that_names_nothing_is_damage(run, tmp_path):
+def test_a_digest_without_entries_counts_as_damage(run, tmp_path):
   workdir = tmp_path / "run"
   shutil.copytree(run / "checkpoints", workdir / "checkpoints")
   for text in ("[]", "7", '"x"', "null"):
@@ -588,8 +587,8 @@ def test_a_digest_that_names_nothing_is_damage(run, tmp_path):
     assert checkpoint.find(workdir).name == "5"
 
 
-def test_whole_files_or_the_ones_before(tmp_path, monkeypatch):
-  """config.json and result.json are replaced, never half-written."""
+def test_json_files_are_replaced_atomically(tmp_path, monkeypatch):
+  """A failed write leaves the previous file unchanged."""
   record.write_result(tmp_path, {"step": 1})
 
   def fail(*_):
@@ -602,7 +601,7 @@ def test_whole_files_or_the_ones_before(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_data_set_that_has_shrunk_is_said(tmp_path, caplog):
+def test_a_data_set_that_has_shrunk_is_logged(tmp_path, caplog):
   changes = _folder(tmp_path / "data", 40, {})
   config = _config(total_steps=2, **changes)
   train.run(config, tmp_path / "run")
@@ -611,11 +610,11 @@ def test_a_data_set_that_has_shrunk_is_said(tmp_path, caplog):
   assert "had 40 examples before and has 39 now" in caplog.text
 
 
-# Writers and disks.
+# Writers, locks and disks.
 
 
-def test_tensorboard_on_a_full_disk_is_an_error_and_no_waiting(tmp_path, monkeypatch):
-  """tensorboardX's own writer ends its thread at such an error, and whoever hands it more waits for ever."""
+def test_tensorboard_on_a_full_disk_raises_and_does_not_hang(tmp_path, monkeypatch):
+  """tensorboardX's own writer thread ends at such an error, and the next write waits forever."""
   from tensorboardX import record_writer
 
   logger = MetricWriter(tmp_path, 10)
@@ -630,7 +629,7 @@ def test_tensorboard_on_a_full_disk_is_an_error_and_no_waiting(tmp_path, monkeyp
   logger.close()
 
 
-def test_tensorboard_reads_what_is_written(tmp_path):
+def test_tensorboard_can_read_the_event_file(tmp_path):
   from tensorboardX.proto.event_pb2 import Event
 
   logger = MetricWriter(tmp_path, 10, start_step=4)
@@ -643,13 +642,13 @@ def test_tensorboard_reads_what_is_written(tmp_path):
     events.append(Event.FromString(data[12 : 12 + size]))
     data = data[16 + size :]
   assert events[0].file_version == "brain.Event:2"
-  assert (events[1].step, events[1].session_log.status) == (5, 1)  # START: what is later is forgotten
+  assert (events[1].step, events[1].session_log.status) == (5, 1)  # START discards events of later steps
   assert [(e.step, e.summary.value[0].tag, e.summary.value[0].simple_value) for e in events[2:]] == [
     (5, "loss", 1.5)
   ]
 
 
-def test_the_log_on_a_full_disk_is_one_line(tmp_path, capsys, monkeypatch):
+def test_the_log_reports_a_full_disk_once(tmp_path, capsys, monkeypatch):
   logs.setup(tmp_path)
   (handler,) = [h for h in logs.log.handlers if isinstance(h, logging.FileHandler)]
 
@@ -660,11 +659,11 @@ def test_the_log_on_a_full_disk_is_one_line(tmp_path, capsys, monkeypatch):
   for i in range(3):
     logs.log.warning("message %d", i)
   monkeypatch.undo()
-  said = capsys.readouterr().err
-  assert said.count("No space left") == 1 and "Traceback" not in said and "message 2" in said
+  text = capsys.readouterr().err
+  assert text.count("No space left") == 1 and "Traceback" not in text and "message 2" in text
 
 
-def test_a_second_run_is_refused_and_a_dead_one_is_not(tmp_path, caplog):
+def test_the_lock_refuses_a_second_run_unless_the_first_one_died(tmp_path, caplog):
   script = (
     "import sys, time, pathlib\nfrom beit_jax.runtime import lock\n"
     "with lock.exclusive_lock(pathlib.Path(sys.argv[1])):\n  print('held', flush=True)\n  time.sleep(600)\n"
@@ -702,20 +701,20 @@ def _fail_saves(monkeypatch, error, times):
 
 
 @pytest.mark.slow
-def test_a_passing_error_is_tried_again(monkeypatch, tmp_path, caplog):
+def test_a_save_with_a_transient_error_is_repeated(monkeypatch, tmp_path, caplog):
   calls = _fail_saves(monkeypatch, OSError(5, "Input/output error"), 2)
   result = train.run(_config(**{"checkpoint.every_steps": 2}), tmp_path)
   assert result["step"] == 6 and len(calls) >= 3 and "tried again" in caplog.text
   assert max(checkpoint.steps(tmp_path / "checkpoints")) == 6
 
 
-def test_an_error_while_the_last_checkpoint_is_sealed_is_tried_again(monkeypatch, tmp_path, caplog):
-  """The one that has its final name by then, and no digest, is not in the way of its repetition."""
+def test_a_transient_error_while_sealing_the_last_checkpoint_is_repeated(monkeypatch, tmp_path, caplog):
+  """The failed save has its final name but no digest; it does not prevent the second attempt."""
   write, calls = files.write_json, []
 
   def fails_once(path, value):
     calls.append(path)
-    if len(calls) == 2:  # of description and digest
+    if len(calls) == 2:  # the second write is the digest, after the description
       raise OSError(5, "Input/output error")
     write(path, value)
 
@@ -725,7 +724,7 @@ def test_an_error_while_the_last_checkpoint_is_sealed_is_tried_again(monkeypatch
   assert checkpoint.find(tmp_path).name == "2"
 
 
-def test_a_full_disk_stops_the_run_and_keeps_what_is_there(monkeypatch, tmp_path):
+def test_a_full_disk_stops_the_run_and_keeps_the_checkpoints(monkeypatch, tmp_path):
   train.run(_config(total_steps=2), tmp_path)
   _fail_saves(monkeypatch, OSError(28, "No space left on device"), 99)
   with pytest.raises(UserError) as error:
@@ -734,15 +733,15 @@ def test_a_full_disk_stops_the_run_and_keeps_what_is_there(monkeypatch, tmp_path
   assert checkpoint.find(tmp_path).name == "2"
 
 
-def test_a_workdir_that_cannot_be_made(tmp_path):
+def test_a_workdir_that_cannot_be_created_is_an_error(tmp_path):
   (tmp_path / "file").write_text("")
   with pytest.raises(UserError, match="file"):
     train.run(_config(), tmp_path / "file" / "run")
 
 
 @pytest.mark.slow
-def test_a_small_disk_for_real(tmp_path):
-  """A tmpfs of 2 MiB fills up: one clear error, and the checkpoints before it are whole."""
+def test_a_real_small_disk_that_fills_up_stops_the_run(tmp_path):
+  """A tmpfs of 2 MiB fills up: the run ends with one clear error, and the earlier checkpoints are intact."""
   mount = tmp_path / "small"
   mount.mkdir()
   command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(mount)]
@@ -762,7 +761,7 @@ def test_a_small_disk_for_real(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_workdir_that_is_removed_under_way(monkeypatch, tmp_path):
+def test_a_workdir_that_is_removed_during_the_run_stops_it(monkeypatch, tmp_path):
   original = checkpoint.Checkpointer.save
 
   def save(self, step, *args):
@@ -774,10 +773,10 @@ def test_a_workdir_that_is_removed_under_way(monkeypatch, tmp_path):
   monkeypatch.setattr(checkpoint.Checkpointer, "save", save)
   with pytest.raises(UserError, match="run is no longer there"):
     train.run(_config(), tmp_path / "run")
-  assert not (tmp_path / "run").exists()  # nothing is made again, apart from what the run had written before
+  assert not (tmp_path / "run").exists()  # no part of the workdir is created again
 
 
-def test_no_space_for_the_batches_of_data_workers(monkeypatch, tmp_path):
+def test_no_space_for_the_batches_of_data_workers_is_an_error(monkeypatch, tmp_path):
   def fail(*_, **__):
     raise OSError(28, "No space left on device")
     yield
@@ -788,8 +787,8 @@ def test_no_space_for_the_batches_of_data_workers(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_log_can_be_understood_a_week_later(tmp_path):
-  """Command, host, revision, versions, devices, the whole config, warnings of others, the error: in log.txt."""
+def test_the_log_records_command_environment_config_and_errors(tmp_path):
+  """log.txt has the command, host, versions, devices, the whole config and the error."""
   from beit_jax import main
 
   arguments = [f"--config={ROOT}/tests/kills_config.py", f"--workdir={tmp_path}", "--config.total_steps=5"]

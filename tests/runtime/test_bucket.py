@@ -80,13 +80,13 @@ def test_a_run_in_a_bucket_equals_a_run_on_disk(bucket, run, tmp_path):
   """Same rows, same arrays, same files; a copy of the bucket on disk is a run that verifies."""
   train.run(_config(figures=True, **{"checkpoint.best": "loss"}), tmp_path / "local")
   kills.compare(tmp_path / "local", _copy(bucket, "whole", tmp_path / "copy"), exact=True)
-  files = lambda folder: {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
-  plain = lambda names: {
-    name for name in names if not name.startswith(("checkpoints/", "best/", "tensorboard/"))
-  }
-  assert plain(files(tmp_path / "copy")) | {"lock.json"} == plain(
-    files(tmp_path / "local")
-  )  # it is deleted there
+
+  def other_files(folder):
+    names = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+    return {name for name in names if not name.startswith(("checkpoints/", "best/", "tensorboard/"))}
+
+  # In a bucket, the lock is deleted at the end of the run.
+  assert other_files(tmp_path / "copy") | {"lock.json"} == other_files(tmp_path / "local")
   assert len([name for name in bucket.names("whole/tensorboard/") if "tfevents" in name]) == 1
   assert checkpoint.find(tmp_path / "copy" / "best").name == checkpoint.find(run / "best").name
   assert (
@@ -121,8 +121,11 @@ def test_metrics_are_uploaded_before_the_checkpoint_is_sealed(bucket, monkeypatc
 
 
 def test_an_old_checkpoint_that_cannot_be_deleted_is_a_warning(bucket, caplog):
-  old = lambda path: "kept/checkpoints/1" in urllib.parse.unquote(path)
-  bucket.refuse = lambda method, path: 403 if method == "DELETE" and old(path) else None
+
+  def refuse(method, path):
+    return 403 if method == "DELETE" and "kept/checkpoints/1" in urllib.parse.unquote(path) else None
+
+  bucket.refuse = refuse
   try:
     train.run(_config(**{"checkpoint.keep": 1}), storage.path("gs://bucket/kept"))
   finally:
@@ -232,13 +235,16 @@ def test_stages_in_a_bucket(bucket, tmp_path, capsys, monkeypatch):
 
   (tmp_path / "config.py").write_text(STAGES)
   argv = [f"--config={tmp_path / 'config.py'}", "--workdir=gs://bucket/stages"]
-  look = lambda: (doctor.main(argv), capsys.readouterr().out)
+
+  def diagnose():
+    return doctor.main(argv), capsys.readouterr().out
+
   for answer in ("starts from scratch", "finished earlier"):
-    status, text = look()
+    status, text = diagnose()
     assert status == 0 and "gs://bucket/stages: can be written" in text and answer in text, text
     assert main.main(argv) == 0
   _foreign(bucket, "stages/pretrain")
-  status, text = look()
+  status, text = diagnose()
   assert status == 1 and "process 77 on elsewhere" in text, text
   assert storage._staging is None
   Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(tmp_path / "black.png")
@@ -262,9 +268,9 @@ def test_an_evaluation_writes_its_files_to_the_bucket(bucket, run):
 
 @SLOW
 def test_a_batch_that_is_not_finite_is_uploaded(bucket, monkeypatch):
-  from tests.run.test_robustness import _poison
+  from tests.run.test_robustness import inject_nan
 
-  _poison(monkeypatch, "loss", [1, 2, 3, 4, 5])
+  inject_nan(monkeypatch, "loss", [1, 2, 3, 4, 5])
   with pytest.raises(UserError, match="gs://bucket/bad/bad_batch_6.npz"):
     train.run(_config(total_steps=8), storage.path("gs://bucket/bad"))
   storage.push()
@@ -315,8 +321,8 @@ def test_two_processes_and_one_write_and_read_the_same(bucket, tmp_path):
     go("gs://bucket/several", count, steps)
   rows = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
   found = _rows(bucket, "several")
-  losses = lambda some: [row["loss"] for row in some if "loss" in row]
-  assert losses(found) == pytest.approx(losses(rows), rel=1e-6) and len(losses(found)) == 10
+  losses = [[row["loss"] for row in some if "loss" in row] for some in (rows, found)]
+  assert losses[1] == pytest.approx(losses[0], rel=1e-6) and len(losses[1]) == 10
 
 
 # The lock.
@@ -427,7 +433,7 @@ def test_a_process_that_has_lost_its_lease_exits(bucket, tmp_path):
     (("--config.init_from=gs://other/run",), ("gs://other: there is no such bucket",)),
   ],
 )
-def test_mistakes(bucket, flags, facts, capsys, tmp_path):
+def test_a_mistake_is_one_clear_error(bucket, flags, facts, capsys, tmp_path):
   from beit_jax import main
 
   if not flags[0].startswith("--workdir"):
@@ -437,7 +443,7 @@ def test_mistakes(bucket, flags, facts, capsys, tmp_path):
   assert error.count("error: ") == 1 and all(fact in error for fact in facts), error
 
 
-def test_no_access(bucket, monkeypatch):
+def test_missing_access_is_named(bucket, monkeypatch):
   storage._bucket.cache_clear()
   monkeypatch.setattr(
     bucket, "refuse", lambda method, path: 403 if path.startswith("/storage/v1/b/bucket?") else 0
@@ -449,7 +455,7 @@ def test_no_access(bucket, monkeypatch):
     storage.check_writable(storage.path("gs://bucket/run"))
 
 
-def test_no_credentials(bucket):
+def test_missing_credentials_are_named(bucket):
   env = {key: value for key, value in os.environ.items() if key not in bucket.environment} | OFFLINE
   env.pop("GOOGLE_APPLICATION_CREDENTIALS", None)
   script = "from beit_jax import main; import sys; sys.exit(main.main(sys.argv[1:]))"
@@ -466,7 +472,7 @@ def test_no_credentials(bucket):
 
 
 @pytest.mark.parametrize("package", ["gcsfs", "google.cloud.storage"])
-def test_a_package_is_missing(package, monkeypatch):
+def test_missing_packages_are_named(package, monkeypatch):
   monkeypatch.setitem(sys.modules, package, None)
   monkeypatch.delattr("google.cloud.storage")
   storage._bucket.cache_clear()
@@ -515,10 +521,13 @@ def test_stopped_and_killed_and_resumed_exactly(bucket, tmp_path, monkeypatch):
   """After SIGTERM, and SIGKILL in a step and in a save, the run equals an uninterrupted one on disk, to the bit."""
   monkeypatch.setenv("CLOUD_OUTPUT", str(tmp_path / "output.txt"))
   assert _start(tmp_path / "whole").wait(300) == 0
-  sealed = lambda: {
-    int(k.split("/")[2]) for k in bucket.names("stopped/checkpoints/") if k.endswith("digest.json")
-  }
-  begun = lambda: {int(k.split("/")[2]) for k in bucket.names("stopped/checkpoints/")}
+
+  def steps(suffix=""):
+    names = bucket.names("stopped/checkpoints/")
+    return {int(name.split("/")[2]) for name in names if name.endswith(suffix)}
+
+  def sealed():
+    return steps("digest.json")
 
   process = _start("gs://bucket/stopped")
   _until(process, lambda: max(sealed(), default=0) >= 5)
@@ -532,11 +541,11 @@ def test_stopped_and_killed_and_resumed_exactly(bucket, tmp_path, monkeypatch):
   )
 
   process = _start("gs://bucket/stopped")
-  _until(process, lambda: begun() - sealed() and max(begun()) > first)
+  _until(process, lambda: steps() - sealed() and max(steps()) > first)
   process.kill()  # in a save
   process.wait()
   left = max(sealed())
-  assert left < max(begun()) and bucket.read("stopped/lock.json")
+  assert left < max(steps()) and bucket.read("stopped/lock.json")
 
   process = _start("gs://bucket/stopped")
   _until(process, lambda: max(sealed()) > left)

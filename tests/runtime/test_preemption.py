@@ -107,8 +107,14 @@ def two(monkeypatch):
   """Pretends to be one of two processes: (steps that JAX's service was asked about, SIGTERMs that it got)."""
   asked, handed = [], []
   monkeypatch.setattr(preemption.jax, "process_count", lambda: 2)
-  ask = lambda step: bool(handed) and not asked.append(step)
-  monkeypatch.setattr(preemption.multihost_utils, "reached_preemption_sync_point", ask)
+
+  def reached_sync_point(step):
+    if not handed:
+      return False
+    asked.append(step)
+    return True
+
+  monkeypatch.setattr(preemption.multihost_utils, "reached_preemption_sync_point", reached_sync_point)
   old = signal.signal(signal.SIGTERM, lambda *_: handed.append(1))
   yield asked, handed
   signal.signal(signal.SIGTERM, old)
@@ -166,7 +172,7 @@ def test_a_signal_during_a_save_of_a_resumed_run_stops_the_next_step(tmp_path):
         stack.callback(process.kill)  # runs before `wait`
       assert _until(reached, 240)
       started[1].send_signal(signal.SIGTERM)
-      assert kills.ended(started, workdir) == [143, 143]
+      assert kills.exit_statuses(started, workdir) == [143, 143]
   assert max(checkpoint.steps(workdir / "checkpoints")) in (50, 51)
 
 
@@ -181,7 +187,7 @@ def test_a_signal_during_the_first_compilation(tmp_path):
       stack.callback(process.kill)  # runs before `wait`
     assert _until(lambda: log.exists() and "parameter groups" in log.read_text(), 240)
     started[1].send_signal(signal.SIGINT)
-    assert kills.ended(started, workdir) == [143, 130]
+    assert kills.exit_statuses(started, workdir) == [143, 130]
   assert checkpoint.steps(workdir / "checkpoints") == [kills.logged_steps(workdir)]
 
 
@@ -192,8 +198,8 @@ def test_a_signal_during_the_first_compilation(tmp_path):
 )
 def test_a_signal_to_one_of_two_processes_makes_both_save_the_same_step(index, number, statuses, tmp_path):
   """The resumed run is identical to one that was not interrupted."""
-  (tmp_path / "whole").mkdir()
-  whole, workdir = tmp_path / "whole" / "run", tmp_path / "run"
+  (tmp_path / "uninterrupted").mkdir()
+  uninterrupted, workdir = tmp_path / "uninterrupted" / "run", tmp_path / "run"
   options = dict(processes=2, workers=0, mesh=2, slow=0.0)
   with contextlib.ExitStack() as stack:
     started = kills.start_all(workdir, "asked", **options)
@@ -202,12 +208,12 @@ def test_a_signal_to_one_of_two_processes_makes_both_save_the_same_step(index, n
       stack.callback(process.kill)  # runs before `wait`
     assert _until(lambda: kills.logged_steps(workdir) > 12, 240)
     started[index].send_signal(number)
-    assert kills.ended(started, workdir) == statuses
+    assert kills.exit_statuses(started, workdir) == statuses
   newest = max(checkpoint.steps(workdir / "checkpoints"))
   assert newest == kills.logged_steps(workdir)
   assert checkpoint.fault(workdir / "checkpoints" / str(newest)) is None
   if number == signal.SIGINT:
     kills.finish(workdir, "asked", **options)
-    kills.finish(whole, "asked", **options)
-    kills.compare(whole, workdir, exact=True)
+    kills.finish(uninterrupted, "asked", **options)
+    kills.compare(uninterrupted, workdir, exact=True)
   assert not kills.left_behind("asked")

@@ -1,4 +1,4 @@
-"""A classifier of released size: a unilm file -> fine-tuned at 224 and 384 -> evaluated -> transformers."""
+"""A classifier of the released size: unilm file, fine-tuning at 224 and 384, evaluation, transformers."""
 
 import io
 import os
@@ -21,31 +21,31 @@ from tests.peers import torch, transformers
 DATA = Path(os.environ.get("TFDS_DATA_DIR", ROOT.parent / "shared" / "data" / "tfds"))
 pytestmark = [
   pytest.mark.slow,
-  pytest.mark.filterwarnings("ignore"),  # of other people's libraries
+  pytest.mark.filterwarnings("ignore"),  # warnings of other libraries
   pytest.mark.skipif(
     not (DATA / "imagenet_sample").is_dir(),
-    reason="no imagenet_sample in TFDS_DATA_DIR: photographs are needed",
+    reason="this test needs photographs: TFDS_DATA_DIR has no imagenet_sample",
   ),
 ]
 
 
 @pytest.fixture(scope="module")
 def unilm_file(tmp_path_factory):
-  """The shape of beit_base_patch16_224_pt22k_ft22k.pth: 21,841 classes; every parameter drawn, tables too."""
+  """A file with the shapes of beit_base_patch16_224_pt22k_ft22k.pth (21,841 classes) and random parameters."""
   encoder = {**VARIANTS["base"], **preset_fields("plus", "base", pretrain=False), "weight_init": "finetune"}
   module = make_module("classifier", dict(encoder=encoder, num_classes=21841, head_init_scale=1.0))
   params = jax.jit(module.init)(jax.random.key(0), np.zeros((1, 224, 224, 3)))["params"]
   rng = np.random.default_rng(0)
   params = jax.tree.map(lambda p: np.asarray(p) + 0.02 * rng.standard_normal(p.shape, np.float32), params)
-  look = dict(mean=(0.5,) * 3, std=(0.5,) * 3, image_size=(224, 224), crop_pct=0.875)
-  look |= dict(interpolation="bicubic", resize="short_side")
+  preprocessing = dict(mean=(0.5,) * 3, std=(0.5,) * 3, image_size=(224, 224), crop_pct=0.875)
+  preprocessing |= dict(interpolation="bicubic", resize="short_side")
   path = tmp_path_factory.mktemp("unilm") / "beit_base_patch16_224_pt22k_ft22k.pth"
-  beit_jax.save(Pretrained("classifier", params, module, look), path, format="unilm")
+  beit_jax.save(Pretrained("classifier", params, module, preprocessing), path, format="unilm")
   return path
 
 
 @pytest.mark.parametrize("side, steps", [(224, 3), (384, 2)])
-def test_from_unilm_to_transformers(side, steps, unilm_file, tmp_path):
+def test_a_unilm_file_is_fine_tuned_and_exported_to_transformers(side, steps, unilm_file, tmp_path):
   changes = [
     ("init_from", str(unilm_file)),
     ("data.name", "imagenet_sample"),
