@@ -90,7 +90,7 @@ def test_a_second_signal_ends_the_run_at_once(tmp_path):
   process = kills.start(workdir, "twice", workers=0, mesh=1, slow=5.0)  # a save takes 15 seconds
   _wait(process, lambda: kills.saving(workdir))
   process.send_signal(signal.SIGTERM)
-  _wait(process, lambda: "second signal leaves at once" in (workdir / "log.txt").read_text())
+  _wait(process, lambda: "a second signal exits at once" in (workdir / "log.txt").read_text())
   assert _end(process, signal.SIGTERM, 143) < 3
 
 
