@@ -22,6 +22,7 @@ from beit_jax.errors import BadImage
 MAX_PIXELS = 2**26  # of an encoded image, checked before it is decoded: 8,192 x 8,192
 MAX_WEBP_PIXELS = 3 * 2**24  # the WebP decoder holds four copies
 MAX_ASPECT = 64  # of an image that is resized without a crop; of a narrower one only the central part is used
+STRIP_PIXELS = 2**20  # pixels of a deep image that are scaled at a time
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # not EPS, which runs a program
 RESIZES = ("short_side", "squash")
 CROPS = ("random_resized", "pad", "center")
@@ -41,15 +42,20 @@ ViewSizes = dict[str, View]  # name -> ((height, width), interpolation)
 def to_rgb(image: Image.Image) -> Image.Image:
   """Converts any Pillow mode to RGB. 16-bit and float grays are scaled to 8 bits, which `convert` would clip."""
   if image.mode.startswith("I") or image.mode == "F":
-    gray = np.array(image, np.float32)  # large: all operations are in place
-    np.nan_to_num(gray, copy=False, posinf=np.inf, neginf=-np.inf)
-    if gray.max(initial=0) > 255:
-      gray /= 257  # 65535 -> 255
-    gray = np.clip(gray, 0, 255, out=gray).round(out=gray).astype(np.uint8)
-    image = Image.fromarray(gray)
+    divisor = 257.0 if any(part.max(initial=0) > 255 for part in _strips(image)) else 1.0  # 65535 -> 255
+    gray = [(part / divisor).clip(0, 255).round().astype(np.uint8) for part in _strips(image)]
+    image = Image.fromarray(np.concatenate(gray))
   elif image.mode == "P" and "transparency" in image.info:
     image = image.convert("RGBA")
   return image.convert("RGB")
+
+
+def _strips(image: Image.Image) -> Iterator[np.ndarray]:
+  """Some rows of a one-channel image at a time, as float64, which for the whole image could be half a GiB. NaN is 0."""
+  rows = max(STRIP_PIXELS // image.width, 1)
+  for top in range(0, image.height, rows):
+    part = image.crop((0, top, image.width, min(top + rows, image.height)))
+    yield np.nan_to_num(np.asarray(part).astype(np.float64), posinf=np.inf, neginf=-np.inf)
 
 
 @functools.cache
