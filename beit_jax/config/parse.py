@@ -262,9 +262,14 @@ def _import_file(path: str) -> ModuleType:
     raise UserError(f"{path} is no Python file; a config is one with a get_config(variant) function")
   module = importlib.util.module_from_spec(module_spec)
   sys.path.insert(0, str(Path(path).resolve().parent))  # a config may import its neighbors
+  writes_bytecode, sys.dont_write_bytecode = (
+    sys.dont_write_bytecode,
+    True,
+  )  # no __pycache__ beside the user's file
   try:
     module_spec.loader.exec_module(module)
   finally:
+    sys.dont_write_bytecode = writes_bytecode
     sys.path.pop(0)
   return module
 
