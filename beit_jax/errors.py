@@ -12,7 +12,7 @@ class UserError(Exception):
 
 
 class TransientError(UserError):
-  """A failure that may go away by itself; launchers give the same command again."""
+  """A failure that may be transient; launchers rerun the command."""
 
   status = 75
 

@@ -63,7 +63,7 @@ DEFAULTS: dict[str, Any] = dict(
     render_size=32,  # shapes
     fraction=1.0,  # keep a fixed random part of the examples
     image_key="image",
-    label_key="label",  # "" = unlabelled
+    label_key="label",  # "" = unlabeled
     label_file="",  # folder: a CSV of `file,class[,class...]` instead of class folders: several labels an image
     num_classes=OptionalOf(int),  # the data must have exactly so many classes
     image_size=EitherOf((int, tuple), 224),  # int, or (height, width)

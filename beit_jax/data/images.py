@@ -51,7 +51,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _strips(image: Image.Image) -> Iterator[np.ndarray]:
-  """Some rows of a one-channel image at a time, as float64, which for the whole image could be half a GiB. NaN is 0."""
+  """Yields a one-channel image in strips of float64 rows, which bounds the memory; NaN becomes 0."""
   rows = max(STRIP_PIXELS // image.width, 1)
   for top in range(0, image.height, rows):
     part = image.crop((0, top, image.width, min(top + rows, image.height)))

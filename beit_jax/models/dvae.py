@@ -123,7 +123,7 @@ class DvaeDecoder(nn.Module):
       width = self.n_hid * 2 ** (self.group_count - 1 - i)
       x = _Group(width, self.n_blk_per_group, (1, 3, 3, 3), post_gain, dtype, name=f"group_{i + 1}")(x)
       if i < self.group_count - 1:
-        x = x.repeat(2, axis=1).repeat(2, axis=2)  # nearest neighbour
+        x = x.repeat(2, axis=1).repeat(2, axis=2)  # nearest neighbor
     return _conv(6, 1, jnp.float32, "output")(nn.relu(x).astype(jnp.float32))
 
 

@@ -1,4 +1,4 @@
-"""Files that a kill or a power cut leaves whole, and their digests; on disk and in a bucket."""
+"""Crash-safe file writes, on disk and in a bucket, and digests of files."""
 
 import contextlib
 import hashlib
