@@ -93,12 +93,13 @@ def decode_labels(encoded: Any, name: str) -> np.ndarray:
     return array[..., 0] if array.ndim == 3 else array
   with images.decoding(f"{name}: the label map"):
     image = images.open_image(encoded)
-    image.load()
-  if image.mode not in ("L", "P", "1", "I", "I;16"):
+  if image.mode not in ("L", "P", "1", "I", "I;16"):  # known from the header: its pixels need not be decoded
     raise UserError(
       f"{name}: the label map is a color image (mode {image.mode}); expected one channel of class numbers (an 8-bit "
       "gray or palette PNG)"
     )
+  with images.decoding(f"{name}: the label map"):
+    image.load()
   return np.asarray(image).astype(np.int32 if image.mode.startswith("I") else np.uint8, copy=False)
 
 
