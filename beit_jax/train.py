@@ -32,6 +32,7 @@ from beit_jax.objectives.base import Batch, Loader, PyTree, check_size
 from beit_jax.run import checkpoint, record
 from beit_jax.run import state as train_state
 from beit_jax.run.best import Best
+from beit_jax.run.checkpointer import Checkpointer
 from beit_jax.run.meter import Meter
 from beit_jax.run.metric_writer import MetricWriter
 from beit_jax.run.profiling import Trace
@@ -205,9 +206,7 @@ def _train(
   frozen = jax.device_put(plan.objective.frozen_params(mesh), sharding.replicated(mesh))
   description = record.describe(config, plan.objective, plan.source)
   with contextlib.ExitStack() as stack:
-    saver = checkpoint.Checkpointer(
-      workdir, keep=config.checkpoint.keep, asynchronous=config.checkpoint.asynchronous
-    )
+    saver = Checkpointer(workdir, keep=config.checkpoint.keep, asynchronous=config.checkpoint.asynchronous)
     stack.enter_context(contextlib.closing(saver))
     state = _restore(config, plan.objective, saver, state, shapes, shardings, description)
     start_step = int(state.step)
@@ -271,7 +270,7 @@ class _Loop:
     plan: Plan,
     frozen: PyTree,
     description: dict[str, Any],
-    saver: checkpoint.Checkpointer,
+    saver: Checkpointer,
     best: Best,
     watch: preemption.Watch,
     start_step: int,
@@ -402,7 +401,7 @@ def _bad_images_of_all_processes(source: sources.Source, workdir: Path) -> set[i
 def _restore(
   config: ConfigDict,
   objective: Objective,
-  saver: checkpoint.Checkpointer,
+  saver: Checkpointer,
   state: TrainState,
   shapes: TrainState,
   shardings: TrainState,
@@ -429,7 +428,7 @@ def _restore(
 def _resume_from(
   folder: Path,
   config: ConfigDict,
-  saver: checkpoint.Checkpointer,
+  saver: Checkpointer,
   shapes: TrainState,
   shardings: TrainState,
   description: dict[str, Any],

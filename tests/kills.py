@@ -28,6 +28,7 @@ import numpy as np
 
 from beit_jax import trees
 from beit_jax.run import checkpoint
+from beit_jax.run.checkpointer import SLOW_SAVE
 from beit_jax.runtime import rendezvous
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,7 +63,7 @@ def start(
     MARK: mark,
     "PYTHONFAULTHANDLER": "1",
     "JAX_PLATFORMS": "cpu",
-    checkpoint.SLOW_SAVE: str(slow),
+    SLOW_SAVE: str(slow),
   }
   paths = f"{ROOT}{os.pathsep}{_without_torch(workdir.parent / 'path')}"
   env |= {"JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "cache"), "PYTHONPATH": paths}

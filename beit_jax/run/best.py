@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from beit_jax.run import checkpoint
+from beit_jax.run.checkpointer import Checkpointer
 from beit_jax.run.state import TrainState
 from beit_jax.runtime.logs import log
 
@@ -18,11 +19,11 @@ class Best:
   def __init__(self, workdir: Path, metric: str, fresh: bool):
     """`fresh`: whether the run has just begun; the best state of an earlier run is then moved away."""
     self._metric = metric
-    self._saver: checkpoint.Checkpointer | None = None
+    self._saver: Checkpointer | None = None
     self._value: float | None = None
     if metric:
       # Two are kept, so that the older one exists until the newer one is sealed.
-      self._saver = checkpoint.Checkpointer(workdir / "best", keep=2, required=False, fresh=fresh)
+      self._saver = Checkpointer(workdir / "best", keep=2, required=False, fresh=fresh)
       latest = self._saver.latest()
       if latest is not None:
         best = checkpoint.read_description(self._saver.root / str(latest)).get("best", {})

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from beit_jax.run import checkpoint
+from beit_jax.run.checkpointer import Checkpointer
 from beit_jax.run.state import TrainState
 from tests import kills
 from tests.conftest import ROOT
@@ -27,7 +28,7 @@ def test_only_the_main_thread_launches_programs(asynchronous, tmp_path, monkeypa
   """Processes deadlock if they launch programs in different orders, as threads would make them."""
   jax.clear_caches()  # programs that were launched before are on the fast path, which is not recorded
   calls = launches.record(monkeypatch)
-  saver = checkpoint.Checkpointer(tmp_path, keep=1, asynchronous=asynchronous)
+  saver = Checkpointer(tmp_path, keep=1, asynchronous=asynchronous)
   for step in range(1, 6):
     saver.save(step, _state(step), {})
   assert saver.wait() and checkpoint.steps(saver.root) == [5]

@@ -1,8 +1,10 @@
 """A run keeps its results despite NaN, bad images, bad checkpoints, another recipe, a second run and disk errors."""
 
+import errno
 import io
 import json
 import logging
+import pathlib
 import shutil
 import struct
 import subprocess
@@ -21,6 +23,7 @@ from beit_jax.data.views import ViewReader
 from beit_jax.errors import BadImage, UserError
 from beit_jax.objectives import Classification
 from beit_jax.run import checkpoint, files, record
+from beit_jax.run.checkpointer import Checkpointer
 from beit_jax.run.metric_writer import MetricWriter
 from beit_jax.runtime import lock, logs, sharding
 from tests import tiny
@@ -686,7 +689,7 @@ def test_the_lock_refuses_a_second_run_unless_the_first_one_died(tmp_path, caplo
 
 
 def _fail_saves(monkeypatch, error, times):
-  original, calls = checkpoint.Checkpointer._seal, []
+  original, calls = Checkpointer._seal, []
 
   def seal(self, step, description):
     calls.append(step)
@@ -696,7 +699,7 @@ def _fail_saves(monkeypatch, error, times):
       raise error
     original(self, step, description)
 
-  monkeypatch.setattr(checkpoint.Checkpointer, "_seal", seal)
+  monkeypatch.setattr(Checkpointer, "_seal", seal)
   return calls
 
 
@@ -722,6 +725,31 @@ def test_a_transient_error_while_sealing_the_last_checkpoint_is_repeated(monkeyp
   assert train.run(_config(total_steps=2, **{"checkpoint.every_steps": 1000}), tmp_path)["step"] == 2
   assert [path.parent.name for path in calls] == ["2"] * 4 + [tmp_path.name] and "tried again" in caplog.text
   assert checkpoint.find(tmp_path).name == "2"
+
+
+def test_an_error_after_the_digest_does_not_repeat_the_save(monkeypatch, tmp_path, caplog):
+  """The checkpoint is complete, so a second save of the same step would fail for good."""
+  write = files.write_json
+
+  def fails_once(path, value):
+    if path.name == "saved.json" and "saved.json" not in caplog.text:
+      raise OSError(5, "Input/output error")
+    write(path, value)
+
+  monkeypatch.setattr(files, "write_json", fails_once)
+  assert train.run(_config(total_steps=2, **{"checkpoint.every_steps": 1000}), tmp_path)["step"] == 2
+  assert "saved.json could not be written" in caplog.text and checkpoint.find(tmp_path).name == "2"
+
+
+def test_a_digest_on_a_defective_sector_counts_as_damage(tmp_path, monkeypatch):
+  folder = tmp_path / "checkpoints" / "1"
+  checkpoint.write_model(folder, {"w": np.zeros(3)}, {})
+
+  def defective(path, *args, **kwargs):
+    raise OSError(errno.EIO, "Input/output error", str(path))
+
+  monkeypatch.setattr(pathlib.Path, "read_text", defective)
+  assert "digest.json cannot be read" in checkpoint.fault(folder)
 
 
 def test_a_full_disk_stops_the_run_and_keeps_the_checkpoints(monkeypatch, tmp_path):
@@ -762,7 +790,7 @@ def test_a_real_small_disk_that_fills_up_stops_the_run(tmp_path):
 
 @pytest.mark.slow
 def test_a_workdir_that_is_removed_during_the_run_stops_it(monkeypatch, tmp_path):
-  original = checkpoint.Checkpointer.save
+  original = Checkpointer.save
 
   def save(self, step, *args):
     if step == 3:
@@ -770,7 +798,7 @@ def test_a_workdir_that_is_removed_during_the_run_stops_it(monkeypatch, tmp_path
       shutil.rmtree(tmp_path / "run")
     original(self, step, *args)
 
-  monkeypatch.setattr(checkpoint.Checkpointer, "save", save)
+  monkeypatch.setattr(Checkpointer, "save", save)
   with pytest.raises(UserError, match="run is no longer there"):
     train.run(_config(), tmp_path / "run")
   assert not (tmp_path / "run").exists()  # no part of the workdir is created again

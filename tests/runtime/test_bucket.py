@@ -20,6 +20,7 @@ from beit_jax import train, trees
 from beit_jax.errors import UserError
 from beit_jax.predict import __main__ as predict
 from beit_jax.run import checkpoint, files
+from beit_jax.run.checkpointer import SLOW_SAVE
 from beit_jax.runtime import bucket as storage
 from beit_jax.runtime import lock
 from tests import kills, tiny
@@ -491,7 +492,7 @@ def _start(folder):
     **os.environ,
     "JAX_PLATFORMS": "cpu",
     "PYTHONPATH": str(ROOT),
-    checkpoint.SLOW_SAVE: "0.1",
+    SLOW_SAVE: "0.1",
     kills.MARK: "cloud",
   }
   env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}

@@ -21,7 +21,7 @@ from PIL import Image
 from beit_jax import main, tokenize
 from beit_jax.config import parse as config_lib
 from beit_jax.errors import TransientError, UserError
-from beit_jax.run import checkpoint
+from beit_jax.run.checkpointer import SLOW_SAVE
 from beit_jax.runtime import distributed, rendezvous
 from beit_jax.runtime.rendezvous import ProcessInfo
 from tests.conftest import ROOT
@@ -620,7 +620,7 @@ def test_a_stage_begins_when_process_0_has_finished_the_previous_one(tmp_path):
   config = tmp_path / "config.py"
   config.write_text(STAGES.replace("ROOT", str(tmp_path / "data")))
   command = ["-m", "beit_jax.main", f"--config={config}", f"--workdir={tmp_path / 'run'}"]
-  results = _start(command, range(2), 2, timeout=300, env={checkpoint.SLOW_SAVE: "2", "XLA_FLAGS": ""})
+  results = _start(command, range(2), 2, timeout=300, env={SLOW_SAVE: "2", "XLA_FLAGS": ""})
   assert [status for status, _ in results] == [0, 0], results
   for stage in ("one", "two"):
     result = json.loads((tmp_path / "run" / stage / "result.json").read_text())

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 from beit_jax.run import checkpoint
+from beit_jax.run.checkpointer import Checkpointer
 from beit_jax.run.state import TrainState
 from beit_jax.runtime import maintenance_events, preemption
 from tests import kills
@@ -152,7 +153,7 @@ def test_a_save_does_not_ask_the_preemption_service(two, tmp_path):
   state = TrainState(jnp.int32(0), zeros, {}, zeros, None)
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(preemption.jax, "process_count", lambda: 1)  # no barriers with the second process
-    with contextlib.closing(checkpoint.Checkpointer(tmp_path, keep=1)) as checkpointer:
+    with contextlib.closing(Checkpointer(tmp_path, keep=1)) as checkpointer:
       checkpointer.save(51, state, {})
       assert checkpointer.wait()
   assert checkpoint.steps(tmp_path / "checkpoints") == [51] and asked == []
