@@ -218,6 +218,21 @@ def make_optimizer(
   )
 
 
+def at_step(opt_state: optax.OptState, step: Any) -> optax.OptState:
+  """Sets the counters of the schedules in a state of `make_optimizer` to a step of the run.
+
+  Optax counts updates. A run counts skipped updates too, so without this the schedules would lag behind after one.
+  Adam's own counter, for its bias correction, stays the number of updates.
+  """
+  transformations = optax.scale_by_schedule(float), optax.add_decayed_weights(float)
+  clocks = tuple(type(jax.eval_shape(one.init, {})) for one in transformations)
+
+  def set_clock(node: Any) -> Any:
+    return node._replace(count=step) if isinstance(node, clocks) else node
+
+  return jax.tree.map(set_clock, opt_state, is_leaf=lambda node: isinstance(node, clocks))
+
+
 def group_report(
   params: PyTree, *, depth: int, layer_decay: float, weight_decay: float, no_decay: tuple[str, ...] = ()
 ) -> str:

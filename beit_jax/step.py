@@ -54,7 +54,7 @@ def make_train_step(
     grads, output = compute(state, frozen, batch, jax.random.fold_in(root, state.step))
     count = jnp.maximum(output.metrics["loss"].n, 1.0)
     grads = jax.tree.map(lambda g: g / count, grads)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    updates, opt_state = tx.update(grads, optim.at_step(state.opt_state, state.step), state.params)
     params = optax.apply_updates(state.params, updates)
     collections = objective.after_update(params, output.collections, output.statistics, state.step)
     metrics = {name: total / jnp.maximum(n, 1.0) for name, (total, n) in output.metrics.items()}

@@ -125,6 +125,18 @@ def test_weight_decay_follows_its_schedule_and_no_decay():
     assert not updates["b"]["kernel"].any() and not updates["c"]["bias"].any()
 
 
+def test_schedules_follow_the_step_that_is_given():
+  params = {"a": {"kernel": jnp.ones(3)}}
+  rates = jnp.asarray([1.0, 10.0, 100.0])
+  tx = optim.make_optimizer(params, schedule=lambda s: rates[s], weight_decay=lambda s: 0.1 * rates[s])
+  updates, state = tx.update(
+    jax.tree.map(jnp.zeros_like, params), optim.at_step(tx.init(params), jnp.asarray(2)), params
+  )
+  np.testing.assert_allclose(updates["a"]["kernel"], -100 * 10, rtol=1e-6)
+  counts = {str(path): int(leaf) for path, leaf in jax.tree.leaves_with_path(state) if leaf.ndim == 0}
+  assert sorted(counts.values()) == [1, 3, 3], counts  # Adam counts its updates
+
+
 def test_a_parameter_without_a_rule_is_an_error():
   with pytest.raises(KeyError, match="head/strange"):
     optim.weight_decay_tree({"head": {"strange": jnp.ones(2)}})

@@ -4,13 +4,17 @@ import json
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import beit_jax
+from beit_jax import step as step_lib
 from beit_jax import train, trees
 from beit_jax.errors import CollapseError, UserError
+from beit_jax.objectives.base import LossOutput, Metric
 from beit_jax.run import checkpoint
+from beit_jax.run import state as train_state
 from beit_jax.runtime import sharding
 from beit_jax.weights.pretrained import Pretrained, make_module
 from tests import tiny
@@ -407,6 +411,40 @@ def test_a_loss_that_stays_not_finite_ends_the_run(tmp_path):
     assert step < 10
     params = checkpoint.load_params(tmp_path / "checkpoints" / str(step))
     assert all(np.isfinite(value).all() for value in trees.flatten(params).values())
+
+
+@pytest.mark.parametrize("decay_end", [None, 0.5])
+def test_a_skipped_step_does_not_delay_the_schedules(decay_end):
+  """After a step whose loss is not finite, the applied learning rate and weight decay are those of the next step."""
+  changes = {"total_steps": 20, "optimizer.name": "sgd", "optimizer.momentum": 0.0}
+  changes |= {"optimizer.warmup_steps": 10, "optimizer.weight_decay": 0.1, "optimizer.layer_decay": 1.0}
+  config = tiny.config("classify", **changes, **{"optimizer.weight_decay_end": decay_end})
+  mesh = sharding.make_mesh(1, 1)
+  with jax.set_mesh(mesh):
+    plan = train.prepare(config, mesh)
+    rng = np.random.default_rng(0)
+    weights = jnp.asarray(rng.normal(size=4), jnp.float32)
+
+    class Linear:
+      """loss = scale * sum(kernel): the gradient is the batch's scale."""
+
+      def loss(self, variables, frozen, batch, key, step):
+        total = batch["scale"] * variables["params"]["kernel"].sum()
+        return LossOutput({"loss": Metric(total, jnp.ones(()))})
+
+      def after_update(self, params, collections, statistics, step):
+        return collections
+
+    tx = step_lib.make_optimizer(config, plan.schedules, {"kernel": weights}, 0)
+    make = lambda: {"params": {"kernel": weights}}
+    state, _, shardings = train_state.create(make, tx, mesh)
+    one_step = step_lib.make_train_step(Linear(), tx, 1, jax.random.key(0), shardings)
+    for number, scale in enumerate([1.0, np.nan, np.inf, 1.0, 1.0]):
+      before = np.asarray(state.params["kernel"])
+      state, _ = one_step(state, {}, {"scale": jnp.float32(scale)})
+      rate, decay = (plan.schedules[key](number) for key in ("learning_rate", "weight_decay"))
+      wanted = before - rate * (1.0 + decay * before) if np.isfinite(scale) else before
+      np.testing.assert_allclose(state.params["kernel"], wanted, rtol=1e-6, err_msg=str(number))
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0])
