@@ -7,7 +7,8 @@
 # --nodes=1 --gpus=8 (per node; also TYPE:N, 0 for none) --time=24:00:00 --cpus=16 (per node) --mem=0 (per node; 0: all)
 # --name=beit_jax --partition=P --account=A --qos=Q --constraint=C   as in sbatch
 # --setup='module load cuda'   a line to run before the training      --python=python   path on the nodes
-# --warning=120   how many seconds before the time limit the run saves; the job is then queued again
+# --warning=120   how many seconds before the time limit the run saves; the job is then queued again, also if the run
+#                 has not finished saving by then. At most half of --time.
 # --print         prints the batch script           --dry-run   prints the command
 #
 # The repository and the workdir must be on a file system that all nodes share.
@@ -30,6 +31,27 @@ check warning '[1-9][0-9]*' "a number of seconds"
 for name in partition account qos constraint; do check "$name" "$word" "optional, a name"; done
 require_config
 
+# The seconds of a Slurm time: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S.
+seconds() {
+  local days=0 parts
+  [[ $1 == *-* ]] && days=${1%%-*}
+  IFS=: read -ra parts <<<"${1#*-}"
+  [[ $1 == *-* || ${#parts[@]} == 3 ]] || parts=(0 "${parts[@]}")
+  echo $((((10#$days * 24 + 10#${parts[0]}) * 60 + 10#${parts[1]:-0}) * 60 + 10#${parts[2]:-0}))
+}
+limit=$(seconds "${flags[time]}")
+((flags[warning] * 2 <= limit)) ||
+  die "--warning=${flags[warning]}: more than half of --time=${flags[time]} ($limit s); the run would hardly train"
+
+workdir=runs # the default of beit_jax.main
+for i in "${!rest[@]}"; do
+  [[ ${rest[i]} == --workdir=* ]] && workdir=${rest[i]#*=}
+  [[ ${rest[i]} == --workdir ]] && workdir=${rest[i + 1]-}
+done
+workdir=${workdir/#\~\//$HOME/}
+max_fruitless=3
+[[ $workdir == *://* ]] && max_fruitless=20 # the checkpoints in a bucket are not seen from here
+
 script() {
   cat <<HEAD
 #!/usr/bin/env bash
@@ -50,17 +72,40 @@ HEAD
   done
   cat <<BODY
 set -u
+# Holds how many starts in a row have completed no checkpoint; its time of change is the time of this start.
+starts=\$PWD/${flags[name]}-\$SLURM_JOB_ID.starts
 cd $(quote "$ROOT") || exit 1
+gained() { [ -n "\$(find $(quote "$workdir") -name digest.json -newer "\$starts" -print -quit 2>/dev/null)" ]; }
+fruitless=0
+[ ! -f "\$starts" ] || gained || fruitless=\$(cat "\$starts")
+echo "\$((fruitless += 1))" >"\$starts"
+requeue() {
+  if gained || [ "\$fruitless" -lt $max_fruitless ]; then
+    scontrol requeue "\$SLURM_JOB_ID"
+  else
+    echo "error: \$1; \$fruitless starts in a row have completed no checkpoint; not queued again; see the lines above" >&2
+  fi
+}
 ${flags[setup]:-:}
 # Before the time limit Slurm sends USR1 to this shell only (B:). srun would kill its tasks on USR1, so scancel sends them
 # TERM instead, once: at a second signal they exit without saving. TERM comes from scancel or a preemption; both also signal
-# the tasks, and after a preemption Slurm queues the job again.
-first= caught=
+# the tasks, and after a preemption Slurm queues the job again. A run that has not ended shortly before the time limit is
+# still saving, compiling or evaluating: the job is queued again then, which ends the run, since after the limit it would be
+# too late.
+first= caught= timer=
+out_of_time() {
+  sleep $((flags[warning] - (flags[warning] < 120 ? flags[warning] / 4 : 30)))
+  echo "warning: the run did not end within --warning=${flags[warning]} seconds; raise --warning" >&2
+  requeue "no time was left"
+}
 on_signal() {
   caught=1
   [ -z "\$first" ] || return 0
   first=\$1
-  [ "\$1" = TERM ] || scancel --signal=TERM "\$SLURM_JOB_ID"
+  [ "\$1" = USR1 ] || return 0
+  scancel --signal=TERM "\$SLURM_JOB_ID"
+  out_of_time &
+  timer=\$!
 }
 trap 'on_signal USR1' USR1
 trap 'on_signal TERM' TERM
@@ -74,16 +119,10 @@ while [ -n "\$caught" ]; do # a signal interrupts the wait
   wait "\$child"
   status=\$?
 done
+[ -z "\$timer" ] || kill "\$timer" 2>/dev/null
 case "\$first:\$status" in
   TERM:* | *:0 | :1 | :2) ;; # stopped from outside; finished; an error or a mistake of the run itself
-  USR1:*) scontrol requeue "\$SLURM_JOB_ID" ;;
-  *) # 143: only the tasks got the TERM of a preemption; 75: another process died; 137: killed
-    if [ "\${SLURM_RESTART_COUNT:-0}" -lt 20 ]; then # counts restarts for any reason
-      scontrol requeue "\$SLURM_JOB_ID"
-    else
-      echo "error: status \$status after \$SLURM_RESTART_COUNT restarts; not queued again; see the lines above" >&2
-    fi
-    ;;
+  *) requeue "status \$status" ;; # 143: a signal; 75: another process died; 137: killed
 esac
 exit "\$status"
 BODY

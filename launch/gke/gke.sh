@@ -11,11 +11,12 @@
 #   gs://BUCKET/RUN needs no mount
 # --service-account: Kubernetes service account that can access the bucket     --namespace=default      --spot
 # --restarts=50: restarts of the JobSet when a pod is evicted or fails         --grace=120: seconds to save when evicted
+#   (Spot pods get 15 s unless the node pool is configured otherwise)
 # apply: first deletes a JobSet of that name that has ended, which Kubernetes would not start again; the run resumes in the
 #   same workdir
 # --dry-run: prints the commands. The image is built from launch/Dockerfile with --build-arg EXTRA=tpu,gcs
 #
-# The cluster needs JobSet (https://jobset.sigs.k8s.io).
+# The cluster needs JobSet 0.6 or newer (https://jobset.sigs.k8s.io).
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=../common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"

@@ -421,37 +421,49 @@ def test_slurm_job(fakes, monkeypatch):
                "signal=B:USR1@300", "requeue"):  # fmt: skip
     assert f"#SBATCH --{line}\n" in script
   assert _shell(["bash", "-c", script], fakes).returncode == 0
-  (srun,) = _calls()
+  (srun,) = [call for call in _calls() if call[0] == "srun"]
   assert {"--kill-on-bad-exit=0", "--wait=600"} < set(srun)
   assert srun[srun.index("python") :] == ["python", "-m", "beit_jax.main", *HARD]
 
 
+def _start_slurm_job(fakes, tmp_path, monkeypatch, status, workdir, sleep="time.sleep(10)"):
+  """Starts the batch script; its srun ends with `status` as soon as the file `end` exists."""
+  monkeypatch.setenv("SLURM_JOB_ID", "7")
+  end = tmp_path / "end"
+  end.unlink(missing_ok=True)
+  (tmp_path / "srun.py").write_text(
+    f"import pathlib, time\nend = pathlib.Path({str(end)!r})\nstop = time.monotonic() + 30\n"
+    f"while not end.exists() and time.monotonic() < stop:\n  time.sleep(0.02)\nsys.exit({status})"
+  )
+  (tmp_path / "sleep.py").write_text(f"import time\n{sleep}")
+  monkeypatch.setenv("FAKE_SRUN", str(tmp_path / "srun.py"))
+  monkeypatch.setenv("FAKE_SLEEP", str(tmp_path / "sleep.py"))
+  calls = Path(os.environ["CALLS"])
+  script = _batch(fakes, *MAIN, f"--workdir={workdir}")
+  calls.unlink(missing_ok=True)
+  with (tmp_path / "stderr").open("w") as errors:  # a file: a timer that is left over would hold a pipe open
+    job = subprocess.Popen(["bash", "-c", script], cwd=fakes, stdin=subprocess.DEVNULL, stderr=errors)
+  _wait_for(calls)
+  return job, calls, end
+
+
+def _complete_checkpoint(workdir, step):
+  folder = workdir / "stage" / "checkpoints" / str(step)
+  folder.mkdir(parents=True)
+  (folder / "digest.json").touch()
+
+
 @pytest.mark.parametrize(
-  "signals, status, restarts, requeued",
+  "signals, status, requeued",
   [
-    ("", 0, "", False), ("", 1, "", False), ("", 2, "", False),
-    ("", 143, "", True), ("", 75, "3", True), ("", 137, "19", True), ("", 75, "20", False),
-    ("USR1", 143, "50", True), ("USR1", 0, "", False), ("USR1 USR1 TERM", 75, "", True),
-    ("TERM", 143, "", False), ("TERM TERM USR1", 75, "", False),
+    ("", 0, False), ("", 1, False), ("", 2, False), ("", 143, True), ("", 75, True), ("", 137, True),
+    ("USR1", 143, True), ("USR1", 0, False), ("USR1 USR1 TERM", 75, True),
+    ("TERM", 143, False), ("TERM TERM USR1", 75, False),
   ],
 )  # fmt: skip
-def test_slurm_signals_and_requeues(signals, status, restarts, requeued, fakes, tmp_path, monkeypatch):
+def test_slurm_signals_and_requeues(signals, status, requeued, fakes, tmp_path, monkeypatch):
   """After USR1, scancel signals the tasks once, srun does not; the job waits for srun."""
-  monkeypatch.setenv("SLURM_JOB_ID", "7")
-  monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
-  if restarts:
-    monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
-  end, ended = tmp_path / "end", tmp_path / "ended"
-  (tmp_path / "srun.py").write_text(
-    f"import pathlib, time\nend, ended = map(pathlib.Path, {(str(end), str(ended))})\nstop = time.monotonic() + 30\n"
-    "while not end.exists() and time.monotonic() < stop:\n  time.sleep(0.02)\n"
-    f"ended.touch()\nsys.exit({status})"
-  )
-  monkeypatch.setenv("FAKE_SRUN", str(tmp_path / "srun.py"))
-  script = _batch(fakes, *MAIN)
-  job = subprocess.Popen(["bash", "-c", script], cwd=fakes, stderr=subprocess.PIPE, text=True)
-  calls = Path(os.environ["CALLS"])
-  _wait_for(calls)
+  job, calls, end = _start_slurm_job(fakes, tmp_path, monkeypatch, status, tmp_path / "run")
   for i, name in enumerate(signals.split()):
     job.send_signal(getattr(signal, f"SIG{name}"))
     while i == 0 and name == "USR1" and "scancel" not in calls.read_text() and job.poll() is None:
@@ -459,14 +471,43 @@ def test_slurm_signals_and_requeues(signals, status, restarts, requeued, fakes, 
     time.sleep(0.2)  # until bash waits again
   assert job.poll() is None
   end.touch()
-  _, errors = job.communicate(timeout=20)
-  assert job.returncode == status and ended.exists()
-  assert ("not queued again" in errors) == (restarts == "20")
-  others = [call for call in _calls() if call[0] != "srun"]
-  assert others == [
+  job.wait(timeout=20)
+  assert job.returncode == status
+  assert [call for call in _calls() if call[0] not in ("srun", "sleep")] == [
     *[["scancel", "--signal=TERM", "7"]] * signals.startswith("USR1"),
     *[["scontrol", "requeue", "7"]] * requeued,
   ]
+
+
+def test_slurm_queues_a_job_again_that_does_not_end_before_the_time_limit(fakes, tmp_path, monkeypatch):
+  """A save, a compilation or an evaluation may outlast the warning; after the limit nothing could be queued."""
+  job, calls, end = _start_slurm_job(
+    fakes, tmp_path, monkeypatch, 143, tmp_path / "run", sleep="time.sleep(0.2)"
+  )
+  job.send_signal(signal.SIGUSR1)
+  while "requeue" not in calls.read_text() and job.poll() is None:
+    time.sleep(0.02)
+  assert job.poll() is None
+  assert _calls()[1:] == [["scancel", "--signal=TERM", "7"], ["sleep", "90"], ["scontrol", "requeue", "7"]]
+  end.touch()
+  assert job.wait(timeout=20) == 143 and "raise --warning" in (tmp_path / "stderr").read_text()
+
+
+def test_slurm_stops_when_restarts_gain_no_step(fakes, tmp_path, monkeypatch):
+  """Three starts in a row that complete no checkpoint are too many; one that completes one begins a new count."""
+  workdir = tmp_path / "my run"
+  requeued = []
+  for start in range(6):
+    job, _, end = _start_slurm_job(fakes, tmp_path, monkeypatch, 137, workdir)
+    if start == 2:
+      time.sleep(0.01)
+      _complete_checkpoint(workdir, 5)
+    end.touch()
+    job.wait(timeout=20)
+    errors = (tmp_path / "stderr").read_text()
+    requeued.append(["scontrol", "requeue", "7"] in _calls())
+    assert requeued[-1] or "status 137; 3 starts in a row have completed no checkpoint" in errors
+  assert requeued == [True, True, True, True, True, False]
 
 
 def test_single_host(fakes):
@@ -497,6 +538,7 @@ BAD = [
   ((*GKE, "--accelerator=v4", "--topology=2x2x2"), "no --config"),
   (("slurm.sh", "--nodes=0", *MAIN), "--nodes=0: must be"),
   (("slurm.sh", "--time=soon", *MAIN), "--time=soon: must be"),
+  (("slurm.sh", "--time=5:30", "--warning=166", *MAIN), "--warning=166: more than half of --time=5:30 (330 s)"),
   (("slurm.sh", "--partition=a b", *MAIN), "--partition=a b: must be"),
   (("slurm.sh", "x", *MAIN), "unexpected argument 'x'"),
   (("single_host.sh", "--gpu=1", *MAIN), "unknown flag --gpu"),
