@@ -436,6 +436,7 @@ def _resume_from(
   """The full state of another run's checkpoint."""
   record.check_same_model(folder, description)
   record.check_same_data(folder, description)
+  record.check_same_position(folder, config, description)
   log.info("resume: step, parameters and optimizer from %s", folder)
   try:
     return saver.restore(folder, shapes, shardings)

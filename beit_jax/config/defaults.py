@@ -30,7 +30,7 @@ DEFAULTS: dict[str, Any] = dict(
   total_epochs=OptionalOf(float),
   eval_only=False,  # no training: the workdir's newest checkpoint, else init_from, over eval.split -> eval.json
   init_from="",  # parameters: whatever `beit_jax.load` reads (docs/weights.md), or "stage:NAME"
-  resume="",  # full state (step, optimizer) of another run folder
+  resume="",  # full state (step, optimizer) of another run folder, with the same batch size, seed, data and mask
   log_every_steps=50,
   profile_steps=(),  # (first, last): a trace of these steps in workdir/profile
   mesh=dict(data=-1, fsdp=1),

@@ -5,8 +5,9 @@
 
 import csv
 import difflib
+import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -62,6 +63,18 @@ class Source(Protocol):
     """
     ...
 
+  def listing(self) -> Iterable[str]:
+    """What the data hold, wherever they lie: for files one line an example, its relative path and its classes.
+
+    It tells apart data of the same `description` and length; () where these say all.
+    """
+    return ()
+
+  def digest(self) -> str:
+    """The sha256 of `listing`; "" if that is empty."""
+    lines = list(self.listing())
+    return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest() if lines else ""
+
   def relabel(self, class_names: tuple[str, ...]) -> None:
     """Renumbers the classes to match `class_names`, those of the training data or of a checkpoint.
 
@@ -109,6 +122,8 @@ class TfdsSource(Source):
         f"{folder} is not in a random-access format; rebuild it with: {_build_command(root, name)}"
       ) from None
     self.description = {"source": "tfds", "name": str(builder.info.full_name), "split": split}
+    shards = builder.info.splits[split].file_instructions
+    self._listing = [f"{Path(s.filename).name} {s.skip} {s.take} {s.examples_in_shard}" for s in shards]
     self._image_key, self._label_key = image_key, label_key
     self.has_labels = bool(label_key)
     if label_key:
@@ -118,6 +133,9 @@ class TfdsSource(Source):
       classified = isinstance(label, tfds.features.ClassLabel | tfds.features.LabeledImage)
       if classified and label.num_classes:
         self.num_classes, self.class_names = label.num_classes, tuple(label.names)
+
+  def listing(self) -> Iterable[str]:
+    return self._listing
 
   def __len__(self) -> int:
     return len(self._source)
@@ -246,6 +264,11 @@ class FolderSource(Source):
     ids = {name: i for i, name in enumerate(class_names)}
     self._class_ids = [[ids[name] for name in names] for names in self._class_names_of]
 
+  def listing(self) -> Iterable[str]:
+    start = len(self.description["root"]) + 1
+    names = self._class_names_of if self.has_labels else [[]] * len(self._files)
+    return ("\t".join([str(path)[start:], *own]) for path, own in zip(self._files, names, strict=True))
+
   def __len__(self) -> int:
     return len(self._files)
 
@@ -277,6 +300,9 @@ class PairsSource(Source):
       raise UserError(f"{missing[0]}: missing; {len(missing)} of {len(self._maps)} images have no annotation")
     count = len(self._images)
     self.description = {"source": "pairs", "root": str(base), "split": split, "num_examples": count}
+
+  def listing(self) -> Iterable[str]:
+    return (str(path.relative_to(self.description["root"])) for path in self._images)
 
   def __len__(self) -> int:
     return len(self._images)
@@ -336,6 +362,9 @@ class Subset(Source):
   def relabel(self, class_names: tuple[str, ...]) -> None:
     self._source.relabel(class_names)
     self.num_classes, self.class_names = self._source.num_classes, self._source.class_names
+
+  def listing(self) -> Iterable[str]:
+    return self._source.listing()
 
   def __len__(self) -> int:
     return len(self._indices)

@@ -2,6 +2,8 @@
 
 import platform
 import shutil
+from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -144,17 +146,23 @@ def checkpoints(machine: Machine, run: Stage) -> Found:
 
 def _continuation(machine: Machine, run: Stage, step: int) -> str:
   """What a run with a good checkpoint does. Raises a UserError if it cannot use that."""
-  folder = run.folder / "checkpoints" / str(step)
-  if not pending(run):  # otherwise the weights of its frozen models are unknown
-    description = record.describe(run.config, machine.objective(run), machine.main_source(run))
-    record.check_same_model(folder, description)
-    record.check_same_data(folder, description)
+  _check_same(machine, run, run.folder / "checkpoints" / str(step))
   if trains(run):
     total_steps = machine.plan(run).total_steps
     record.check_length(step, total_steps)
     if step == total_steps:
       return f"is at its end, step {step}: only evaluates"
   return f"continues from step {step}"
+
+
+def _check_same(machine: Machine, run: Stage, folder: Path) -> dict[str, Any] | None:
+  """Compares model and data with a checkpoint's; None while the weights of frozen models are unknown."""
+  if pending(run):
+    return None
+  description = record.describe(run.config, machine.objective(run), machine.main_source(run))
+  record.check_same_model(folder, description)
+  record.check_same_data(folder, description)
+  return description
 
 
 def _beginning(machine: Machine, run: Stage) -> str:
@@ -166,7 +174,10 @@ def _beginning(machine: Machine, run: Stage) -> str:
     if key in run.uses:
       return f"starts with the result of stage {run.uses[key].name!r}, not yet there"
     if path and key == "resume":
-      return f"starts with the full state of {checkpoint.find(path)}"
+      folder = checkpoint.find(path)
+      if description := _check_same(machine, run, folder):
+        record.check_same_position(folder, run.config, description)
+      return f"starts with the full state of {folder}"
     if path:
       pretrained, objective = weights_io.load(path), machine.objective(run)
       params = jax.eval_shape(objective.init, jax.random.key(0))["params"]

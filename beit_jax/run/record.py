@@ -72,7 +72,7 @@ def describe(config: ConfigDict, objective: Any, source: Any) -> dict[str, Any]:
     {
       "version": beit_jax.__version__,
       "preset": config.model.get("preset", ""),
-      "dataset": {**source.description, "num_examples": len(source)},
+      "dataset": {**source.description, "num_examples": len(source), "sha256": source.digest()},
       "config": config.to_dict(),
       "packages": {name: version(name) for name in PACKAGES},
       "python": platform.python_version(),
@@ -179,10 +179,19 @@ def check_same_data(folder: Path, description: dict[str, Any]) -> None:
       f"{folder}: class {number} was {names[0]} and is {names[1]} in the data now: restore the names of the classes "
       "(folders, or the label file), or start in another --workdir with init_from"
     )
-  old, new = (text.get("dataset", {}).get("num_examples") for text in texts)
-  if None not in (old, new) and old != new:
-    text = "the data set had %d examples before and has %d now: the order of examples and epochs change"
-    log.warning(text, old, new)
+  for text in _data_changes(*texts):
+    log.warning("the data set %s: the order of examples and epochs changes", text)
+
+
+def _data_changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+  """What differs between the data sets of two descriptions; earlier versions did not write the sha256."""
+  before, now = old.get("dataset", {}), new.get("dataset", {})
+  counts = before.get("num_examples"), now.get("num_examples")
+  if None not in counts and counts[0] != counts[1]:
+    return [f"had {counts[0]} examples before and has {counts[1]} now"]
+  if before.get("sha256", now.get("sha256")) != now.get("sha256"):
+    return ["has other files or classes than before"]
+  return []
 
 
 # Config keys that may change when a run continues: apart from its length, none of them changes what is computed.
@@ -205,6 +214,30 @@ def check_same_run(folder: Path, config: ConfigDict) -> None:
     )
   if lines:
     log.info("continuing with a changed config:\n  %s", "\n  ".join(lines.values()))
+
+
+# Config keys that say which example a step sees, and what is masked in it.
+POSITION = re.compile(r"batch_size|seed|data\.(source|name|split|fraction|num_examples|render_size)|mask\..*")
+
+
+def check_same_position(folder: Path, config: ConfigDict, description: dict[str, Any]) -> None:
+  """Raises a UserError if `resume` would continue at another place of the data; logs other differences.
+
+  The data position is a function of the step, so it is lost if a step has other examples than in the checkpoint.
+  """
+  lines = _differences(folder, config)
+  wrong = [line for name, line in lines.items() if POSITION.fullmatch(name)]
+  wrong += [
+    f"the data set {text}" for text in _data_changes(checkpoint.read_description(folder), description)
+  ]
+  if wrong:
+    raise UserError(
+      f"config key 'resume': a run continues at the place in the data where {folder} stopped, which changes with\n  "
+      + "\n  ".join(wrong)
+      + "\nGive the earlier values, or use init_from, which takes the weights and starts at step 0"
+    )
+  if lines:
+    log.info("resume with a changed config:\n  %s", "\n  ".join(lines.values()))
 
 
 def section_differences(folder: Path, config: ConfigDict, section: str) -> str:

@@ -282,6 +282,16 @@ def test_damaged_checkpoint(flags):
   assert status == "fail" and str(folders[0]) in what and "start over" in advice
 
 
+def test_resume_at_another_place_of_the_data(flags, tmp_path):
+  command = flags("classify")
+  folder = _save(prepare(command), 4)
+  (folder / "rest").mkdir()
+  new = [*command, f"--workdir={tmp_path / 'new'}", f"--config.resume={folder.parent.parent}"]
+  assert "starts with the full state of" in _found(doctor.runs.checkpoints, prepare(new))[0][1]
+  ((status, what, _),) = _found(doctor.runs.checkpoints, prepare([*new, "--config.batch_size=32"]))
+  assert status == "fail" and "batch_size: 16 in the checkpoint, 32 in the config" in what
+
+
 def test_run_that_has_passed_its_last_step(flags):
   command = flags("classify")
   _save(prepare(command), 4)

@@ -115,6 +115,45 @@ def test_renumbered_or_added_classes_are_refused(run, tmp_path):
   record.check_same_data(folder, description)
 
 
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {"batch_size": 32},
+    {"seed": 1},
+    {"data.fraction": 0.5},
+    {"data.num_examples": 64},
+    {"data.split": "test"},
+  ],
+)
+def test_resume_does_not_move_the_data_position(changes, run, tmp_path):
+  with pytest.raises(UserError, match=f"(?s)'resume': .*{next(iter(changes))}: .* in the checkpoint"):
+    train.run(_config(resume=str(run), total_steps=8, **changes), tmp_path)
+  assert not (tmp_path / "checkpoints").exists() or not checkpoint.steps(tmp_path / "checkpoints")
+
+
+def test_resume_with_other_masks_or_files_is_refused(run, tmp_path):
+  folder = shutil.copytree(checkpoint.find(run), tmp_path / "6")
+  description = checkpoint.read_description(folder)
+  changes = {"tokenizer.init_from": "unused"}
+  config = tiny.config("beit", **changes)
+  description["config"] = json.loads(json.dumps(config.to_dict()))
+  (folder / "description.json").write_text(json.dumps(description))
+  record.check_same_position(folder, config, description)
+  with pytest.raises(UserError, match="(?s)'resume': .*mask.num_masked: 25 in the checkpoint, 24"):
+    record.check_same_position(folder, tiny.config("beit", **changes, **{"mask.num_masked": 24}), description)
+  other = {**description, "dataset": {**description["dataset"], "sha256": "00"}}
+  with pytest.raises(UserError, match="other files or classes than before"):
+    record.check_same_position(folder, config, other)
+
+
+def test_resume_logs_what_else_differs(run, tmp_path, caplog):
+  result = train.run(
+    _config(resume=str(run), total_steps=7, **{"optimizer.learning_rate": 1e-4}), tmp_path / "new"
+  )
+  assert result["step"] == 7
+  assert "optimizer.learning_rate: 0.001 in the checkpoint, 0.0001 in the config" in caplog.text
+
+
 def test_another_optimizer_state_is_refused(run, tmp_path):
   changes = {"optimizer.weight_decay_end": 0.1, "resume": str(run), "total_steps": 8}
   with pytest.raises(
