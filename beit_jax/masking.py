@@ -58,7 +58,8 @@ def _rectangles(
 
 
 @functools.partial(
-  jax.jit, static_argnums=(1, 2), static_argnames=("min_block_patches", "max_block_patches", "min_aspect")
+  jax.jit,
+  static_argnames=("grid_size", "num_masked", "min_block_patches", "max_block_patches", "min_aspect"),
 )
 def block_mask_at_most(
   key: jax.Array,

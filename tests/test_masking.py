@@ -93,3 +93,10 @@ def test_chance_of_empty_agrees_with_the_statistics(count, smallest):
     and s["grid"] == [14, 14]
   )
   assert chance == pytest.approx(stats["p_zero"], abs=0.02)
+
+
+@pytest.mark.parametrize("sampler", masking.MASKS.values())
+def test_arguments_can_be_given_by_name(sampler):
+  key = jax.random.key(3)
+  named = sampler(key=key, grid_size=(6, 8), num_masked=20)
+  np.testing.assert_array_equal(named, sampler(key, (6, 8), 20))

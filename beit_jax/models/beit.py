@@ -89,7 +89,8 @@ class Beit(nn.Module):
       after each block, not normalized: `{"block_00": [B, 1 + N, D], ...}`.
 
     Raises:
-      ValueError: The image has another size than `image_size`, or there is a mask and no mask token.
+      ValueError: The image has another size than `image_size`, the mask is not on the grid, or there is a mask and no
+        mask token.
     """
     dtype, init = jnp.dtype(self.dtype), INITS[self.weight_init]
     if tuple(image.shape[1:3]) != tuple(self.image_size):
@@ -99,6 +100,8 @@ class Beit(nn.Module):
     if self.use_mask_token:
       mask_token = self.param("mask_token", init, (1, 1, self.width)).astype(dtype)
       if mask is not None:  # before positions are added, so that masked patches keep theirs
+        if mask.shape != (len(x), *self.grid_size):
+          raise ValueError(f"{len(x)} images of {self.grid_size} patches cannot have a mask of {mask.shape}")
         x = jnp.where(mask.reshape(len(x), -1, 1), mask_token, x)
     elif mask is not None:
       raise ValueError("this encoder has no mask token, as it is fine-tuned; call it without a mask")

@@ -305,19 +305,33 @@ class Pretrained:
 
     Args:
       x: float32 [B, H, W, 3], already normalized (for a tokenizer: after `map_pixels`, which is mean -0.125, std 1.25).
-      mask: bool [B, h, w], True = masked; only for a backbone or a masked image model.
+      mask: bool [B, h, w] or [B, N], or [h, w] for all images; True = masked. Only for a backbone or a masked image
+        model.
 
     Returns:
       float32. backbone: features [B, 1 + N, D] after `norm`; mim: logits [B, N, V] of every patch; classifier: logits
       [B, C]; segmenter: logits [B, H, W, C]; tokenizer: logits [B, h, w, V].
 
     Raises:
-      UserError: the model takes no mask.
+      UserError: the model takes no mask, or one of another shape.
     """
-    if mask is not None and not self.takes_mask:
+    x = jnp.asarray(x, jnp.float32)
+    mask = None if mask is None else self._full_mask(jnp.asarray(mask), len(x))
+    return self._forward(self.params, x, mask)
+
+  def _full_mask(self, mask: jax.Array, batch: int) -> jax.Array:
+    """The mask as bool [B, h, w]."""
+    if not self.takes_mask:
       raise UserError(f"a {self.kind} takes no mask")
-    mask = None if mask is None else jnp.asarray(mask)
-    return self._forward(self.params, jnp.asarray(x, jnp.float32), mask)
+    height, width = (side // self.encoder_fields["patch_size"] for side in self.encoder_fields["image_size"])
+    shapes = [(batch, height, width), (batch, height * width), (height, width)]
+    if mask.shape not in shapes or not (mask.dtype == bool or jnp.issubdtype(mask.dtype, jnp.integer)):
+      raise UserError(
+        f"mask: {mask.dtype} {list(mask.shape)}; {batch} images with a grid of {height}x{width} patches need bool "
+        f"{', '.join(str(list(shape)) for shape in shapes[:2])} or {list(shapes[2])}"
+      )
+    mask = mask.astype(bool)
+    return jnp.broadcast_to(mask, shapes[0]) if mask.shape == shapes[2] else mask.reshape(shapes[0])
 
   @cached_property
   def _forward(self) -> Callable[..., jax.Array]:

@@ -1,5 +1,6 @@
 """`beit_jax.load` reads the runs of this version."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -8,6 +9,8 @@ import beit_jax
 from beit_jax import train
 from beit_jax.errors import UserError
 from beit_jax.models import dvae
+from beit_jax.models.beit import Beit
+from beit_jax.weights.pretrained import Pretrained
 from tests import tiny
 
 
@@ -70,3 +73,37 @@ def test_step_selects_a_checkpoint(tokenizer_run):
 def test_relative_paths_work(tokenizer_run, monkeypatch):
   monkeypatch.chdir(tokenizer_run.parent)
   assert beit_jax.load(tokenizer_run.name).kind == "tokenizer"
+
+
+def _backbone(channels=3, **preprocessing):
+  """A random backbone for images of 8x12 pixels, a grid of 2x3 patches."""
+  module = Beit(image_size=(8, 12), patch_size=4, width=16, depth=1, num_heads=2)
+  params = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 8, 12, channels)))["params"]
+  usual = dict(mean=(0.5,) * channels, std=(0.5,) * channels, image_size=(8, 12), crop_pct=1.0)
+  usual |= dict(interpolation="bicubic", resize="squash")
+  return Pretrained("backbone", params, module, {**usual, **preprocessing})
+
+
+@pytest.fixture(scope="module")
+def backbone():
+  return _backbone()
+
+
+def test_masks_of_the_grid_are_accepted(backbone):
+  x = np.random.default_rng(0).normal(size=(2, 8, 12, 3))
+  mask = np.array([[True, False, False], [False, False, True]])
+  wanted = backbone.forward(x, np.stack([mask, mask]))
+  assert np.abs(wanted - backbone.forward(x)).max() > 1e-3
+  for other in (mask, np.stack([mask, mask]).reshape(2, 6), np.stack([mask, mask]).astype(np.int32)):
+    np.testing.assert_array_equal(backbone.forward(x, other), wanted)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 2), (6,), (1, 2, 3), (3, 2), (12,), (2, 2, 3, 1), (2, 5)])
+def test_masks_of_another_shape_are_refused(backbone, shape):
+  with pytest.raises(UserError, match=r"grid of 2x3 patches need bool \[2, 2, 3\], \[2, 6\] or \[2, 3\]"):
+    backbone.forward(np.zeros((2, 8, 12, 3)), np.zeros(shape, bool))
+
+
+def test_masks_of_fractions_are_refused(backbone):
+  with pytest.raises(UserError, match="mask: float32"):
+    backbone.forward(np.zeros((2, 8, 12, 3)), np.full((2, 2, 3), 0.5))
