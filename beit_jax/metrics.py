@@ -36,7 +36,9 @@ def confusion_matrix(label: np.ndarray, guess: np.ndarray, num_classes: int) -> 
 
 
 def write_csv(path: Path, rows: list) -> Path:
-  with path.open("w", newline="", encoding="utf-8") as file:
+  with path.open(
+    "w", newline="", encoding="utf-8", errors="backslashreplace"
+  ) as file:  # names need not be valid text
     csv.writer(file).writerows(rows)
   return path
 

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from beit_jax.data import images
-from beit_jax.data.sources import IMAGE_SUFFIXES, list_images
+from beit_jax.data.listing import METADATA_FOLDERS, list_images
 from beit_jax.errors import UserError
 
 MAX_ASPECT = 1000  # models resize the short side: a narrower image would fill the memory
@@ -27,11 +27,8 @@ def find_images(names: list[str]) -> list[Path]:
   found: dict[str, Path] = {}
   for name in names:
     text = os.path.expanduser(name)
-    matches = [text] if os.path.exists(text) else sorted(glob.glob(text, recursive=True))
-    files = [file for match in matches for file in _files_in(Path(match))]
-    if not files and os.path.isdir(text):
-      endings = ", ".join(sorted(IMAGE_SUFFIXES))
-      raise UserError(f"{name}: no images in this folder; known file extensions are {endings}")
+    matches = [text] if os.path.exists(text) else _matches(text)
+    files = [file for match in matches for file in _files_in(Path(match), name, named=match == text)]
     if not files:
       raise UserError(f"{name!r}: no such file or folder, and no match for it as a pattern")
     for file in files:
@@ -39,8 +36,24 @@ def find_images(names: list[str]) -> list[Path]:
   return list(found.values())
 
 
-def _files_in(path: Path) -> list[Path]:
-  return list_images(path) if path.is_dir() else [path]
+def _matches(pattern: str) -> list[str]:
+  """The paths that a pattern matches, without metadata that it does not name. (`glob` leaves hidden names out.)"""
+  named = Path(pattern).parts
+  return [
+    path
+    for path in sorted(glob.glob(pattern, recursive=True))
+    if not any(part in METADATA_FOLDERS and part not in named for part in Path(path).parts)
+  ]
+
+
+def _files_in(path: Path, name: str, named: bool) -> list[Path]:
+  if not path.is_dir():
+    return [path]
+  listing = list_images(path, name)
+  if named:
+    listing.check_not_empty(name)
+  listing.log_report()
+  return [path / file for file in listing.files]
 
 
 def read_image(path: Path) -> np.ndarray:

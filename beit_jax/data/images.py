@@ -59,7 +59,8 @@ def _strips(image: Image.Image) -> Iterator[np.ndarray]:
 
 
 @functools.cache
-def _formats() -> tuple[str, ...]:
+def formats() -> tuple[str, ...]:
+  """The formats of `FORMATS` that this Pillow can open."""
   Image.init()
   return tuple(name for name in FORMATS if name in Image.OPEN)
 
@@ -73,7 +74,7 @@ def open_image(encoded: bytes) -> Image.Image:
   """
   if not encoded:
     raise ValueError("the file is empty")
-  image = Image.open(io.BytesIO(encoded), formats=_formats())
+  image = Image.open(io.BytesIO(encoded), formats=formats())
   limit = MAX_WEBP_PIXELS if image.format == "WEBP" else MAX_PIXELS
   if image.width * image.height > limit:
     raise ValueError(f"{image.width}x{image.height} pixels are more than {limit:,}")

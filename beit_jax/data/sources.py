@@ -4,20 +4,25 @@
 """
 
 import csv
-import difflib
+import functools
 import hashlib
+import operator
 import os
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from beit_jax.data import shapes
+from beit_jax import trees
+from beit_jax.data import shapes, tfds_info
+from beit_jax.data.listing import Listing, list_images
 from beit_jax.errors import BadImage, UserError
 from beit_jax.runtime import bucket
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
+SLICE = re.compile(r"(.*)\[(\d+%?)?:(\d+%?)?\]")  # "train[10%:]", as in TFDS
+UNNAMED = "images that the label file does not name"
 
 Example = dict[str, Any]
 
@@ -98,41 +103,37 @@ class TfdsSource(Source):
     data_dir = data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
     bucket.check_local("data.data_dir", data_dir)
     root = Path(os.path.expanduser(data_dir))
-    folder = _version_folder(root, name)
+    folder = tfds_info.version_folder(root, name)
     import tensorflow_datasets as tfds  # slow to import; only this source needs it
 
     builder = tfds.builder_from_directory(str(folder))
     features = builder.info.features
-    for key, option in ((image_key, "data.image_key"), (label_key, "data.label_key")):
-      if key and key not in features:
-        raise UserError(
-          f"{option}={key!r}: data set {name} has the features {sorted(features)}; set {option}"
-        )
-    self._has_maps = bool(label_key) and isinstance(features[label_key], tfds.features.Image)
-    encoded = (image_key, label_key) if self._has_maps else (image_key,)
+    image, repeated = tfds_info.find_feature(features, image_key, "data.image_key")
+    tfds_info.check_image_feature(image, repeated, image_key)
+    kind, encoded = "", {image_key} if isinstance(image, tfds.features.Image) else set()
+    if label_key:
+      label, repeated = tfds_info.find_feature(features, label_key, "data.label_key")
+      kind = tfds_info.label_kind(label, repeated, label_key)
+      encoded |= {label_key} if isinstance(label, tfds.features.Image) else set()
+      label = label.feature if isinstance(label, tfds.features.Sequence) else label
+      if getattr(label, "num_classes", None):
+        self.num_classes, self.class_names = label.num_classes, tuple(label.names)
+    skip = tfds.decode.SkipDecoding()
     try:
       self._source = builder.as_data_source(
-        split=split, decoders={key: tfds.decode.SkipDecoding() for key in encoded}
+        split=split, decoders=trees.unflatten({key: skip for key in encoded})
       )
     except (ValueError, KeyError) as error:
       splits = sorted(builder.info.splits)
       raise UserError(f"data.split={split!r}: data set {name} has the splits {splits} ({error})") from None
     except NotImplementedError:
-      raise UserError(
-        f"{folder} is not in a random-access format; rebuild it with: {_build_command(root, name)}"
-      ) from None
+      command = tfds_info.build_command(root, name)
+      raise UserError(f"{folder} is not in a random-access format; rebuild it with: {command}") from None
     self.description = {"source": "tfds", "name": str(builder.info.full_name), "split": split}
     shards = builder.info.splits[split].file_instructions
     self._listing = [f"{Path(s.filename).name} {s.skip} {s.take} {s.examples_in_shard}" for s in shards]
     self._image_key, self._label_key = image_key, label_key
-    self.has_labels = bool(label_key)
-    if label_key:
-      label = features[label_key]
-      self.multi_label = isinstance(label, tfds.features.Sequence)
-      label = label.feature if self.multi_label else label
-      classified = isinstance(label, tfds.features.ClassLabel | tfds.features.LabeledImage)
-      if classified and label.num_classes:
-        self.num_classes, self.class_names = label.num_classes, tuple(label.names)
+    self.has_labels, self.multi_label, self._has_maps = bool(kind), kind == "classes", kind == "map"
 
   def listing(self) -> Iterable[str]:
     return self._listing
@@ -146,11 +147,11 @@ class TfdsSource(Source):
     except (RuntimeError, ValueError) as error:  # a checksum of ArrayRecord does not match
       where = f"{self.description['name']} ({self.description['split']}), example {index}"
       raise BadImage(f"{where} cannot be read: {error}; copy or build the data set again") from None
-    example = {"image": stored[self._image_key]}
+    example = {"image": _at(stored, self._image_key)}
     if self._has_maps:
-      example["label_map"] = stored[self._label_key]
+      example["label_map"] = _at(stored, self._label_key)
     elif self._label_key:
-      label = stored[self._label_key]
+      label = _at(stored, self._label_key)
       example["label"] = multi_hot(label, self.num_classes) if self.multi_label else int(label)
     return example
 
@@ -162,35 +163,32 @@ def multi_hot(labels: Any, num_classes: int) -> np.ndarray:
   return result
 
 
-def _build_command(root: Path, name: str) -> str:
-  return f"tfds build {name} --file_format=array_record --data_dir={root}"
+def _at(stored: dict[str, Any], path: str) -> Any:
+  """The value in nested dictionaries that a path such as "objects/label" names."""
+  return functools.reduce(operator.getitem, path.split("/"), stored)
 
 
-def _version_folder(root: Path, name: str) -> Path:
-  """root/name[/config]/version of the newest prepared version; `name` may be "name/config:version"."""
-  base, _, version = name.partition(":")
-  folder = root / base
-  versions = sorted(
-    (path.parent for path in folder.glob("**/dataset_info.json")),
-    key=lambda path: [int(n) if n.isdigit() else -1 for n in path.name.split(".")],
-  )
-  versions = [path for path in versions if not version or path.name == version]
-  if versions:
-    return versions[-1]
-  prepared = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
-  similar = difflib.get_close_matches(base, prepared, 1)
-  hint = f" Did you mean {similar[0]!r}?" if similar else ""
-  raise UserError(
-    f"data.name={name!r}: no prepared data set in {folder} (found in {root}: {', '.join(prepared) or 'nothing'})."
-    f"{hint} Build it with: {_build_command(root, name)}   (needs `pip install tensorflow` once), or set data.data_dir"
-  )
+def _slice(names: list[str], split: str) -> list[int]:
+  """Indices of the part of `names` that a split such as "train[10%:]" takes: all of them if there are no brackets.
 
+  The names are ordered by their digests, so a part has some of every class; it keeps most of its names when others are
+  added. Parts that do not overlap in the brackets have no name in common. Shares are rounded up.
+  """
+  match = SLICE.fullmatch(split)
+  if match is None:
+    return list(range(len(names)))
 
-def list_images(folder: Path) -> list[Path]:
-  """Lists the image files below a folder, recursively, sorted by path."""
-  return sorted(
-    path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
-  )
+  def position(text: str | None, default: int) -> int:
+    if text is None:
+      return default
+    return -(-len(names) * int(text[:-1]) // 100) if text.endswith("%") else int(text)
+
+  digests = [hashlib.sha256(name.encode(errors="surrogateescape")).digest() for name in names]
+  order = sorted(range(len(names)), key=digests.__getitem__)
+  part = sorted(order[position(match[2], 0) : position(match[3], len(names))])
+  if not part:
+    raise UserError(f"data.split or eval.split={split!r}: this part of {len(names)} images is empty")
+  return part
 
 
 class FolderSource(Source):
@@ -198,7 +196,8 @@ class FolderSource(Source):
 
   Args:
     root: the folder.
-    split: name of a subfolder to use; for "" and "train", `root` itself if there is no such subfolder.
+    split: name of a subfolder to use; for "" and "train", `root` itself if there is no such subfolder. "NAME[10%:]" and
+      "NAME[:10%]" are parts of it (see `_slice`), for data without a split for evaluation.
     label_file: a CSV of `file,class[,class...]`, with files relative to the split's folder. With it an image has any
       number of labels, and only the listed files are used.
 
@@ -210,48 +209,72 @@ class FolderSource(Source):
     base = Path(os.path.expanduser(root))
     if not root or not base.is_dir():
       raise UserError(f"data.root={root!r}: no such folder; set it to the folder that contains the images")
-    folder = base / split if split and (base / split).is_dir() else base
-    if split not in ("", "train") and folder == base:
+    match = None if (base / split).is_dir() else SLICE.fullmatch(split)
+    name = match[1] if match else split
+    folder = base / name if name and (base / name).is_dir() else base
+    if name not in ("", "train") and folder == base:
       found = sorted(path.name for path in base.iterdir() if path.is_dir())
-      raise UserError(f"data.split={split!r}: {base} has no such subfolder (it has {found or 'none'})")
-    self._files = list_images(folder)
-    if not self._files:
       raise UserError(
-        f"data.root: no images below {folder}; known file extensions are {', '.join(sorted(IMAGE_SUFFIXES))}"
+        f"data.split={split!r}: {base} has no such subfolder (it has {found or 'none'}); to hold out a tenth of the "
+        "images, use data.split='train[10%:]' and eval.split='train[:10%]'"
       )
-    self.description = {"source": "folder", "root": str(folder), "num_examples": len(self._files)}
+    self._folder = str(folder)
+    self._class_ids: list[list[int]] = []
+    table = folder / os.path.expanduser(label_file)
+    listing = list_images(folder, f"data.root={folder}", [os.path.relpath(table, folder)])
+    listing.check_not_empty(f"data.root={folder}")
+    self._files = listing.files
+    self.description = {"source": "folder", "root": str(folder)}
     if label_file:
-      self._read_label_file(folder, folder / os.path.expanduser(label_file))
-      return
-    parents = [path.relative_to(folder).parts[0] if path.parent != folder else "" for path in self._files]
-    self.has_labels = "" not in parents
-    if self.has_labels:
+      self._read_label_file(listing, table)
+    else:
+      parents = [path.rpartition("/")[0].partition("/")[0] for path in self._files]
+      self.has_labels = "" not in parents
       self._class_names_of = [[parent] for parent in parents]
-      self.relabel(tuple(sorted(set(parents))))
+    listing.log_report()
+    if self.has_labels:  # the numbers are those of all classes, also in a part of the folder
+      self.relabel(tuple(sorted({name for names in self._class_names_of for name in names})))
+    if match:
+      self._keep(_slice(self._files, split))
+      self.description["part"] = split[len(name) :]
+    self.description["num_examples"] = len(self._files)
 
-  def _read_label_file(self, folder: Path, table: Path) -> None:
+  def _read_label_file(self, listing: Listing, table: Path) -> None:
     self.has_labels = self.multi_label = True
     try:
-      with table.open(newline="", encoding="utf-8-sig") as file:
-        rows = [[cell.strip() for cell in row] for row in csv.reader(file) if row]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+      with table.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+        rows = [row for row in csv.reader(file) if row]
+    except (OSError, csv.Error) as error:
       raise UserError(f"data.label_file: {table} cannot be read ({error})") from None
-    known = {str(path.relative_to(folder)): path for path in self._files}
-    missing = [row[0] for row in rows if row[0] not in known]
-    if missing or not rows:
-      raise UserError(
-        f"data.label_file: {table} names {len(missing)} files that are not below {folder}, first {missing[:3]}; "
-        "expected rows `file,class[,class...]` without a header"
-      )
+    known, folder = set(self._files), self._folder
     labels: dict[str, list[str]] = {}  # several rows of one file are one example
+    missing = []
     for row in rows:
-      labels.setdefault(row[0], []).extend(name for name in row[1:] if name)
-    self._files = [known[name] for name in labels]
-    self._class_names_of = list(labels.values())
-    self.relabel(tuple(sorted({name for names in self._class_names_of for name in names})))
-    if not self.num_classes:
+      path = _named_file(row[0], folder, known)
+      if path is None:
+        missing.append(row[0])
+      else:
+        labels.setdefault(path, []).extend(name for cell in row[1:] if (name := cell.strip()))
+    if missing or not rows:
+      there = [name for name in missing if os.path.exists(os.path.join(folder, name))]
+      reason = f"; {there[0]!r} exists, but is hidden, outside, or no image by its ending" if there else ""
+      raise UserError(
+        f"data.label_file: {table} names {len(missing)} files that are not among the images below {folder}, first "
+        f"{missing[:3]}{reason}; expected rows `file,class[,class...]` without a header, with files relative to "
+        "that folder"
+      )
+    if not any(labels.values()):
       raise UserError(f"data.label_file: {table} names no class; expected rows `file,class[,class...]`")
-    self.description |= {"label_file": str(table), "num_examples": len(self._files)}
+    for path in known - labels.keys():
+      listing.leave_out(UNNAMED, path)
+    self._files, self._class_names_of = list(labels), list(labels.values())
+    self.description["label_file"] = str(table)
+
+  def _keep(self, indices: list[int]) -> None:
+    self._files = [self._files[i] for i in indices]
+    if self.has_labels:
+      self._class_names_of = [self._class_names_of[i] for i in indices]
+      self._class_ids = [self._class_ids[i] for i in indices]
 
   def relabel(self, class_names: tuple[str, ...]) -> None:
     unknown = sorted({name for names in self._class_names_of for name in names} - set(class_names))
@@ -265,35 +288,54 @@ class FolderSource(Source):
     self._class_ids = [[ids[name] for name in names] for names in self._class_names_of]
 
   def listing(self) -> Iterable[str]:
-    start = len(self.description["root"]) + 1
     names = self._class_names_of if self.has_labels else [[]] * len(self._files)
-    return ("\t".join([str(path)[start:], *own]) for path, own in zip(self._files, names, strict=True))
+    return ("\t".join([path, *own]) for path, own in zip(self._files, names, strict=True))
 
   def __len__(self) -> int:
     return len(self._files)
 
   def __getitem__(self, index: int) -> Example:
-    example: Example = {"image": self._files[index].read_bytes(), "file": str(self._files[index])}
+    path = Path(self._folder, self._files[index])
+    example: Example = {"image": path.read_bytes(), "file": str(path)}
     if self.has_labels:
       ids = self._class_ids[index]
       example["label"] = multi_hot(ids, self.num_classes) if self.multi_label else ids[0]
     return example
 
 
+def _named_file(name: str, folder: str, known: set[str]) -> str | None:
+  """Finds the file that a label file names: as it stands, without spaces, from "./" or "/", or with back-slashes."""
+  for text in (name, name.strip(), name.strip().replace("\\", "/")):
+    if text in known:
+      return text
+    for root in (folder, os.path.realpath(folder)):
+      path = os.path.relpath(os.path.join(root, text), root)
+      if path in known:
+        return path
+  return None
+
+
 class PairsSource(Source):
-  """Images and label maps in two folders: `root/{images,annotations}/<split>/NAME.{jpg,png}`, as in SceneParse150."""
+  """Images and label maps in two folders: `root/{images,annotations}/<split>/NAME.{jpg,png}`, as in SceneParse150.
+
+  A split "NAME[10%:]" is a part of a folder, as in `FolderSource`.
+  """
 
   def __init__(self, root: str, split: str):
     base = Path(os.path.expanduser(root))
-    images, annotations = base / "images" / split, base / "annotations" / split
+    match = None if (base / "images" / split).is_dir() else SLICE.fullmatch(split)
+    name = match[1] if match else split
+    images, annotations = base / "images" / name, base / "annotations" / name
     for folder in (images, annotations):
       if not root or not folder.is_dir():
         raise UserError(
-          f"data.root={root!r}: no folder {folder}; expected images/{split} and annotations/{split} in it"
+          f"data.root={root!r}: no folder {folder}; expected images/{name} and annotations/{name} in it"
         )
-    self._images = list_images(images)
-    if not self._images:
-      raise UserError(f"data.root: no images below {images}")
+    listing = list_images(images, f"data.root={images}")
+    listing.check_not_empty(f"data.root={images}")
+    listing.log_report()
+    indices = _slice(listing.files, split if match else "")
+    self._images = [images / listing.files[i] for i in indices]
     self._maps = [annotations / path.relative_to(images).with_suffix(".png") for path in self._images]
     missing = [path for path in self._maps if not path.is_file()]
     if missing:

@@ -6,7 +6,6 @@ were skipped; 2 after a mistake in the command or if no image could be read.
 """
 
 import argparse
-import io
 import json
 import os
 import sys
@@ -95,8 +94,6 @@ def _predict(argv: list[str]) -> int:
 def main(argv: list[str]) -> int:
   """Runs the command and returns its exit status."""
   logs.setup()
-  if isinstance(sys.stdout, io.TextIOWrapper):
-    sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be valid text
   try:
     return _predict(argv)
   except bucket.errors(UserError) as error:

@@ -188,7 +188,10 @@ def _data_changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
   before, now = old.get("dataset", {}), new.get("dataset", {})
   counts = before.get("num_examples"), now.get("num_examples")
   if None not in counts and counts[0] != counts[1]:
-    return [f"had {counts[0]} examples before and has {counts[1]} now"]
+    return [
+      f"had {counts[0]} examples before and has {counts[1]} now (files that were added or removed, or that this version "
+      "leaves out or finds: see the log)"
+    ]
   if before.get("sha256", now.get("sha256")) != now.get("sha256"):
     return ["has other files or classes than before"]
   return []

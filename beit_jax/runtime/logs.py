@@ -1,5 +1,6 @@
 """The log of the package: on the terminal and in log.txt."""
 
+import io
 import logging
 import sys
 from pathlib import Path
@@ -16,6 +17,8 @@ FOREIGN_LOGGERS = ("py.warnings", "absl", "jax", "orbax")  # their warnings go t
 def setup(workdir: Path | None = None) -> None:
   """Sends the package's log to standard error and, with a workdir, to workdir/log.txt. May be called again.
 
+  Text that cannot be encoded, such as the name of a file, is escaped, also on standard output.
+
   With a workdir, process 0 logs everything; the other processes log warnings only, with their number before each line,
   and write workdir/log_<number>.txt.
 
@@ -23,6 +26,9 @@ def setup(workdir: Path | None = None) -> None:
     UserError: the workdir cannot be written to.
   """
   index = jax.process_index() if workdir is not None else 0
+  for stream in (sys.stdout, sys.stderr):
+    if isinstance(stream, io.TextIOWrapper):
+      stream.reconfigure(errors="backslashreplace")  # file names need not be valid text
   log.setLevel(logging.WARNING if index else logging.INFO)
   log.propagate = False
   for handler in list(log.handlers):
@@ -64,6 +70,11 @@ class _File(logging.FileHandler):
   """Reports the first write error (a full disk) in one line, not a stack trace for every message."""
 
   failed = False
+
+  def __init__(self, path: Path):
+    super().__init__(
+      path, encoding="utf-8", errors="backslashreplace"
+    )  # names of files need not be valid text
 
   def handleError(self, record: logging.LogRecord) -> None:
     if not self.failed:

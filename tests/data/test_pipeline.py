@@ -192,7 +192,7 @@ def test_folder_without_classes(tmp_path):
 def test_folder_errors(tmp_path):
   with pytest.raises(UserError, match="no such folder"):
     sources.FolderSource(str(tmp_path / "nowhere"), "train")
-  with pytest.raises(UserError, match="no images below"):
+  with pytest.raises(UserError, match="no images in this folder"):
     sources.FolderSource(str(tmp_path), "train")
   with pytest.raises(UserError, match="data.split='test'"):
     sources.FolderSource(str(_folder(tmp_path)), "test")
