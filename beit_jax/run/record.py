@@ -189,8 +189,8 @@ def _data_changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
   counts = before.get("num_examples"), now.get("num_examples")
   if None not in counts and counts[0] != counts[1]:
     return [
-      f"had {counts[0]} examples before and has {counts[1]} now (files that were added or removed, or that this version "
-      "leaves out or finds: see the log)"
+      f"had {counts[0]} examples before and has {counts[1]} now (files were added or removed, or this version finds "
+      "others: the log says what it leaves out)"
     ]
   if before.get("sha256", now.get("sha256")) != now.get("sha256"):
     return ["has other files or classes than before"]
