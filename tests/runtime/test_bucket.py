@@ -8,7 +8,9 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.parse
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -517,8 +519,7 @@ def _until(process, reached):
     time.sleep(0.005)
 
 
-@SLOW
-def test_stopped_and_killed_and_resumed_exactly(bucket, tmp_path, monkeypatch):
+def _stop_and_kill(bucket, tmp_path, monkeypatch):
   """After SIGTERM, and SIGKILL in a step and in a save, the run equals an uninterrupted one on disk, to the bit."""
   monkeypatch.setenv("CLOUD_OUTPUT", str(tmp_path / "output.txt"))
   assert _start(tmp_path / "whole").wait(300) == 0
@@ -535,7 +536,6 @@ def test_stopped_and_killed_and_resumed_exactly(bucket, tmp_path, monkeypatch):
   process.send_signal(signal.SIGTERM)
   assert process.wait(60) == 143
   first = max(sealed())
-  assert checkpoint.fault(storage.path(f"gs://bucket/stopped/checkpoints/{first}")) is None
   assert max(row["step"] for row in _rows(bucket, "stopped")) == first < 30
   assert "stopped by SIGTERM" in bucket.read("stopped/log.txt").decode() and not bucket.read(
     "stopped/lock.json"
@@ -556,3 +556,64 @@ def test_stopped_and_killed_and_resumed_exactly(bucket, tmp_path, monkeypatch):
   assert _start("gs://bucket/stopped").wait(300) == 0, (tmp_path / "output.txt").read_text()[-2000:]
   assert bucket.names("stopped/damaged/") and not kills.left_behind("cloud")
   kills.compare(tmp_path / "whole", _copy(bucket, "stopped", tmp_path / "copy"), exact=True)
+
+
+@SLOW
+def test_stopped_and_killed_and_resumed_exactly(bucket, tmp_path, monkeypatch):
+  _stop_and_kill(bucket, tmp_path, monkeypatch)
+  assert checkpoint.fault(storage.path("gs://bucket/stopped/checkpoints/30")) is None
+
+
+class FakeGcsServer:
+  """A context manager that runs the emulator fake-gcs-server, which others wrote and test, with one bucket."""
+
+  def __init__(self, program, output):
+    self.url, self._output = f"http://127.0.0.1:{kills.free_port()}", output
+    port = self.url.rpartition(":")[2]
+    flags = ("-scheme=http", "-host=127.0.0.1", f"-public-host=127.0.0.1:{port}", f"-external-url={self.url}")
+    self._command = [program, "-backend=memory", f"-port={port}", *flags]
+
+  def __enter__(self):
+    with self._output.open("w") as output:
+      self._process = subprocess.Popen(self._command, stdout=output, stderr=output)
+    deadline = time.monotonic() + 20
+    while True:
+      try:
+        self._request("b", data=b'{"name": "bucket"}')
+        return self
+      except OSError:
+        assert time.monotonic() < deadline, self._output.read_text()
+        time.sleep(0.1)
+
+  def __exit__(self, *_):
+    self._process.terminate()
+    self._process.wait()
+
+  def _request(self, path, data=None):
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"{self.url}/storage/v1/{path}", data=data, headers=headers)
+    with urllib.request.urlopen(request, timeout=20) as answer:
+      return answer.read()
+
+  def names(self, prefix=""):
+    listing = json.loads(self._request(f"b/bucket/o?prefix={urllib.parse.quote(prefix, safe='')}"))
+    return sorted(item["name"] for item in listing.get("items", []))
+
+  def read(self, name):
+    try:
+      return self._request(f"b/bucket/o/{urllib.parse.quote(name, safe='')}?alt=media")
+    except urllib.error.HTTPError as error:
+      assert error.code == 404
+      return None
+
+
+@SLOW
+@pytest.mark.skipif(
+  "BEIT_JAX_TEST_FAKE_GCS" not in os.environ, reason="set it to the path of a fake-gcs-server"
+)
+def test_stopped_and_killed_and_resumed_in_fake_gcs_server(tmp_path, monkeypatch):
+  with FakeGcsServer(os.environ["BEIT_JAX_TEST_FAKE_GCS"], tmp_path / "server.txt") as served:
+    for name in ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"):
+      monkeypatch.setenv(name, served.url)
+    monkeypatch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "token")
+    _stop_and_kill(served, tmp_path, monkeypatch)
