@@ -4,7 +4,8 @@
 
 Images may be color, gray, 16-bit or palette images of any size; sub-folders are searched. They are cropped to 64x64
 and cut into patches of 8x8. The tokenizer sees 32x32 and has 512 words. docs/own_data.md says what to change for
-larger runs.
+larger runs. A tenth of the images is not trained on but evaluated every 500 steps, which also finds a collapse of the
+tokenizer's codebook.
 Expected: nothing published. Run here: two steps of each stage, in the tests.
 """
 
@@ -12,7 +13,7 @@ from ml_collections import ConfigDict
 
 DATA = dict(
   source="folder",
-  split="train",  # a sub-folder of `root`; without one, `root` itself
+  split="train[10%:]",  # of the sub-folder "train" of `root`; without one, of `root` itself
   label_key="",
   image_size=64,
   token_image_size=32,
@@ -20,6 +21,7 @@ DATA = dict(
   workers=0,
   threads=4,
 )
+EVAL = dict(split="train[:10%]", batch_size=64, every_steps=500)  # the other tenth
 
 
 def get_config():
@@ -31,6 +33,7 @@ def get_config():
     optimizer=dict(learning_rate=6e-3, min_lr=1e-4, warmup_steps=50, weight_decay=0.0),
     loss=dict(kl_weight=0.03, kl_warmup_steps=500, temperature_steps=1200),
     data=DATA,
+    eval=EVAL,
     checkpoint=dict(every_steps=500),
   )
   pretrain = dict(
@@ -42,6 +45,7 @@ def get_config():
     mask=dict(num_masked=25, min_block_patches=4),
     optimizer=dict(learning_rate=1.5e-3, warmup_steps=200, clip_norm=3.0, betas=(0.9, 0.98)),
     data={**DATA, "color_jitter": 0.4},
+    eval=EVAL,
     checkpoint=dict(every_steps=500),
   )
   stages = dict(tokenizer=tokenizer, pretrain=pretrain)

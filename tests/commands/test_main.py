@@ -242,6 +242,9 @@ def test_own_images_of_any_kind(tmp_path, labelled):
   ]
   assert main_lib.main(flags) == 0
   assert (tmp_path / "run" / "pretrain" / "figures" / "masked_image_modelling.png").exists()
+  for stage, metric in (("tokenizer", "codebook_usage"), ("pretrain", "mim_acc")):
+    result = json.loads((tmp_path / "run" / stage / "result.json").read_text())
+    assert result["examples"] == 21 and metric in result["eval"]  # three images of 24 are held out
 
 
 def test_a_run_that_failed_waits_for_no_thread():
