@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from beit_jax import trees
-from beit_jax.data import pipeline, sources
+from beit_jax.data import labels, pipeline, sources
 from beit_jax.data.bad_images import BadImageTracker
 from beit_jax.errors import UserError
 from beit_jax.objectives import OBJECTIVES, EvalOutput, Objective
@@ -70,15 +70,19 @@ def evaluate_all(
   return evaluate(eval_step, objective, variables, frozen, batches)
 
 
-def eval_source(config: ConfigDict, class_names: tuple[str, ...] = ()) -> sources.Source | None:
+def eval_source(
+  config: ConfigDict, class_names: tuple[str, ...] = (), *, same_names: bool = True
+) -> sources.Source | None:
   """The data of `eval.split`, or None if that is empty.
 
   Args:
     config: a complete config.
-    class_names: the classes of the training data, whose numbers the evaluation data get; () = keep their own.
+    class_names: the classes of the training data or of a checkpoint, whose numbers the evaluation data get; () = keep
+      their own.
+    same_names: see `labels.relabel`.
 
   Raises:
-    UserError: the data have a class that is not among `class_names`.
+    UserError: there are no examples, or they have a class that is not among `class_names`.
   """
   if not config.eval.split:
     return None
@@ -87,9 +91,9 @@ def eval_source(config: ConfigDict, class_names: tuple[str, ...] = ()) -> source
   if class_names:
     data["num_classes"] = None
   source = sources.make_source(data)
-  if class_names and source.class_names and tuple(class_names) != tuple(source.class_names):
-    source.relabel(tuple(class_names))
-  return source
+  if not len(source):
+    raise UserError(f"config key 'eval.split': no examples in {source.description}")
+  return labels.relabel(source, class_names, same_names=same_names)
 
 
 def eval_batches(

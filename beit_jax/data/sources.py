@@ -80,18 +80,6 @@ class Source(Protocol):
     lines = list(self.listing())
     return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest() if lines else ""
 
-  def relabel(self, class_names: tuple[str, ...]) -> None:
-    """Renumbers the classes to match `class_names`, those of the training data or of a checkpoint.
-
-    Raises:
-      UserError: a class is not in `class_names`, or the numbers of this source are fixed and differ.
-    """
-    if tuple(class_names) != tuple(self.class_names):
-      raise UserError(
-        f"{self.description}: found the classes {self.class_names[:5]}..., the model expects {class_names[:5]}...; use "
-        "data with the classes of the model"
-      )
-
 
 class TfdsSource(Source):
   """A prepared TFDS data set in a random-access format (ArrayRecord), read without TensorFlow.
@@ -133,7 +121,10 @@ class TfdsSource(Source):
     shards = builder.info.splits[split].file_instructions
     self._listing = [f"{Path(s.filename).name} {s.skip} {s.take} {s.examples_in_shard}" for s in shards]
     self._image_key, self._label_key = image_key, label_key
-    self.has_labels, self.multi_label, self._has_maps = bool(kind), kind == "classes", kind == "map"
+    self.multi_label, self._has_maps = kind == "classes", kind == "map"
+    self.has_labels = bool(kind) and not self._has_maps
+    if self._has_maps:
+      self.class_names, self.map_class_names = (), self.class_names
 
   def listing(self) -> Iterable[str]:
     return self._listing
@@ -157,9 +148,18 @@ class TfdsSource(Source):
 
 
 def multi_hot(labels: Any, num_classes: int) -> np.ndarray:
-  """Converts class ids to float32 [num_classes] of 0 and 1."""
-  result = np.zeros(num_classes, np.float32)
-  result[np.asarray(labels, np.int64)] = 1.0
+  """Converts class ids to float32 [num_classes] of 0 and 1.
+
+  Raises:
+    UserError: an id is not a whole number in [0, num_classes).
+  """
+  ids, result = np.asarray(labels), np.zeros(num_classes, np.float32)
+  if ids.size and (ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= num_classes):
+    raise UserError(
+      f"the labels {ids.tolist()} of an example are not all class numbers from 0 to {num_classes - 1}; look at "
+      "data.label_key"
+    )
+  result[ids.astype(np.int64)] = 1.0
   return result
 
 
@@ -233,7 +233,7 @@ class FolderSource(Source):
       self._class_names_of = [[parent] for parent in parents]
     listing.log_report()
     if self.has_labels:  # the numbers are those of all classes, also in a part of the folder
-      self.relabel(tuple(sorted({name for names in self._class_names_of for name in names})))
+      self._number_classes()
     if match:
       self._keep(_slice(self._files, split))
       self.description["part"] = split[len(name) :]
@@ -276,15 +276,13 @@ class FolderSource(Source):
       self._class_names_of = [self._class_names_of[i] for i in indices]
       self._class_ids = [self._class_ids[i] for i in indices]
 
-  def relabel(self, class_names: tuple[str, ...]) -> None:
-    unknown = sorted({name for names in self._class_names_of for name in names} - set(class_names))
-    if unknown:
-      raise UserError(
-        f"{self.description['root']}: the classes {unknown[:5]} are not among the {len(class_names)} that the model "
-        f"has ({', '.join(class_names[:5])}, ...)"
-      )
-    self.class_names, self.num_classes = tuple(class_names), len(class_names)
-    ids = {name: i for i, name in enumerate(class_names)}
+  def _number_classes(self) -> None:
+    """Sorts the names of the classes: as numbers if all of them are, else as text."""
+    names = {name for names in self._class_names_of for name in names}
+    are_numbers = all(name.isascii() and name.isdecimal() for name in names)
+    self.class_names = tuple(sorted(names, key=lambda name: (int(name) if are_numbers else 0, name)))
+    self.num_classes = len(names)
+    ids = {name: i for i, name in enumerate(self.class_names)}
     self._class_ids = [[ids[name] for name in names] for names in self._class_names_of]
 
   def listing(self) -> Iterable[str]:
@@ -400,10 +398,6 @@ class Subset(Source):
     self.map_class_names = source.map_class_names
     self.has_labels, self.multi_label = source.has_labels, source.multi_label
     self.num_classes, self.class_names = source.num_classes, source.class_names
-
-  def relabel(self, class_names: tuple[str, ...]) -> None:
-    self._source.relabel(class_names)
-    self.num_classes, self.class_names = self._source.num_classes, self._source.class_names
 
   def listing(self) -> Iterable[str]:
     return self._source.listing()

@@ -7,6 +7,7 @@ from PIL import Image
 
 from beit_jax.data import images, randaugment, resize
 from beit_jax.data.examples import HostBatch
+from beit_jax.data.labels import check_label
 from beit_jax.data.sources import Example
 from beit_jax.errors import UserError
 
@@ -17,13 +18,22 @@ class ViewReader:
   Args:
     views: name -> ((H, W), interpolation).
     options: the config's `data` section.
+    num_classes: if given, every example must have a label, which is checked; see `labels.check_label`.
+    multi_label: whether that is a vector of 0 and 1.
 
   Raises:
     UserError: an option is invalid, or `rand_augment` is set although there are several views, which would then differ.
   """
 
-  def __init__(self, views: images.ViewSizes, options: dict[str, Any]):
+  def __init__(
+    self,
+    views: images.ViewSizes,
+    options: dict[str, Any],
+    num_classes: int | None = None,
+    multi_label: bool = False,
+  ):
     self._views, self._options = views, options
+    self._num_classes, self._multi_label = num_classes, multi_label
     choices = [("resize", options["resize"], images.RESIZES), ("crop", options["crop"], images.CROPS)]
     choices += [(f"interpolation of {name}", how, tuple(images.RESAMPLE)) for name, (_, how) in views.items()]
     for key, value, names in choices:
@@ -50,14 +60,17 @@ class ViewReader:
         name: np.asarray(randaugment.rand_augment(Image.fromarray(view), rng, o["rand_augment"], fill))
         for name, view in views.items()
       }
-    return {**views, **self._label(example)}
+    return {**views, **self._label(example, key[-1])}
 
   def eval(self, image: images.LazyImage, example: Example) -> HostBatch:
     o = self._options
     views = images.eval_views(image, self._views, crop_pct=o["crop_pct"], resize=o["resize"])
-    return {**views, **self._label(example)}
+    return {**views, **self._label(example, 0)}
 
-  def _label(self, example: Example) -> HostBatch:
+  def _label(self, example: Example, index: int) -> HostBatch:
+    if self._num_classes is not None:
+      index = example.get("index", index)
+      return {"label": check_label(example, self._num_classes, self._multi_label, index)}
     if "label" not in example:
       return {}
     label = np.asarray(example["label"])  # a class id; with several labels a float32 vector of 0 and 1

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from beit_jax import augment, losses, metrics
 from beit_jax.config import ranges
 from beit_jax.config.defaults import OptionalOf
-from beit_jax.data import drawing
+from beit_jax.data import drawing, views
 from beit_jax.data.sources import Source
 from beit_jax.errors import UserError
 from beit_jax.models.beit import BeitForImageClassification
@@ -89,7 +89,17 @@ class Classification(EncoderObjective):
       raise UserError(
         f"config key 'model.num_classes': {wanted}, but the data has {source.num_classes} classes"
       )
-    return wanted or source.num_classes
+    count = wanted or source.num_classes
+    if count < 2 and not self.multi_label:
+      raise UserError(
+        f"config key 'data': one class only ({', '.join(source.class_names) or 'class 0'}), so that every answer is "
+        f"right; a classifier needs two or more ({source.description})"
+      )
+    return count
+
+  def reader(self) -> Any:
+    data = self.config.data.to_dict()
+    return views.ViewReader(self.views(), data, self.module.num_classes, self.multi_label)
 
   def batch_shapes(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
     labels = ((self.module.num_classes,), jnp.float32) if self.multi_label else ((), jnp.int32)
@@ -172,6 +182,8 @@ class Classification(EncoderObjective):
     return {"predictions": drawing.captioned_grid(np.asarray(augment.to_float(batch["image"])), captions)}
 
   def adapt(self, pretrained: Pretrained, shapes: PyTree) -> dict[str, Any]:
+    if self.config.eval_only and pretrained.spec.has_classes:
+      _check_comparable(pretrained, self.source)
     labels, ours = list(pretrained.description.get("labels") or ()), list(self.source.class_names)
     if labels != ours and sorted(labels) == sorted(ours):
       raise UserError(
@@ -187,6 +199,28 @@ class Classification(EncoderObjective):
   def describe(self) -> dict[str, Any]:
     labels = list(self.source.class_names)
     return {**super().describe(), "labels": labels, "multi_label": self.multi_label}
+
+
+def _check_comparable(pretrained: Pretrained, source: Source) -> None:
+  """Raises a UserError if the labels of a source cannot be compared with the outputs of a model."""
+  facts, outputs = pretrained.description, pretrained.module.num_classes
+  if facts.get("regression"):
+    raise UserError(
+      f"eval_only: {facts.get('path')} is a regression model (problem_type): its outputs are values, not classes; "
+      "beit_jax.predict prints them"
+    )
+  if facts.get("multi_label", source.multi_label) != source.multi_label:
+    kinds = ("several labels per image", "one label per image")[:: 1 if facts["multi_label"] else -1]
+    raise UserError(
+      f"eval_only: the model predicts {kinds[0]}, but the data has {kinds[1]} (data.label_file or data.label_key)"
+    )
+  if not facts.get("labels") and source.class_names and source.num_classes < outputs:
+    raise UserError(
+      f"eval_only: the model has {outputs} classes without names and the data {source.num_classes} "
+      f"({', '.join(source.class_names[:5])}, ...), so it is unknown which of the {outputs} these are. Evaluate on data "
+      "with all classes, or add the names to the checkpoint (id2label in Hugging Face's config.json, label_names in "
+      "timm's)"
+    )
 
 
 def _report_scores(rows: Rows, names: list[str], folder: Path) -> list[Path]:

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from beit_jax import augment, losses, metrics, transfer, trees
 from beit_jax.config import ranges
-from beit_jax.data import pipeline
+from beit_jax.data import pipeline, views
 from beit_jax.data.bad_images import BadImageTracker
 from beit_jax.data.images import ViewSizes
 from beit_jax.data.sources import Source
@@ -52,8 +52,11 @@ class Probe(base.Objective):
 
   def __init__(self, config: ConfigDict, source: Source, load: Loader | None = None) -> None:
     super().__init__(config, source, load)
-    if source.multi_label or not source.num_classes:
-      raise UserError(f"config key 'data': probes need data with one label per image ({source.description})")
+    if source.multi_label or source.num_classes < 2:
+      raise UserError(
+        "config key 'data': probes need data with one label per image and two or more classes "
+        f"({source.description})"
+      )
     self.num_classes = source.num_classes
     self._loaded_encoder = self._load_encoder(config.encoder.init_from) if config.encoder.init_from else None
     if self._loaded_encoder is None:
@@ -102,6 +105,9 @@ class Probe(base.Objective):
 
   def views(self) -> ViewSizes:
     return {"image": (self.image_size, self.config.data.interpolation)}
+
+  def reader(self) -> Any:
+    return views.ViewReader(self.views(), self.config.data.to_dict(), self.num_classes)
 
   def batch_shapes(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
     label = base.with_common_arrays({"label": ((), jnp.int32)}, batch_size)
