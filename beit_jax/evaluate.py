@@ -20,6 +20,8 @@ from beit_jax.objectives.base import Batch, PyTree, Variables
 from beit_jax.run import checkpoint, files
 from beit_jax.runtime import bucket, sharding
 from beit_jax.runtime.logs import log
+from beit_jax.weights import io as weights_io
+from beit_jax.weights.pretrained import KINDS, Pretrained
 
 Rows = dict[str, np.ndarray]
 EvalStep = Callable[[Variables, PyTree, Batch], EvalOutput]
@@ -63,11 +65,37 @@ def evaluate_all(
   source: sources.Source,
   mesh: jax.sharding.Mesh,
 ) -> tuple[dict[str, float], Rows]:
-  """`evaluate` over a whole source, or `objective.evaluate_images` if there is one."""
+  """`evaluate` over a whole source, or `objective.evaluate_images` if there is one.
+
+  Raises:
+    UserError: a metric is not a finite number.
+  """
   if objective.evaluate_images is not None:
-    return objective.evaluate_images(variables, source, mesh)
-  batches = eval_batches(config, objective, source, mesh, config.eval.batch_size)
-  return evaluate(eval_step, objective, variables, frozen, batches)
+    metrics, rows = objective.evaluate_images(variables, source, mesh)
+  else:
+    batches = eval_batches(config, objective, source, mesh, config.eval.batch_size)
+    metrics, rows = evaluate(eval_step, objective, variables, frozen, batches)
+  wrong = [f"{name}={value}" for name, value in metrics.items() if not np.isfinite(value)]
+  if wrong:
+    raise UserError(
+      f"evaluation on {source.description}: {', '.join(wrong)}; either no example has a label that counts, or the "
+      "outputs of the model are not finite numbers"
+    )
+  return metrics, rows
+
+
+def train_source(config: ConfigDict, workdir: Path | None) -> sources.Source:
+  """The training data.
+
+  Versions up to 0.1 sorted numbers as text ("10" before "2"). The classes of a run that goes on, or of the run in
+  `init_from`, therefore keep the numbers that it gave them.
+  """
+  source = sources.make_source(config.data.to_dict())
+  try:
+    names = describe_run(workdir, config.resume, config.init_from).get("labels") or ()
+  except UserError:  # the checkpoint is damaged; `train` decides what follows
+    return source
+  return labels.relabel(source, names) if sorted(names) == sorted(source.class_names) else source
 
 
 def eval_source(
@@ -121,14 +149,29 @@ def eval_batches(
     bad_images.check(int(multihost_utils.process_allgather(np.int32(bad_images.count)).sum()))
 
 
-def _class_names_of_run(workdir: Path, init_from: str) -> list[str]:
-  """The class names in the description of the run that will be evaluated; [] if another program wrote it."""
-  for path in (workdir, bucket.path(init_from) if init_from else None):
-    if path is not None and (
-      (path / checkpoint.DESCRIPTION).is_file() or checkpoint.steps(path / "checkpoints")
-    ):
-      return list(checkpoint.read_description(checkpoint.find(path)).get("labels") or [])
-  return []
+def describe_run(*paths: str | Path | None) -> dict[str, Any]:
+  """The description of the first of some folders that is a run with a checkpoint; {} if none is."""
+  for path in filter(None, paths):
+    folder = bucket.path(path)
+    if (folder / checkpoint.DESCRIPTION).is_file() or checkpoint.steps(folder / "checkpoints"):
+      return checkpoint.read_description(checkpoint.find(folder))
+  return {}
+
+
+def eval_only_source(config: ConfigDict, workdir: Path) -> tuple[sources.Source | None, Pretrained | None]:
+  """The data of `eval.split` with the class numbers of the checkpoint that `evaluate_only` evaluates.
+
+  Returns:
+    (the data, or None if `eval.split` is empty; the model of `init_from`, if it had to be loaded for its names).
+  """
+  kind, loaded, facts = OBJECTIVES[config.objective], None, {}
+  if kind.labels == "class":
+    facts = describe_run(workdir, config.init_from)
+    if not facts and config.init_from and kind.kind in KINDS:
+      loaded = weights_io.load(config.init_from, ema=config.eval.ema)
+      facts = loaded.description
+  names = tuple(facts.get("labels") or ())
+  return eval_source(config, names, same_names="dataset" in facts), loaded
 
 
 def evaluate_only(config: ConfigDict, workdir: Path, name: str, mesh: jax.sharding.Mesh) -> dict[str, Any]:
@@ -143,13 +186,17 @@ def evaluate_only(config: ConfigDict, workdir: Path, name: str, mesh: jax.shardi
     UserError: there are no data or no checkpoint, or the checkpoint lacks parameters.
   """
   kind = OBJECTIVES[config.objective]
-  numbers_classes = kind.trains and kind.labels == "class"
-  names = _class_names_of_run(workdir, config.init_from) if numbers_classes else []
-  source = eval_source(config, tuple(names))
+  if kind.trains:
+    source, loaded = eval_only_source(config, workdir)
+    own_source = source
+  else:
+    own_source, loaded = sources.make_source(config.data.to_dict()), None
+    source = eval_source(config, tuple(own_source.class_names))
   if source is None:
     raise UserError("config key 'eval.split': empty, so there is nothing to evaluate on; name a split")
-  objective = kind(config, source if kind.trains else sources.make_source(config.data.to_dict()))
-  variables, path = _load_variables(config, objective, workdir, mesh)
+  objective = kind(config, own_source)
+  objective.check_source(source)
+  variables, path = _load_variables(config, objective, workdir, mesh, loaded)
   frozen = jax.device_put(objective.frozen_params(mesh), sharding.replicated(mesh))
   began = time.monotonic()
   eval_step = make_eval_step(objective, mesh)
@@ -173,16 +220,20 @@ def evaluate_only(config: ConfigDict, workdir: Path, name: str, mesh: jax.shardi
 
 
 def _load_variables(
-  config: ConfigDict, objective: Objective, workdir: Path, mesh: jax.sharding.Mesh
+  config: ConfigDict,
+  objective: Objective,
+  workdir: Path,
+  mesh: jax.sharding.Mesh,
+  loaded: Pretrained | None,
 ) -> tuple[Variables, str]:
-  """(Linen variables on the devices, path of the checkpoint that they come from)."""
+  """(Linen variables on the devices, path of the checkpoint that they come from). `loaded`: that of `init_from`."""
   if not objective.trains:
     return {"params": {}}, config.encoder.init_from
   shapes = jax.eval_shape(objective.init, jax.random.key(0))["params"]
   path = str(workdir) if checkpoint.steps(workdir / "checkpoints") else config.init_from
   if not path:
     raise UserError(f"eval_only: no checkpoint in {workdir}; give init_from, or the workdir of a run")
-  found, path = objective.load_params(path, shapes)
+  found, path = objective.fit_params(loaded, shapes) if loaded else objective.load_params(path, shapes)
   params = trees.unflatten({name: np.asarray(found[name]) for name in trees.flatten(shapes)})
   collections = objective.load_collections(path)
   return {

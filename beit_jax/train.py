@@ -115,6 +115,7 @@ def prepare(
   mesh: jax.sharding.Mesh,
   source: sources.Source | None = None,
   load: Loader | None = None,
+  workdir: Path | None = None,
 ) -> Plan:
   """Validates the whole config before the training state is allocated.
 
@@ -123,16 +124,20 @@ def prepare(
     mesh: the devices.
     source: replaces the training data; there is then no evaluation.
     load: function from a path to a model, used instead of `beit_jax.load` for frozen models.
+    workdir: the run's folder, whose checkpoints number the classes of the training data.
 
   Raises:
     UserError: a value does not fit the data, the model or the mesh.
   """
   _check_batch_size(config, mesh)
-  eval_source = None
+  eval_source, checked = None, []
   if source is None:
-    source = sources.make_source(config.data.to_dict())
+    source = evaluation.train_source(config, workdir)
     eval_source = evaluation.eval_source(config, tuple(source.class_names))
+    checked = [source] if eval_source is None else [source, eval_source]
   objective = OBJECTIVES[config.objective](config, source, load)
+  for data in checked:
+    objective.check_source(data)
   _check_best_metric(config, objective)
   _warn_about_unused_augmentation(config, objective)
   steps_per_epoch = len(source) // config.batch_size
@@ -200,7 +205,7 @@ def _train(
 ) -> dict[str, Any]:
   """Trains to the last step and writes workdir/result.json."""
   began = time.monotonic()
-  plan = prepare(config, mesh)
+  plan = prepare(config, mesh, workdir=workdir)
   init = functools.partial(plan.objective.init, jax.random.fold_in(jax.random.key(config.seed), 0))
   state, shapes, shardings = train_state.create(init, plan.tx, mesh, ema=config.optimizer.ema_decay > 0)
   frozen = jax.device_put(plan.objective.frozen_params(mesh), sharding.replicated(mesh))

@@ -1,5 +1,6 @@
 """Reads and decodes one example of a source; `Reader` turns it into arrays."""
 
+import contextlib
 import time
 from collections.abc import Iterator
 from typing import Any, Protocol
@@ -11,6 +12,7 @@ from beit_jax.data.sources import Example, Source
 from beit_jax.errors import BadImage, UserError
 
 HostBatch = dict[str, np.ndarray]
+MAX_FIRST = 8  # examples among which `check_first` looks for one that is not damaged
 MAX_CANDIDATES = 100  # replacements to try for an example that cannot be read
 PAUSES = (0.1, 0.5)  # seconds before a file is read again; errors of network mounts are often transient
 PERMANENT_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
@@ -67,6 +69,19 @@ def candidates(index: int, count: int) -> Iterator[int]:
   rng = np.random.default_rng((index, 4))
   for _ in range(MAX_CANDIDATES):
     yield int(rng.integers(count))
+
+
+def check_first(source: Source, reader: Reader) -> None:
+  """Reads the first example that is not damaged, among a few.
+
+  Raises:
+    UserError: its label or label map is not what the objective needs.
+  """
+  for index in range(min(len(source), MAX_FIRST)):
+    with contextlib.suppress(BadImage):
+      example = {**read(source, index), "index": index}
+      reader.eval(decode(example, index), example)
+      return
 
 
 def label_map_name(example: Example, index: int) -> str:

@@ -30,7 +30,9 @@ def check_label(example: Example, num_classes: int, multi_label: bool, index: in
     raise UserError(f"{name}: no label; this objective needs labeled data (data.label_key)")
   label = np.asarray(example["label"])
   if multi_label:
-    valid = label.shape == (num_classes,) and label.dtype.kind in "biuf" and ((label == 0) | (label == 1)).all()
+    valid = (
+      label.shape == (num_classes,) and label.dtype.kind in "biuf" and ((label == 0) | (label == 1)).all()
+    )
     expected = f"a vector of {num_classes} zeros and ones"
   else:
     valid = label.shape == () and label.dtype.kind in "biu" and 0 <= label < num_classes
@@ -38,7 +40,9 @@ def check_label(example: Example, num_classes: int, multi_label: bool, index: in
   if not valid:
     advice = "look at data.label_key, data.num_classes and model.num_classes"
     if label.shape == () and label == -1:
-      advice = "-1 in every example means that the split has no labels: choose another one (data.split, eval.split)"
+      advice = (
+        "-1 in every example means that the split has no labels: choose another one (data.split, eval.split)"
+      )
     raise UserError(f"{name}: the label is {str(label)[:80]}, expected {expected}; {advice}")
   return label.astype(np.float32 if multi_label else np.int32)
 

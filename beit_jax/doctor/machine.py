@@ -45,11 +45,13 @@ class Machine:
     return self._made[key]
 
   def train_source(self, run: Stage) -> sources.Source:
-    data = run.config.data.to_dict()
-    return self.once(json.dumps(data, default=str), lambda: sources.make_source(data))
+    data = json.dumps(run.config.data.to_dict(), default=str)
+    return self.once((data, run.folder), lambda: evaluation.train_source(run.config, run.folder))
 
   def eval_source(self, run: Stage) -> sources.Source | None:
-    names = tuple(self.train_source(run).class_names) if trains(run) else ()
+    if only_evaluates(run):
+      return self.once((run.folder, "eval"), lambda: evaluation.eval_only_source(run.config, run.folder)[0])
+    names = tuple(self.train_source(run).class_names)
     data, split = (json.dumps(run.config[key].to_dict(), default=str) for key in ("data", "eval"))
     return self.once((data, split, names), lambda: evaluation.eval_source(run.config, names))
 

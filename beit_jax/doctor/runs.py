@@ -10,6 +10,7 @@ import numpy as np
 
 from beit_jax import trees
 from beit_jax.data import examples, sources
+from beit_jax.data.labels import check_label
 from beit_jax.doctor.findings import FAIL, OK, WARN, Found, Skip, unless_worse
 from beit_jax.doctor.machine import Machine, each_run, only_evaluates, pending, trains
 from beit_jax.errors import BadImage, UserError
@@ -70,15 +71,14 @@ def problem_of(
       return False, f"example {index} has no {labels}, which objective {objective!r} needs (data.label_key)"
     if reader is not None:
       reader.eval(image, example)
+    elif count := labels and (run.config.model.get("num_classes") or source.num_classes):
+      check_label(example, count, source.multi_label, index)
   except (BadImage, OSError) as error:
     return True, str(error)
   except UserError as error:
     return False, str(error)
   except Exception as error:
     return False, f"example {index}: {type(error).__name__}: {error}"
-  label, count = np.asarray(example.get(labels, 0)), run.config.model.get("num_classes") or source.num_classes
-  if labels == "label" and not label.ndim and count and not 0 <= int(label) < count:
-    return False, f"example {index} has the label {int(label)}, but there are {count} classes"
   return None
 
 

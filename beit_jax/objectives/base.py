@@ -7,6 +7,7 @@ Objectives are the only layer that knows model, mask and loss together. Every me
 import abc
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -21,7 +22,7 @@ from ml_collections import ConfigDict
 
 from beit_jax import augment, trees
 from beit_jax.config import parse, ranges
-from beit_jax.data import views
+from beit_jax.data import examples, views
 from beit_jax.data.images import ViewSizes
 from beit_jax.errors import UserError
 from beit_jax.weights import io as weights_io
@@ -197,7 +198,7 @@ class Objective(abc.ABC):
 
   def summarize(self, sums: dict[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
     """Host side: the sums of a whole evaluation set -> metrics."""
-    return {name: float(total / max(count, 1)) for name, (total, count) in sums.items()}
+    return {name: float(total / count) if count else math.nan for name, (total, count) in sums.items()}
 
   def summarize_rows(self, rows: dict[str, np.ndarray]) -> dict[str, float]:
     """Host side: metrics that need every example at once."""
@@ -240,8 +241,21 @@ class Objective(abc.ABC):
       raise UserError("init_from: the checkpoint does not fit the model:\n  " + "\n  ".join(lines))
     return found
 
+  def check_source(self, source: Any) -> None:
+    """Host side: looks at the data before the run begins, so that a mistake does not appear after hours.
+
+    Raises:
+      UserError: an example lacks what the objective needs, such as a label that is one of the classes.
+    """
+    if self.labels != "none":
+      examples.check_first(source, self.reader())
+
   def load_params(self, path: str, shapes: PyTree) -> tuple[dict[str, Any], str]:
-    """Loads every parameter for an evaluation.
+    """Loads every parameter for an evaluation; see `fit_params`."""
+    return self.fit_params(weights_io.load(path, ema=self.config.eval.ema), shapes)
+
+  def fit_params(self, pretrained: Pretrained, shapes: PyTree) -> tuple[dict[str, Any], str]:
+    """Takes every parameter for an evaluation from a checkpoint.
 
     Returns:
       (parameters by flat name, path of the checkpoint).
@@ -249,15 +263,14 @@ class Objective(abc.ABC):
     Raises:
       UserError: not all of them are there.
     """
-    pretrained = weights_io.load(path, ema=self.config.eval.ema)
-    found = self.adapt(pretrained, shapes)
+    path, found = str(pretrained.description.get("path")), self.adapt(pretrained, shapes)
     missing = [name for name in trees.flatten(shapes) if name not in found]
     if missing:
       raise UserError(
         f"eval_only: {path} has no fitting {', '.join(missing)}; set the keys of `model` to the checkpoint's "
         f"(model.num_classes: the data has {self.source.num_classes} classes), or fine-tune first"
       )
-    return found, str(pretrained.description.get("path"))
+    return found, path
 
   def load_collections(self, path: str) -> Variables:
     """Loads the Linen collections besides the parameters, from the checkpoint that `load_params` named."""

@@ -217,9 +217,9 @@ def _check_comparable(pretrained: Pretrained, source: Source) -> None:
   if not facts.get("labels") and source.class_names and source.num_classes < outputs:
     raise UserError(
       f"eval_only: the model has {outputs} classes without names and the data {source.num_classes} "
-      f"({', '.join(source.class_names[:5])}, ...), so it is unknown which of the {outputs} these are. Evaluate on data "
-      "with all classes, or add the names to the checkpoint (id2label in Hugging Face's config.json, label_names in "
-      "timm's)"
+      f"({', '.join(source.class_names[:5])}, ...), so it is unknown which of the {outputs} these are. Evaluate on "
+      "data with all classes, or add their names to the checkpoint (id2label in Hugging Face's config.json, "
+      "label_names in timm's)"
     )
 
 
