@@ -1,8 +1,8 @@
 """`python -m beit_jax.predict CHECKPOINT IMAGE...`: runs a model on images.
 
-A classifier names what images show, a segmenter assigns a class to every pixel, a tokenizer and a masked image model
-draw contact sheets. Results go to standard output, everything else to standard error. Exit status: 0; 1 if some images
-were skipped; 2 after a mistake in the command or if no image could be read.
+A classifier names what images show and a regression model gives its values, a segmenter assigns a class to every pixel,
+a tokenizer and a masked image model draw contact sheets. Results go to standard output, everything else to standard
+error. Exit status: 0; 1 if some images were skipped; 2 after a mistake in the command or if no image could be read.
 """
 
 import argparse
@@ -52,6 +52,7 @@ def as_text(facts: Facts) -> str:
   """Formats the facts of one image: the file, a line for each class, and a line for the rest."""
   classes = facts.get("predictions") or facts.get("classes") or []
   lines = [f"  {entry.get('probability', entry.get('share')):7.2%}  {entry['label']}" for entry in classes]
+  lines += [f"  {entry['value']:10.4f}  {entry['label']}" for entry in facts.get("values", ())]
   rest = {
     name.replace("_", " "): value for name, value in facts.items() if isinstance(value, str | int | float)
   }

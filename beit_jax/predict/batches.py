@@ -33,19 +33,22 @@ Run = Callable[[list[np.ndarray], np.ndarray], tuple[list[Facts], Rows]]
 
 
 def classify(model: Pretrained, files: list[Path], args: argparse.Namespace) -> Iterator[Facts]:
-  """Names the most likely classes of each image."""
+  """Names the most likely classes of each image; of a regression model, the facts are its "values"."""
   labels = list(model.description.get("labels") or ())
   to_probabilities = jax.nn.sigmoid if model.description.get("multi_label") else jax.nn.softmax
 
-  def describe(index: int, probability: float) -> Facts:
-    label = str(labels[index]) if index < len(labels) else f"class {index}"
-    return {"class": index, "label": label, "probability": probability}
+  def named(index: int, kind: str = "class") -> Facts:
+    return {kind: index, "label": str(labels[index]) if index < len(labels) else f"{kind} {index}"}
 
   def run(views: list[np.ndarray], positions: np.ndarray) -> tuple[list[Facts], Rows]:
+    if model.description.get("regression"):
+      outputs = np.asarray(model.forward(views[0])).tolist()
+      values = [[{**named(i, "output"), "value": x} for i, x in enumerate(row)] for row in outputs]
+      return [{"values": row} for row in values], {}
     probabilities = np.asarray(to_probabilities(model.forward(views[0])))
     best = np.argsort(-probabilities, axis=-1, kind="stable")[:, : args.top]
     facts = [
-      {"predictions": [describe(int(i), float(row[i])) for i in indices]}
+      {"predictions": [{**named(int(i)), "probability": float(row[i])} for i in indices]}
       for row, indices in zip(probabilities, best, strict=True)
     ]
     return facts, {}

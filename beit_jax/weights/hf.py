@@ -20,6 +20,7 @@ from beit_jax.weights.pretrained import KINDS, Pretrained, module_fields
 from beit_jax.weights.unilm import TABLE, export_beit
 
 RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 # transformers' names, both generations -> unilm's.
 IMPORT_NAMES = (
   (r"^beit\.", ""),
@@ -171,21 +172,35 @@ def read_config(folder: Path) -> dict[str, Any]:
   )
   return dict(
     fields=fields,
-    labels=_labels(config.get("id2label")),
+    labels=stated_labels(config.get("id2label")),
+    task=_task(config, path),
     preprocessing=own if is_ours else _preprocessing(processor, fields["image_size"], folder),
     assumed=described.get("assumed", []) if is_ours else [],
     described=described,
   )
 
 
-def _labels(id2label: Any) -> list[str]:
-  """The names of the classes; [] if they are placeholders or do not cover every number from 0."""
-  names = {str(k): v for k, v in id2label.items()} if isinstance(id2label, dict) else {}
-  labels = [names.get(str(i)) for i in range(len(names))]
+def stated_labels(names: Any) -> list[str]:
+  """The names of the classes in a list or a dict by number; [] if they are placeholders or do not name every class."""
+  if isinstance(names, list):
+    names = dict(enumerate(names))
+  by_number = {str(k): v for k, v in names.items()} if isinstance(names, dict) else {}
+  labels = [by_number.get(str(i)) for i in range(len(by_number))]
   if any(not isinstance(label, str) for label in labels):
-    log.warning("id2label does not name every class from 0 to %d; it is not used", len(labels) - 1)
+    log.warning("the file does not name every class from 0 to %d; its names are not used", len(labels) - 1)
     return []
   return [] if all(re.fullmatch(r"LABEL_\d+", str(label)) for label in labels) else [str(x) for x in labels]
+
+
+def _task(config: dict[str, Any], path: Path) -> dict[str, bool]:
+  """What `problem_type` says of the outputs of a classifier; {} if it does not. One output alone is a value."""
+  stated = config.get("problem_type")
+  if stated not in (None, *PROBLEM_TYPES):
+    raise UserError(f"{path}: problem_type is {stated!r}, expected one of {', '.join(PROBLEM_TYPES)}")
+  outputs = config.get("num_labels", len(config.get("id2label") or (0, 1)))
+  if stated == "regression" or (outputs == 1 and stated != "multi_label_classification"):
+    return {"regression": True}
+  return {} if stated is None else {"multi_label": stated == "multi_label_classification"}
 
 
 def _preprocessing(p: dict[str, Any], image_size: tuple[int, int], folder: Path) -> dict[str, Any] | None:
@@ -328,13 +343,17 @@ def encoder_config(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def class_names(pretrained: Pretrained) -> dict[str, Any]:
-  """`id2label` and `label2id` of config.json, one name for every class."""
+  """`id2label` and `label2id` of config.json, one name for every class, and `problem_type` unless it is the usual."""
+  facts = pretrained.description
+  tasks = {"regression": "regression", "multi_label": "multi_label_classification"}
+  stated = [{"problem_type": name} for key, name in tasks.items() if facts.get(key)]
   count = module_fields(pretrained.module)["num_classes"]
   labels = list(pretrained.description.get("labels") or ())[:count]
   labels += [f"LABEL_{i}" for i in range(len(labels), count)]
   return dict(
     id2label={str(i): label for i, label in enumerate(labels)},
     label2id={label: i for i, label in enumerate(labels)},
+    **(stated[0] if stated else {}),
   )
 
 

@@ -223,7 +223,7 @@ def _own_facts(facts: dict[str, Any], path: Path) -> dict[str, Any]:
     return dict(
       fields=fields,
       preprocessing=described["preprocessing"],
-      labels=list(described.get("labels") or []),
+      **({"labels": list(described["labels"])} if described.get("labels") else {}),
       assumed=list(described.get("assumed") or []),
       described=described,
     )

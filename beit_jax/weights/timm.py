@@ -10,6 +10,7 @@ import numpy as np
 
 from beit_jax.errors import UserError
 from beit_jax.weights.files import lazy
+from beit_jax.weights.hf import class_names, stated_labels
 from beit_jax.weights.pretrained import Pretrained, module_fields
 from beit_jax.weights.unilm import export_beit
 
@@ -95,12 +96,16 @@ def read_config(folder: Path, state: lazy.State) -> dict[str, Any]:
   if args.get("act_layer") not in (None, "gelu"):
     raise UserError(f"{path}: act_layer={args['act_layer']!r}; this version has the exact 'gelu' only")
   fields = {"num_heads": args["num_heads"]} if isinstance(args.get("num_heads"), int) else {}
+  names = next(
+    (part[key] for part in (config, cfg) for key in ("label_names", "labels") if part.get(key)), None
+  )
+  facts: dict[str, Any] = dict(fields=fields, labels=stated_labels(names))
   size = cfg.get("input_size")
   if not (isinstance(size, list) and len(size) == 3 and all(type(n) is int and n > 0 for n in size)):
-    return dict(fields=fields)
+    return facts
   fields["image_size"] = tuple(size[-2:])
   if "mean" not in cfg or "std" not in cfg:
-    return dict(fields=fields)
+    return facts
   interpolation = cfg.get("interpolation", "bicubic")
   preprocessing = dict(
     mean=cfg["mean"],
@@ -110,7 +115,7 @@ def read_config(folder: Path, state: lazy.State) -> dict[str, Any]:
     interpolation="bicubic" if interpolation == "random" else interpolation,  # random is for training
     resize="squash" if cfg.get("crop_mode") == "squash" else "short_side",
   )
-  return dict(fields=fields, preprocessing=preprocessing)
+  return {**facts, "preprocessing": preprocessing}
 
 
 def export(pretrained: Pretrained) -> tuple[lazy.Arrays, str, dict[str, Any], list[str]]:
@@ -190,6 +195,9 @@ def hub_config(pretrained: Pretrained, architecture: str, args: dict[str, Any]) 
   p = pretrained.preprocessing
   own = {key: value for key, value in args.items() if key not in ("num_classes", "global_pool")}
   config = {"architecture": architecture, "num_classes": args.get("num_classes", 1000), "model_args": own}
+  if pretrained.spec.has_classes and pretrained.description.get("labels"):
+    names = class_names(pretrained)["id2label"]
+    config["label_names"] = list(names.values())
   if "global_pool" in args:
     config["global_pool"] = args["global_pool"]
   config["pretrained_cfg"] = {

@@ -283,12 +283,22 @@ def finish(
   stated = {**stated, "image_size": preprocessing["image_size"]}
   params = variables["params"]
   collections = {name: tree for name, tree in variables.items() if name != "params"}
+  labels = source.labels if KINDS[kind].has_classes else []
+  if len(labels) > fields.get("num_classes", 0):
+    log.warning(
+      "%s names %d classes, but the model has %d; the names are not used",
+      source.path,
+      len(labels),
+      fields.get("num_classes", 0),
+    )
+    labels = []
   description = {
     **source.described,
+    **(source.task if KINDS[kind].has_pool else {}),
     "kind": kind,
     "module": fields,
     "preprocessing": lazy.check_preprocessing(stated, source.path),
-    "labels": source.labels if KINDS[kind].has_classes else [],
+    "labels": labels,
     "format": source.format,
     "path": str(source.path),
     "assumed": assumed,

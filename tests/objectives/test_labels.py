@@ -1,5 +1,6 @@
 """Labels and class names in runs: evaluation by the names of a checkpoint; labels that are no classes."""
 
+import dataclasses
 import json
 
 import jax
@@ -13,6 +14,7 @@ from beit_jax.errors import UserError
 from beit_jax.objectives import OBJECTIVES
 from beit_jax.run import checkpoint
 from beit_jax.weights import io as weights_io
+from beit_jax.weights.files import safetensors
 from beit_jax.weights.pretrained import Pretrained, make_module
 from tests import tiny
 from tests.data.test_labels import Numbers
@@ -59,6 +61,9 @@ def _foreign(path, labels):
   for key in ("id2label", "label2id", "label_names"):
     config.pop(key, None)
   (path / "config.json").write_text(json.dumps({**config, **labels}))
+  state, _ = safetensors.read(path / "model.safetensors")
+  arrays = {name: np.array(tensor.read()) for name, tensor in state.items()}
+  safetensors.write(path / "model.safetensors", arrays, {"format": "pt"})
   return str(path)
 
 
@@ -117,36 +122,45 @@ def test_names_of_another_kind_keep_their_numbers(color_model, tmp_path, caplog)
 def test_knn_numbers_the_classes_as_the_training_data(tmp_path):
   """With a class less in the evaluation data, each image still finds its own color."""
   _by_color(tmp_path, ["blue", "gray", "red"], "train")
-  data = {**_by_color(tmp_path, ["gray", "red"]), "data.split": "train", "knn.k": 1}
+  data = {**_by_color(tmp_path, ["gray", "red"]), "data.split": "train", "knn.k": 1, "model.depth": 1}
   result = train.run(tiny.config("knn", **data), tmp_path / "run")
   assert result["eval"]["acc1"] == 1.0
 
 
-def test_an_earlier_order_of_the_classes_goes_on(tmp_path):
-  """Versions up to 0.1 sorted numbers as text; such a run resumes and is evaluated by its names."""
+def _numbered(root):
+  """One image in each of the folders 0 to 11; the order in which versions up to 0.1 sorted the names."""
   for name in range(12):
-    (tmp_path / "data" / str(name)).mkdir(parents=True)
-    Image.new("RGB", (16, 16), (20 * name,) * 3).save(tmp_path / "data" / str(name) / "0.png")
-  data = {
-    "data.source": "folder",
-    "data.root": str(tmp_path / "data"),
-    "data.split": "",
-    "eval.split": "train",
-  }
-  config = tiny.config("classify", **data, batch_size=4, total_steps=1)
-  run, old = tmp_path / "run", tuple(sorted(map(str, range(12))))
+    (root / str(name)).mkdir(parents=True)
+    Image.new("RGB", (16, 16), (20 * name,) * 3).save(root / str(name) / "0.png")
+  data = {"data.source": "folder", "data.root": str(root), "data.split": "", "eval.split": "train"}
+  return {**data, "batch_size": 4}, tuple(sorted(map(str, range(12))))
+
+
+def test_an_earlier_order_of_the_classes_is_kept(color_model, tmp_path):
+  data, old = _numbered(tmp_path / "data")
+  model = dataclasses.replace(color_model, description={"labels": old, "dataset": {}})
+  weights_io.save(model, tmp_path / "model", format="orbax")
+  config = tiny.config("classify", **data, init_from=str(tmp_path / "model"))
+  source = evaluate.train_source(config, tmp_path / "new")
+  assert source.class_names == old and [source[i]["label"] for i in range(12)] == list(range(12))
+  assert evaluate.eval_only_source(config, tmp_path / "new")[0].class_names == old
+  fresh = evaluate.train_source(tiny.config("classify", **data), tmp_path / "new")
+  assert fresh.class_names == tuple(map(str, range(12)))
+
+
+@pytest.mark.slow
+def test_a_run_with_an_earlier_order_of_the_classes_goes_on(tmp_path):
+  data, old = _numbered(tmp_path / "data")
+  config, run = tiny.config("classify", **data, total_steps=1), tmp_path / "run"
   train.run(config, run)
   (folder,) = (run / "checkpoints").iterdir()
   description = json.loads((folder / "description.json").read_text())
   assert description["labels"] == list(map(str, range(12)))
   (folder / "description.json").write_text(json.dumps({**description, "labels": old}))
   checkpoint.write_digest(folder)
-  assert evaluate.train_source(config, run).class_names == old
-  source, _ = evaluate.eval_only_source(config, run)
-  assert source.class_names == old and [source[i]["label"] for i in range(12)] == list(range(12))
-  longer = tiny.config("classify", **data, batch_size=4, total_steps=2)
+  longer = tiny.config("classify", **data, total_steps=2)
   assert train.run(longer, run)["step"] == 2
-  again = tiny.config("classify", **data, batch_size=4, total_steps=1, init_from=str(run))
+  again = tiny.config("classify", **data, total_steps=1, init_from=str(run))
   assert train.run(again, tmp_path / "other")["step"] == 1
   assert checkpoint.read_description(checkpoint.find(tmp_path / "other"))["labels"] == list(old)
 
@@ -175,7 +189,8 @@ def test_a_label_outside_the_classes_is_found_in_training(mixup, monkeypatch, tm
 
 
 def test_a_split_without_labels_is_refused(monkeypatch, tmp_path, color_model):
-  weights_io.save(color_model, tmp_path / "model", format="orbax")
+  model = dataclasses.replace(color_model, description={})
+  weights_io.save(model, tmp_path / "model", format="orbax")
   changes = {"eval_only": True, "init_from": str(tmp_path / "model"), "eval.predictions": True}
   with pytest.raises(UserError, match="has no labels"):
     _run_on(monkeypatch, tmp_path, [-1] * 8, "classify", **{"model.num_classes": 6}, **changes)
@@ -202,3 +217,15 @@ def test_a_metric_that_is_not_a_number_is_refused(tmp_path):
   with pytest.raises(UserError, match="mAP=nan"):
     evaluate.evaluate_all(config, objective, None, {}, {}, source, None)
   assert np.isnan(objective.summarize({"loss": (np.zeros(()), np.zeros(()))})["loss"])
+
+
+@pytest.mark.parametrize(
+  "description, fact",
+  [({"regression": True}, "regression model"), ({"multi_label": True}, "predicts several labels per image")],
+)
+def test_outputs_of_another_kind_are_not_evaluated(description, fact, color_model, tmp_path):
+  model = dataclasses.replace(color_model, description={**color_model.description, **description})
+  weights_io.save(model, tmp_path / "model", format="orbax")
+  config, folder = _evaluate(tmp_path / "model", tmp_path / "run", **_by_color(tmp_path / "data", COLORS))
+  with pytest.raises(UserError, match=fact):
+    train.run(config, folder)

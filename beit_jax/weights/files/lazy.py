@@ -53,6 +53,7 @@ class Source:
     fields: the encoder's fields that the file states, e.g. num_heads, norm_eps, image_size.
     preprocessing: as `Pretrained.preprocessing`, or None if the file does not state it.
     labels: names of the classes; may be empty.
+    task: entries of the description on the outputs of a classifier: `multi_label` or `regression`.
     assumed: what among these is a guess.
     described: our own description, if the file carries one.
     left_out: names of tensors that were dropped already.
@@ -64,6 +65,7 @@ class Source:
   fields: dict[str, Any] = dataclasses.field(default_factory=dict)
   preprocessing: dict[str, Any] | None = None
   labels: list[str] = dataclasses.field(default_factory=list)
+  task: dict[str, bool] = dataclasses.field(default_factory=dict)
   assumed: list[str] = dataclasses.field(default_factory=list)
   described: dict[str, Any] = dataclasses.field(default_factory=dict)
   left_out: list[str] = dataclasses.field(default_factory=list)
