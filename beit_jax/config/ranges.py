@@ -168,7 +168,7 @@ MODEL: Table = (
   (r"model\.(layer_scale_init|head_init_scale)", number(0)),
   (r"model\.drop_path_rate", fraction(one=False)),
   (r"model\.norm_eps", number(1e-30, 1)),
-  (r"model\.dtype", one_of("float32", "bfloat16", "float16")),
+  (r"model\.(dtype|residual_dtype)", one_of("float32", "bfloat16", "float16")),
   (r"model\.attention", one_of("auto", "xla", "cudnn")),
   (r"model\.preset", one_of("plus", "paper")),
   (r"model\.rel_pos", one_of("shared", "per_block", "none")),

@@ -111,14 +111,14 @@ def attention(
     query: [B, T, K, H].
     key: [B, T, K, H].
     value: [B, T, K, H].
-    bias: [1, K, T, T] or None.
+    bias: float32 [1, K, T, T] or None.
     requested: "auto", "xla" or "cudnn"; see `choose_implementation`.
 
   Returns:
     [B, T, K, H].
   """
-  if bias is not None:
-    bias = bias.astype(query.dtype)
   if choose_implementation(requested, query.dtype.name, query.shape[-1])[0] == "cudnn":
+    # The kernel takes all inputs in one dtype. XLA adds the bias to the logits in float32.
+    bias = None if bias is None else bias.astype(query.dtype)
     return padded_attention(query, key, value, bias, "cudnn")
   return jax.nn.dot_product_attention(query, key, value, bias=bias)

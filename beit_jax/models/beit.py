@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from beit_jax.models.constrain import constrain_batch
-from beit_jax.models.layers import INITS, Block, PatchEmbed, RelPosBias, scaled_init
+from beit_jax.models.layers import INITS, Block, LayerNorm, PatchEmbed, RelPosBias, scaled_init
 
 # base and large: BEiT paper, Table 12. tiny and small are DeiT's sizes; BEiT was not released in them.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -63,7 +63,8 @@ class Beit(nn.Module):
   final_norm: bool = True
   norm_eps: float = 1e-6
   weight_init: str = "pretrain"  # "pretrain" | "finetune"; see layers.INITS
-  dtype: str = "float32"  # of the computation; parameters are float32
+  dtype: str = "float32"  # of products and norms; parameters are float32
+  residual_dtype: str = "float32"  # of the sums between the blocks
   remat: bool = False  # recompute the activations of the blocks in the backward pass
   scan: bool = False  # compile one block for all; the parameters stay one tree per block
   attention: str = "auto"  # "auto" | "xla" | "cudnn"; see attention.py
@@ -86,29 +87,30 @@ class Beit(nn.Module):
 
     Returns:
       Tokens [B, 1 + N, D], cls token first, after `norm` (before it if `final_norm` is off); and the residual stream
-      after each block, not normalized: `{"block_00": [B, 1 + N, D], ...}`.
+      after each block, not normalized, in `residual_dtype`: `{"block_00": [B, 1 + N, D], ...}`.
 
     Raises:
       ValueError: The image has another size than `image_size`, the mask is not on the grid, or there is a mask and no
         mask token.
     """
-    dtype, init = jnp.dtype(self.dtype), INITS[self.weight_init]
+    dtype, residual_dtype = jnp.dtype(self.dtype), jnp.dtype(self.residual_dtype)
+    init = INITS[self.weight_init]
     if tuple(image.shape[1:3]) != tuple(self.image_size):
       raise ValueError(f"the encoder was built for images of {self.image_size}, got {image.shape[1:3]}")
     patch_embed = PatchEmbed(self.width, self.patch_size, self.weight_init, dtype, name="patch_embed")
-    x = patch_embed(image)  # [B, N, D]
+    x = patch_embed(image).astype(residual_dtype)  # [B, N, D]
     if self.use_mask_token:
-      mask_token = self.param("mask_token", init, (1, 1, self.width)).astype(dtype)
+      mask_token = self.param("mask_token", init, (1, 1, self.width)).astype(residual_dtype)
       if mask is not None:  # before positions are added, so that masked patches keep theirs
         if mask.shape != (len(x), *self.grid_size):
           raise ValueError(f"{len(x)} images of {self.grid_size} patches cannot have a mask of {mask.shape}")
         x = jnp.where(mask.reshape(len(x), -1, 1), mask_token, x)
     elif mask is not None:
       raise ValueError("this encoder has no mask token, as it is fine-tuned; call it without a mask")
-    cls_token = self.param("cls_token", init, (1, 1, self.width)).astype(dtype)
+    cls_token = self.param("cls_token", init, (1, 1, self.width)).astype(residual_dtype)
     x = jnp.concatenate([jnp.broadcast_to(cls_token, (len(x), 1, self.width)), x], 1)  # [B, T, D]
     if self.abs_pos:
-      x += self.param("pos_embed", init, (1, x.shape[1], self.width)).astype(dtype)
+      x += self.param("pos_embed", init, (1, x.shape[1], self.width)).astype(residual_dtype)
     bias = None
     if self.rel_pos == "shared":
       bias = RelPosBias(self.grid_size, self.num_heads, name="rel_pos_bias")()
@@ -126,7 +128,7 @@ class Beit(nn.Module):
         block = block_class(**self._block_fields(i), name=f"block_{i:02d}")
         x = out[f"block_{i:02d}"] = block(x, bias, rates[i], None if keys is None else keys[i])
     if self.final_norm:
-      x = nn.LayerNorm(self.norm_eps, dtype=dtype, name="norm")(x)
+      x = LayerNorm(self.norm_eps, dtype=dtype, name="norm")(x)
     return x, out
 
   def _block_fields(self, i: int) -> dict[str, Any]:
@@ -230,7 +232,7 @@ class BeitForImageClassification(nn.Module):
     x, _ = encoder(image, train=train)
     if self.pool == "mean":
       # The mean of 196 tokens is taken in float32, since bfloat16 would lose digits.
-      x = nn.LayerNorm(encoder.norm_eps, name="fc_norm")(x[:, 1:].astype(jnp.float32).mean(1))
+      x = LayerNorm(encoder.norm_eps, name="fc_norm")(x[:, 1:].astype(jnp.float32).mean(1))
     else:
       x = x[:, 0].astype(jnp.float32)
     init = scaled_init(INITS[encoder.weight_init], self.head_init_scale)

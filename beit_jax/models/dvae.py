@@ -2,7 +2,8 @@
 
 Has the architecture of openai/DALL-E `dall_e/encoder.py` and `decoder.py` with configurable sizes. Parameter names are
 those of the published files with `/` for `.`, `kernel` for `w` and `bias` for `b`. One deliberate difference: the first
-and the last convolution compute in float32 and all others in `dtype` (OpenAI: float16 on CUDA).
+and the last convolution compute in float32 and all others in `dtype` (OpenAI: float16 on CUDA). The sums of residual
+blocks are in `residual_dtype`: their branches are small, since `post_gain` is 1/64 in the published model.
 Shapes: B = batch size, H, W = image size in pixels, h, w = token grid (H / stride), N = h * w, V = vocabulary size.
 """
 
@@ -52,7 +53,7 @@ class _Residual(nn.Module):
 
 
 class _ResidualBlock(nn.Module):
-  """identity + post_gain * residual."""
+  """identity + post_gain * residual, in the dtype of the input."""
 
   features: int
   sizes: tuple[int, ...]
@@ -62,9 +63,10 @@ class _ResidualBlock(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     residual = _Residual(self.features, self.sizes, self.dtype, name="res_path")(x)
+    dtype = x.dtype
     if x.shape[-1] != self.features:
-      x = _conv(self.features, 1, self.dtype, "id_path")(x)
-    return x + self.post_gain * residual
+      x = _conv(self.features, 1, self.dtype, "id_path")(x).astype(dtype)
+    return x + self.post_gain * residual.astype(dtype)
 
 
 class _Group(nn.Module):
@@ -91,12 +93,13 @@ class DvaeEncoder(nn.Module):
   group_count: int = 4
   vocab_size: int = 8192
   dtype: str = "float32"
+  residual_dtype: str = "float32"
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     dtype = jnp.dtype(self.dtype)
     post_gain = 1 / (self.group_count * self.n_blk_per_group) ** 2
-    x = _conv(self.n_hid, 7, jnp.float32, "input")(x).astype(dtype)
+    x = _conv(self.n_hid, 7, jnp.float32, "input")(x).astype(self.residual_dtype)
     for i in range(self.group_count):
       width = self.n_hid * 2**i
       x = _Group(width, self.n_blk_per_group, (3, 3, 3, 1), post_gain, dtype, name=f"group_{i + 1}")(x)
@@ -113,12 +116,13 @@ class DvaeDecoder(nn.Module):
   n_blk_per_group: int = 2
   group_count: int = 4
   dtype: str = "float32"
+  residual_dtype: str = "float32"
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     dtype = jnp.dtype(self.dtype)
     post_gain = 1 / (self.group_count * self.n_blk_per_group) ** 2
-    x = _conv(self.n_init, 1, jnp.float32, "input")(x).astype(dtype)
+    x = _conv(self.n_init, 1, jnp.float32, "input")(x).astype(self.residual_dtype)
     for i in range(self.group_count):
       width = self.n_hid * 2 ** (self.group_count - 1 - i)
       x = _Group(width, self.n_blk_per_group, (1, 3, 3, 3), post_gain, dtype, name=f"group_{i + 1}")(x)
@@ -140,6 +144,7 @@ class Dvae(nn.Module):
   group_count: int = 4  # stride 2 ** (group_count - 1)
   vocab_size: int = 8192
   dtype: str = "float32"
+  residual_dtype: str = "float32"
 
   @property
   def stride(self) -> int:
@@ -148,7 +153,10 @@ class Dvae(nn.Module):
 
   def setup(self) -> None:
     shared: dict[str, Any] = dict(
-      n_blk_per_group=self.n_blk_per_group, group_count=self.group_count, dtype=self.dtype
+      n_blk_per_group=self.n_blk_per_group,
+      group_count=self.group_count,
+      dtype=self.dtype,
+      residual_dtype=self.residual_dtype,
     )
     self.encoder = DvaeEncoder(n_hid=self.n_hid, vocab_size=self.vocab_size, **shared)
     self.decoder = DvaeDecoder(n_hid=self.n_hid, n_init=self.n_init, **shared)

@@ -18,6 +18,9 @@ from beit_jax.models.constrain import constrain_batch
 
 Initializer = Callable[..., jax.Array]
 
+# Mean and variance in two passes over the row, in float32: E[x^2] - E[x]^2 cancels where the mean is large.
+LayerNorm = functools.partial(nn.LayerNorm, use_fast_variance=False)
+
 # Pre-training truncates the normal distribution at one sigma without rescaling (actual std 0.0108). Fine-tuning
 # truncates at an absolute value of 2, which has no effect. (unilm modeling_pretrain.py and timm)
 INITS: dict[str, Initializer] = {
@@ -175,6 +178,8 @@ def drop_path(x: jax.Array, rate: jax.Array | float, key: jax.Array | None) -> j
 class Block(nn.Module):
   """Pre-norm transformer block: x + gamma_1 * attn(norm1(x)), then x + gamma_2 * mlp(norm2(x)).
 
+  Norms and products give `dtype`. The sums, and so the input and the output, keep the dtype of `x`: in bfloat16 a
+  branch that LayerScale has made small would vanish in the sum.
   `layer` counts from 1. The initial values of the two output kernels are divided by sqrt(2 * layer) (BEiT paper,
   section 2.5; unilm `fix_init_weight`).
   """
@@ -197,13 +202,13 @@ class Block(nn.Module):
     """Applies the block.
 
     Args:
-      x: [B, T, D].
+      x: [B, T, D], the residual stream.
       bias: [1, K, T, T] or None.
       drop_rate: Probability of stochastic depth.
       drop_key: Key of stochastic depth; None in evaluation.
 
     Returns:
-      [B, T, D].
+      [B, T, D], in the dtype of `x`.
     """
     init = INITS[self.weight_init]
     output_init = scaled_init(init, 1 / np.sqrt(2.0 * self.layer))
@@ -218,11 +223,12 @@ class Block(nn.Module):
       name="attn",
     )
     mlp = Mlp(int(self.width * self.mlp_ratio), init, output_init, self.dtype, name="mlp")
-    norm1 = nn.LayerNorm(self.norm_eps, dtype=self.dtype, name="norm1")
-    norm2 = nn.LayerNorm(self.norm_eps, dtype=self.dtype, name="norm2")
+    norm1 = LayerNorm(self.norm_eps, dtype=self.dtype, name="norm1")
+    norm2 = LayerNorm(self.norm_eps, dtype=self.dtype, name="norm2")
     keys = (None, None) if drop_key is None else jax.random.split(drop_key)
 
     def branch(y: jax.Array, name: str, key: jax.Array | None) -> jax.Array:
+      y = y.astype(x.dtype)
       if self.layer_scale_init:
         gamma = self.param(name, nn.initializers.constant(self.layer_scale_init), (self.width,))
         y = y * gamma.astype(y.dtype)

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from beit_jax.models.convolutions import ConvModule, classify
+from beit_jax.models.layers import LayerNorm
 from beit_jax.models.resampling import resize_bilinear
 
 SETR_CHANNELS = 256
@@ -38,7 +39,7 @@ class SetrUpHead(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-    x = nn.LayerNorm(NORM_EPS, dtype=self.dtype, name="norm")(x)
+    x = LayerNorm(NORM_EPS, dtype=self.dtype, name="norm")(x)
     for i in range(self.num_convs):
       x = ConvModule(self.channels, 3, self.dtype, name=f"up_{i}")(x, train=train)
       if i == self.num_convs - 1:

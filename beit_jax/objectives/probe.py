@@ -43,7 +43,8 @@ from beit_jax.weights.pretrained import Pretrained, fingerprint
 class Probe(base.Objective):
   """Base class: the encoder of the checkpoint `encoder.init_from`, or a random one as `model` says.
 
-  The fields of a loaded encoder come from its checkpoint. `model` then sets only `dtype`.
+  The fields of a loaded encoder come from its checkpoint. `model` then sets only `dtype` and
+  `residual_dtype`.
   """
 
   kind = "probe"
@@ -63,7 +64,8 @@ class Probe(base.Objective):
       fields = encoder_fields(config.model, self.image_size, pretrain=True)
     else:
       fields = self._loaded_encoder.encoder_fields
-    fields |= dict(final_norm=False, use_mask_token=False, drop_path_rate=0.0, dtype=config.model.dtype)
+    fields |= dict(final_norm=False, use_mask_token=False, drop_path_rate=0.0)
+    fields |= {name: config.model[name] for name in ("dtype", "residual_dtype")}
     self.encoder: Any = Beit(**fields)
     self.blocks = list(range(self.encoder.depth))
     self.eval_metrics = ("loss", "acc1", *(f"acc1_{i:02d}" for i in self.blocks))

@@ -153,7 +153,8 @@ def check_same_model(folder: Path, description: dict[str, Any]) -> None:
     return {"kind": text["kind"], **model, **data, **frozen}
 
   old, new = facts(checkpoint.read_description(folder)), facts(description)
-  free = ("remat", "scan", "dtype", "attention", "drop_path_rate")  # none of them changes the parameters
+  # None of these changes the parameters.
+  free = ("remat", "scan", "dtype", "residual_dtype", "attention", "drop_path_rate")
   lines = [
     f"{name.replace('encoder/', '')}: {old.get(name)!r} in the checkpoint, {new.get(name)!r} in the config"
     for name in sorted(old.keys() | new.keys())
@@ -200,7 +201,7 @@ def _data_changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 # Config keys that may change when a run continues: apart from its length, none of them changes what is computed.
 MAY_CHANGE = re.compile(
   r"log_every_steps|profile_steps|total_(steps|epochs)|eval_only|figures|microbatches|(.*\.)?init_from|resume"
-  r"|(mesh|checkpoint|eval)\..*|data\.(workers|threads|data_dir|root|max_bad)|model\.(remat|scan|dtype|attention)"
+  r"|(mesh|checkpoint|eval)\..*|data\.(workers|threads|data_dir|root|max_bad)|model\.(remat|scan|(residual_)?dtype|attention)"
   r"|optimizer\.(max_skipped|ema_decay)|tokenizer\.cache"
 )
 
@@ -265,7 +266,10 @@ def flatten_config(config: dict[str, Any]) -> dict[str, Any]:
 
   Keys that a run of an earlier version lacks get their defaults, which must therefore mean what that version did.
   """
-  return dict(_leaves(_as_json(defaults.plain()))) | dict(_leaves(_as_json(config)))
+  found = dict(_leaves(_as_json(defaults.plain()))) | dict(_leaves(_as_json(config)))
+  if "model.dtype" in found:  # versions without this key had one dtype for both
+    found.setdefault("model.residual_dtype", found["model.dtype"])
+  return found
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -120,7 +120,7 @@ def import_tokenizer(source: lazy.Source, to_foreign_name: Callable[[str], str])
     group_count=count(encoder + r"(group_\d+)\."),
     n_blk_per_group=count(encoder + r"group_1\..*?(block_\d+)\."),
   )
-  fields |= {name: value for name, value in source.fields.items() if name == "dtype"}
+  fields |= {name: value for name, value in source.fields.items() if name in ("dtype", "residual_dtype")}
   has_decoder = to_foreign_name("decoder/input/kernel") in state
   if has_decoder:
     fields["n_init"] = channels("decoder/input/kernel")

@@ -37,6 +37,7 @@ DESCRIBED_FIELDS = (
   "layer_scale_init",
   "weight_init",
   "dtype",
+  "residual_dtype",
   "remat",
   "scan",
   "head_init_scale",
@@ -332,7 +333,7 @@ def _assumed_preprocessing(source: lazy.Source, image_size: tuple[int, int]) -> 
 
 def usual_preprocessing(statistics: dict[str, Any], image_size: tuple[int, int]) -> dict[str, Any]:
   """The preprocessing with which unilm evaluates classifiers, for the given mean and std."""
-  crop_pct = 0.875 if max(image_size) < 384 else 1.0
+  crop_pct = 0.875 if 32 < max(image_size) < 384 else 1.0  # up to 32 pixels unilm neither resizes nor crops
   return {
     **statistics,
     **dict(image_size=image_size, crop_pct=crop_pct, interpolation="bicubic", resize="short_side"),

@@ -174,24 +174,40 @@ def test_an_optimizer_of_another_name_is_refused(name, run, tmp_path):
 def _without_added_keys(path):
   """Removes the keys that earlier versions did not write."""
   text = json.loads(path.read_text())
-  for key in ("optimizer.name", "optimizer.momentum", "data.random_erasing"):
+  for key in ("optimizer.name", "optimizer.momentum", "data.random_erasing", "model.residual_dtype"):
     section, name = key.split(".")
     del text.get("config", text)[section][name]
+  if "module" in text:
+    del text["module"]["encoder"]["residual_dtype"]
   path.write_text(json.dumps(text))
 
 
 def test_a_run_of_an_earlier_version_resumes(run, tmp_path):
-  """A config without `optimizer.name` stands for AdamW."""
+  """A config without `optimizer.name` stands for AdamW, one without `model.residual_dtype` for `model.dtype`."""
   shutil.copytree(run, tmp_path / "run")
   folder = checkpoint.find(tmp_path / "run")
+  description = checkpoint.read_description(folder)
   _without_added_keys(folder / "description.json")
   _without_added_keys(tmp_path / "run" / "config.json")
+  record.check_same_model(folder, description)
   record.check_same_run(folder, _config())
   assert record.finished(_config(), tmp_path / "run")["step"] == 6
   other = _config(**{"optimizer.name": "lion"})
   with pytest.raises(UserError, match="optimizer.name: 'adamw' in the checkpoint, 'lion' in the config"):
     record.check_same_run(folder, other)
   assert record.finished(other, tmp_path / "run") is None
+
+
+def test_a_run_with_another_residual_stream_resumes_and_says_so(run, tmp_path, caplog):
+  """Versions without `model.residual_dtype` had a residual stream in `model.dtype`."""
+  shutil.copytree(run, tmp_path / "run")
+  folder = checkpoint.find(tmp_path / "run")
+  _without_added_keys(folder / "description.json")
+  text = json.loads((folder / "description.json").read_text())
+  text["config"]["model"]["dtype"] = "bfloat16"
+  (folder / "description.json").write_text(json.dumps(text))
+  record.check_same_run(folder, _config(**{"model.dtype": "bfloat16"}))
+  assert "model.residual_dtype: 'bfloat16' in the checkpoint, 'float32' in the config" in caplog.text
 
 
 @pytest.mark.slow

@@ -556,3 +556,9 @@ def test_classifier_at_224_initializes_a_run_at_384(tmp_path, caplog):
     "head/kernel: starts fresh, (24, 8), instead of (24, 5)",
   ):
     assert fact in caplog.text
+
+
+@pytest.mark.parametrize("side, crop_pct", [(32, 1.0), (48, 0.875), (224, 0.875), (384, 1.0)])
+def test_assumed_crop_at_evaluation(side, crop_pct):
+  """unilm resizes and crops at evaluation only above 32 pixels."""
+  assert unilm.usual_preprocessing(unilm.HALF, (side, side))["crop_pct"] == crop_pct
