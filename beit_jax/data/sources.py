@@ -207,11 +207,11 @@ class FolderSource(Source):
 
   def __init__(self, root: str, split: str, label_file: str = ""):
     base = Path(os.path.expanduser(root))
-    if not root or not base.is_dir():
+    if not root or not os.path.isdir(base):
       raise UserError(f"data.root={root!r}: no such folder; set it to the folder that contains the images")
-    match = None if (base / split).is_dir() else SLICE.fullmatch(split)
+    match = None if os.path.isdir(base / split) else SLICE.fullmatch(split)
     name = match[1] if match else split
-    folder = base / name if name and (base / name).is_dir() else base
+    folder = base / name if name and os.path.isdir(base / name) else base
     if name not in ("", "train") and folder == base:
       found = sorted(path.name for path in base.iterdir() if path.is_dir())
       raise UserError(
@@ -244,7 +244,7 @@ class FolderSource(Source):
     try:
       with table.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         rows = [row for row in csv.reader(file) if row]
-    except (OSError, csv.Error) as error:
+    except (OSError, ValueError, csv.Error) as error:
       raise UserError(f"data.label_file: {table} cannot be read ({error})") from None
     known, folder = set(self._files), self._folder
     labels: dict[str, list[str]] = {}  # several rows of one file are one example
@@ -321,11 +321,11 @@ class PairsSource(Source):
 
   def __init__(self, root: str, split: str):
     base = Path(os.path.expanduser(root))
-    match = None if (base / "images" / split).is_dir() else SLICE.fullmatch(split)
+    match = None if os.path.isdir(base / "images" / split) else SLICE.fullmatch(split)
     name = match[1] if match else split
     images, annotations = base / "images" / name, base / "annotations" / name
     for folder in (images, annotations):
-      if not root or not folder.is_dir():
+      if not root or not os.path.isdir(folder):
         raise UserError(
           f"data.root={root!r}: no folder {folder}; expected images/{name} and annotations/{name} in it"
         )

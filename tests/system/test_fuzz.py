@@ -1,8 +1,8 @@
-"""Randomly damaged images, configs and command lines give a result or a `UserError`, within seconds and 1 GiB.
+"""Random folders, damaged images, configs and command lines give a result or a `UserError`, within seconds and 1 GiB.
 
 The full size takes about thirteen minutes, weight files (tests/weights/test_hostile_files.py) included:
 
-    BEIT_FUZZ=5000 BEIT_FUZZ_IMAGES=20000 BEIT_FUZZ_CONFIGS=2000 BEIT_FUZZ_COMMANDS=40 \
+    BEIT_FUZZ=5000 BEIT_FUZZ_IMAGES=20000 BEIT_FUZZ_CONFIGS=2000 BEIT_FUZZ_COMMANDS=40 BEIT_FUZZ_FOLDERS=5000 \
       python -m pytest -n 0 -s tests/system/test_fuzz.py tests/weights/test_hostile_files.py
 
 Each case is a function of its number: `BEIT_FUZZ_FIRST=1234 BEIT_FUZZ_IMAGES=1 pytest -k damaged_images` repeats case
@@ -17,6 +17,7 @@ import json
 import os
 import random
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -34,7 +35,8 @@ from beit_jax import objectives, train
 from beit_jax import step as step_lib
 from beit_jax.config import parse as config_lib
 from beit_jax.config import ranges
-from beit_jax.data import examples, images
+from beit_jax.data import examples, images, listing, sources
+from beit_jax.data.image_files import find_images
 from beit_jax.errors import BadImage, UserError
 from beit_jax.objectives.probe import Knn
 from beit_jax.run import state as train_state
@@ -44,9 +46,9 @@ from tests import tiny
 from tests.conftest import ROOT
 from tests.limits import Limits
 
-IMAGES, CONFIGS, COMMANDS, FIRST = (
+IMAGES, CONFIGS, COMMANDS, FOLDERS, FIRST = (
   int(os.environ.get(f"BEIT_FUZZ_{name}", default))
-  for name, default in (("IMAGES", 300), ("CONFIGS", 60), ("COMMANDS", 3), ("FIRST", 0))
+  for name, default in (("IMAGES", 300), ("CONFIGS", 60), ("COMMANDS", 3), ("FOLDERS", 100), ("FIRST", 0))
 )
 
 
@@ -316,6 +318,148 @@ def test_the_largest_allowed_image_is_decoded_in_less_than_a_gib(mode):
   limits = Limits(f"a large image, {mode}")
   assert _read(random.Random(0), data, limits.case)
   limits.report()
+
+
+# Folders.
+
+STEMS = [
+  "a",
+  "b b",
+  " c",
+  "-d",
+  "é",
+  "e\u0301",
+  "10",
+  "9",
+  "x\ny",
+  "train",
+  "val",
+  os.fsdecode(b"K\xe4se"),
+  "[0:1]",
+]
+HIDDEN = [".a", "._b", ".ipynb_checkpoints", "__MACOSX", "lost+found"]
+ENDINGS = [
+  ".png",
+  ".PNG",
+  ".jpg",
+  ".jfif",
+  ".jpe",
+  ".tif",
+  ".avif",
+  "",
+  "",
+  ".",
+  ".txt",
+  ".csv",
+  ".tar.gz",
+  ".png.bak",
+]
+
+
+def _random_tree(rng, root):
+  """Fills a folder with files, folders, links (also to themselves, to folders above and to nothing) and pipes."""
+  contents = [*(_image(kind) for kind in ("PNG", "JPEG", "TIFF")), b"", b"text", b"P1 text", b"\xff\xd8\xff"]
+  folders, paths = [root], [root]
+  for _ in range(rng.randint(0, 25)):
+    folder = rng.choice(folders)
+    name = rng.choice(HIDDEN if rng.random() < 0.15 else STEMS)
+    kind = rng.choices(["folder", "file", "link", "pipe"], [6, 12, 5, 1])[0]
+    path = folder / (name if kind == "folder" else name + rng.choice(ENDINGS))
+    if os.path.lexists(path) or len(path.parts) - len(root.parts) > 4:
+      continue
+    if kind == "folder":
+      path.mkdir()
+      folders.append(path)
+    elif kind == "file":
+      path.write_bytes(rng.choice(contents))
+    elif kind == "pipe":
+      os.mkfifo(path)
+    else:
+      target = rng.choice([*paths, path, root.parent, root / "nowhere", "relative"])
+      path.symlink_to(os.path.relpath(target, folder) if rng.random() < 0.5 else target)
+    paths.append(path)
+
+
+def _count_leaves(folder, above=()):
+  """Counts what a folder holds, through links: each file, link to nowhere or to a folder above, pipe."""
+  identity, count = os.path.realpath(folder), 0
+  above = above or tuple(map(str, folder.resolve().parents))
+  if identity in above:
+    return 1
+  for name in os.listdir(folder):
+    path = os.path.join(folder, name)
+    hidden = listing.is_metadata(name)
+    if os.path.isdir(path) and not (hidden and os.path.islink(path)):
+      count += sum(len(f) for *_, f in os.walk(path)) if hidden else _count_leaves(path, (*above, identity))
+    else:
+      count += 1
+  return count
+
+
+def _left_out(text):
+  """Adds up the lines of the log, or of an error, about files that are left out."""
+  reasons = [listing.HIDDEN, listing.OTHER, listing.BROKEN, listing.LOOP, listing.SPECIAL, sources.UNNAMED]
+  return sum(map(int, re.findall(rf"(\d+) (?:{'|'.join(map(re.escape, reasons))}) left out", text)))
+
+
+def _random_label_file(rng, root, names):
+  rows = []
+  for name in rng.sample(names, rng.randint(0, len(names))):
+    name = rng.choice([name, f"./{name}", f"{root}/{name}", name.replace("/", "\\"), f'"{name}"'])
+    rows.append(",".join([name, *rng.choices(["x", "y", " ", "é", ""], k=rng.randint(0, 3))]))
+  data = "\n".join(rows).encode(errors="surrogateescape")
+  if rng.random() < 0.3:
+    data += rng.choice([b"\0", b'"', b"\xff\xfe,a", b"gone.png,x", b";", b"\n,\n", b"../../x.png,y"])
+  (root / "labels.csv").write_bytes(data)
+
+
+def _result(make):
+  """(what `make` returns, the text of the error)."""
+  try:
+    return make(), ""
+  except UserError as error:
+    return None, str(error)
+
+
+def _check_folder(rng, root, caplog):
+  """Reads a random tree in every way; returns the number of images."""
+  _random_tree(rng, root)
+  caplog.clear()
+  source, error = _result(lambda: sources.FolderSource(str(root), ""))
+  used = [source[i]["file"] for i in range(len(source))] if source else []
+  assert len(used) + _left_out(caplog.text + error) == _count_leaves(root), (caplog.text, error)
+  assert used == [str(path) for path in _result(lambda: find_images([str(root)]))[0] or []]
+  if source is None:
+    return 0
+  json.dumps([source.description, source.class_names, list(source.listing())])
+  for i in range(len(source)):
+    with contextlib.suppress(BadImage):
+      examples.decode(examples.read(source, i), i).pixels()
+  parts = [_result(lambda: sources.FolderSource(str(root), part))[0] for part in ("[30%:]", "[:30%]")]  # noqa: B023
+  assert sorted(used) == sorted(part[i]["file"] for part in parts if part for i in range(len(part)))
+  for split in ("train", "val", "a", "10[1:]", "\0", "x" * 300, "[5:1]"):
+    _result(lambda: sources.FolderSource(str(root), split))  # noqa: B023
+    _result(lambda: sources.PairsSource(str(root), split))  # noqa: B023
+  _random_label_file(rng, root, [os.path.relpath(path, root) for path in used])
+  caplog.clear()
+  labeled, error = _result(lambda: sources.FolderSource(str(root), "", "labels.csv"))
+  assert labeled is None or len(labeled) + _left_out(caplog.text) == _count_leaves(root) - 1
+  assert labeled or "data.label_file" in error
+  return len(used)
+
+
+def test_random_folders_are_read_or_rejected(tmp_path, caplog):
+  """No traceback, and the log accounts for every file."""
+  caplog.set_level("INFO", "beit_jax")
+  limits, found = Limits("folders"), 0
+  for i in range(FIRST, FIRST + FOLDERS):
+    root = tmp_path / str(i) / "data"
+    root.mkdir(parents=True)
+    with limits.case(f"{i}"):
+      found += _check_folder(random.Random(f"folders {i}"), root, caplog)
+    shutil.rmtree(root.parent)
+  limits.report(images=found)
+  assert FOLDERS < 100 or found > FOLDERS
 
 
 # Configs.
