@@ -285,7 +285,7 @@ class _Loop:
     self._description, self._saver, self._best, self._watch = description, saver, best, watch
     self._start_step = start_step
     self.bad_images = BadImageTracker(
-      plan.source, config.data.max_bad, _bad_images_file(workdir, jax.process_index())
+      plan.source, config.data.max_bad, _bad_images_file(workdir, jax.process_index()), reader=plan.reader
     )
     # An evaluation at the step that was restored may have been interrupted.
     self._redo_evaluation = start_step > 0 and self._evaluates_at(start_step)

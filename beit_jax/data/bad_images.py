@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from beit_jax.data.examples import read_error
+from beit_jax.data.examples import Reader, read_error
 from beit_jax.data.sources import Source
 from beit_jax.errors import UserError
 from beit_jax.run.files import read_json_lines
@@ -35,15 +35,25 @@ class BadImageTracker:
     max_share: allowed share of all examples.
     path: a JSON line {"index", "reason"} is appended for each bad example; existing lines are read back.
     shuffled: whether the order is random. If not, as in evaluation, damaged examples may lie close together.
+    reader: what reads the examples, if it finds more wrong than a file that cannot be decoded.
 
   Attributes:
     reasons: index -> reason, of every bad example found so far, including earlier starts.
   """
 
-  def __init__(self, source: Source, max_share: float, path: Path | None = None, *, shuffled: bool = True):
+  def __init__(
+    self,
+    source: Source,
+    max_share: float,
+    path: Path | None = None,
+    *,
+    shuffled: bool = True,
+    reader: Reader | None = None,
+  ):
     if not 0 <= max_share <= 1:
       raise UserError(f"config key 'data.max_bad': {max_share} must lie in [0, 1]")
     self._source, self._max_share, self._path, self._shuffled = source, max_share, path, shuffled
+    self._reader = reader
     self._file = None if path is None else bucket.local(path)
     self._seen = 0
     self._replaced_at: dict[int, int] = {}  # index -> examples seen when it was last replaced
@@ -96,7 +106,7 @@ class BadImageTracker:
       )
 
   def _add(self, index: int) -> None:
-    reason = read_error(self._source, index)
+    reason = read_error(self._source, index, self._reader)
     self.reasons[index] = reason
     if len(self.reasons) <= MAX_LOGGED:
       log.warning("replaced by another example: %s", reason)

@@ -97,18 +97,31 @@ def class_colors(chosen: str | Sequence[Any], count: int) -> np.ndarray:
   Raises:
     ValueError: `chosen` is none of these; the message says what is wrong.
   """
-  if isinstance(chosen, str) and chosen and chosen not in PALETTES:
+  if not chosen:
+    return palette(count)
+  colors = as_colors(chosen)
+  if len(colors) != count:
+    raise ValueError(f"{len(colors)} colors for {count} classes")
+  return colors
+
+
+def as_colors(chosen: str | Sequence[Any]) -> np.ndarray:
+  """The colors of a palette, uint8 [n, 3].
+
+  Args:
+    chosen: a name in `PALETTES`, or (red, green, blue) triples in 0 to 255.
+
+  Raises:
+    ValueError: it is neither of these.
+  """
+  if isinstance(chosen, str) and chosen not in PALETTES:
     raise ValueError(f"{chosen!r} is unknown; known palettes are {', '.join(map(repr, PALETTES))}")
-  colors = PALETTES[chosen] if isinstance(chosen, str) and chosen else chosen
+  colors = PALETTES[chosen] if isinstance(chosen, str) else chosen
   if not isinstance(colors, str | Sequence):
     raise ValueError(f"{colors!r} is neither a name nor a list of colors")
-  if not colors:
-    return palette(count)
   for color in colors:
     if not (isinstance(color, Sequence) and len(color) == 3 and all(map(_is_byte, color))):
       raise ValueError(f"{color!r} is not a color; expected (red, green, blue) from 0 to 255")
-  if len(colors) != count:
-    raise ValueError(f"{len(colors)} colors for {count} classes")
   return np.array(colors, np.uint8)
 
 

@@ -3,13 +3,14 @@
 import contextlib
 import time
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from beit_jax.data import images
+from beit_jax.data.label_maps import decode_labels
 from beit_jax.data.sources import Example, Source
-from beit_jax.errors import BadImage, UserError
+from beit_jax.errors import BadImage
 
 HostBatch = dict[str, np.ndarray]
 MAX_FIRST = 8  # examples among which `check_first` looks for one that is not damaged
@@ -89,42 +90,16 @@ def label_map_name(example: Example, index: int) -> str:
   return str(example.get("label_file", example.get("file", f"example {index}")))
 
 
-def decode_labels(encoded: Any, name: str) -> np.ndarray:
-  """Decodes a label map.
-
-  Args:
-    encoded: bytes, or an integer array [H, W] or [H, W, 1].
-    name: names the label map in errors.
-
-  Returns:
-    uint8 or int32 [H, W], the values as stored.
-
-  Raises:
-    BadImage: the label map cannot be decoded.
-    UserError: it has colors instead of class numbers.
-  """
-  if not isinstance(encoded, bytes):
-    array = np.asarray(encoded)
-    return array[..., 0] if array.ndim == 3 else array
-  with images.decoding(f"{name}: the label map"):
-    image = images.open_image(encoded)
-  if image.mode not in ("L", "P", "1", "I", "I;16"):  # known from the header: its pixels need not be decoded
-    raise UserError(
-      f"{name}: the label map is a color image (mode {image.mode}); expected one channel of class numbers (an 8-bit "
-      "gray or palette PNG)"
-    )
-  with images.decoding(f"{name}: the label map"):
-    image.load()
-  return np.asarray(image).astype(np.int32 if image.mode.startswith("I") else np.uint8, copy=False)
-
-
-def read_error(source: Source, index: int) -> str:
-  """Returns the reason why an example cannot be read, which names the file or the example."""
+def read_error(source: Source, index: int, reader: Reader | None = None) -> str:
+  """Returns the reason why an example cannot be read, or not by `reader`; it names the file or the example."""
   try:
-    example = source[index]
-    decode(example, index).pixels()
+    example = {**source[index], "index": index}
+    image = decode(example, index)
+    image.pixels()
     if "label_map" in example:
       decode_labels(example["label_map"], label_map_name(example, index))
+    if reader is not None:
+      reader.eval(image, example)
   except (BadImage, OSError) as error:
     return str(error)
   return f"example {index}: could not be read before, or when its tokens were cached; now it can"

@@ -113,6 +113,15 @@ def relabel(source: Source, class_names: Sequence[str], *, same_names: bool = Tr
   return _Relabeled(source, names)
 
 
+def check_order(theirs: Sequence[str], ours: Sequence[str]) -> None:
+  """Raises a UserError if a checkpoint has the classes of the data in another order."""
+  if list(theirs) != list(ours) and sorted(theirs) == sorted(ours):
+    raise UserError(
+      f"init_from: the checkpoint has the same classes as the data in another order ({theirs[0]!r} is class 0 there, "
+      f"{ours[0]!r} here)"
+    )
+
+
 def listed(names: Sequence[str], limit: int = 10) -> str:
   """Names for a message; of a longer list the first ones and the number of the others."""
   more = f" and {len(names) - limit} others" if len(names) > limit else ""

@@ -5,17 +5,20 @@ ratio, a crop that no single class may fill (`cat_max_ratio`), flip, photometric
 always resized with "nearest".
 """
 
+import contextlib
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from beit_jax.data import images
-from beit_jax.data.examples import HostBatch, decode, decode_labels, label_map_name, read
+from beit_jax.data import drawing, images
+from beit_jax.data.examples import HostBatch, decode, label_map_name, read
+from beit_jax.data.label_maps import decode_labels
 from beit_jax.data.sources import Example, Source
-from beit_jax.errors import UserError
+from beit_jax.errors import BadImage, UserError
 
 IGNORE = 255  # of a label map as the loss and the metrics see it
+MAX_ZERO = 200  # label maps of 0 only in which `check_not_only_255` looks for a 255
 
 
 def to_classes(
@@ -36,8 +39,8 @@ def to_classes(
   Raises:
     UserError: a stored value is not a class.
   """
-  ignored = (labels == IGNORE) | (labels == ignore_label)
-  classes = labels.astype(np.int32)
+  ignored: np.ndarray = (labels == IGNORE) | (labels == ignore_label)
+  classes: np.ndarray = labels.astype(np.int64 if labels.dtype.itemsize > 2 else np.int32)
   if reduce_zero_label:
     ignored |= labels == 0
     classes = classes - 1
@@ -149,6 +152,7 @@ class LabelMapReader:
       )
     self._rule = {name: segment[name] for name in ("reduce_zero_label", "ignore_label")}
     self._rule["num_classes"] = num_classes
+    self._colors = drawing.as_colors(segment["palette"]) if segment.get("label_colors") else None
     self._fill = tuple(int(255 * m + 0.5) for m in data["mean"])
 
   def labels(self, example: Example, image: images.LazyImage, index: int) -> np.ndarray:
@@ -162,17 +166,28 @@ class LabelMapReader:
       UserError: its size is not the image's, or a value is not a class; names the file.
     """
     name = label_map_name(example, index)
-    labels = decode_labels(example["label_map"], name)
-    width, height = image.size
-    if labels.shape != (height, width):
-      raise UserError(
-        f"{name}: the label map is {labels.shape[1]}x{labels.shape[0]} pixels, its image {width}x{height}"
+    return to_classes(self.stored(example, index, image.size), name, **self._rule)
+
+  def stored(self, example: Example, index: int, size: tuple[int, int] | None = None) -> np.ndarray:
+    """Decodes the values stored in a label map; those of colors are their positions in the palette."""
+    name = label_map_name(example, index)
+    if example.get("label_map") is None:
+      raise UserError(f"{name}: no label map; this objective needs one for every image (data.label_key)")
+    return decode_labels(example["label_map"], name, size=size, colors=self._colors)
+
+  def _labelled(self, example: Example, image: images.LazyImage, index: int) -> np.ndarray:
+    """`labels`; raises `BadImage` if no pixel has a class, since such a map teaches nothing."""
+    labels = self.labels(example, image, index)
+    if (labels == IGNORE).all():
+      raise BadImage(
+        f"{label_map_name(example, index)}: no pixel of the label map has a class (255, segment.ignore_label and, with "
+        "segment.reduce_zero_label, 0 are ignored)"
       )
-    return to_classes(labels, name, **self._rule)
+    return labels
 
   def train(self, image: images.LazyImage, example: Example, key: tuple[int, ...]) -> HostBatch:
     rng, s = np.random.default_rng((*key, 2)), self._segment
-    labels = self.labels(example, image, example.get("index", key[-1]))
+    labels = self._labelled(example, image, example.get("index", key[-1]))
     factor = rng.uniform(*s["resize_ratio"])
     size = rescale_size(image.size, tuple(side * factor for side in s["resize"]))
     pixels, labels = self._resize(image, labels, size)
@@ -187,7 +202,7 @@ class LabelMapReader:
 
   def eval(self, image: images.LazyImage, example: Example) -> HostBatch:
     """Crops the center after the resize of evaluation. For figures; `objectives/sliding.py` evaluates full images."""
-    labels = self.labels(example, image, example.get("index", 0))
+    labels = self._labelled(example, image, example.get("index", 0))
     size = rescale_size(image.size, self._segment["resize"])
     pixels, labels = self._resize(image, labels, size)
     top, left = (max((side - limit) // 2, 0) for side, limit in zip(labels.shape, self._size, strict=True))
@@ -209,6 +224,29 @@ class LabelMapReader:
     image[: pixels.shape[0], : pixels.shape[1]] = pixels
     padded[: labels.shape[0], : labels.shape[1]] = labels
     return {"image": image, "label_map": padded}
+
+
+def check_not_only_255(source: Source, reader: LabelMapReader) -> None:
+  """Finds sets whose objects are stored as 255, which is ignored.
+
+  Reads label maps up to the first that holds another value than 0 and 255: in a good set one or a few. If there is no
+  255 among the first `MAX_ZERO`, which then hold 0 only, it stops too.
+
+  Raises:
+    UserError: all label maps hold only 0 and 255.
+  """
+  found: set[int] = set()
+  for index in range(len(source)):
+    with contextlib.suppress(BadImage):
+      found.update(np.unique(reader.stored(read(source, index), index)).tolist())
+    if found - {0, IGNORE} or (index >= MAX_ZERO and IGNORE not in found):
+      return
+  if IGNORE in found:
+    raise UserError(
+      f"{source.description}: all {len(source)} label maps hold only the values {sorted(found)}, and 255 is ignored, "
+      "so that at most one class is left. If 255 is a class, store it as 1, or set segment.label_colors=true, "
+      "segment.palette=((0,0,0),(255,255,255)) and data.num_classes=2"
+    )
 
 
 def read_full_size(source: Source, reader: LabelMapReader, index: int) -> tuple[np.ndarray, np.ndarray]:

@@ -22,6 +22,7 @@ from beit_jax.errors import BadImage, UserError
 from beit_jax.runtime import bucket
 
 SLICE = re.compile(r"(.*)\[(\d+%?)?:(\d+%?)?\]")  # "train[10%:]", as in TFDS
+MAP_ENDINGS = (".png", ".bmp", ".tif", ".tiff")  # of label maps; other formats do not keep every value
 UNNAMED = "images that the label file does not name"
 
 Example = dict[str, Any]
@@ -314,7 +315,7 @@ def _named_file(name: str, folder: str, known: set[str]) -> str | None:
 
 
 class PairsSource(Source):
-  """Images and label maps in two folders: `root/{images,annotations}/<split>/NAME.{jpg,png}`, as in SceneParse150.
+  """Images and label maps in two folders: `root/{images,annotations}/<split>/NAME.*`, as in SceneParse150.
 
   A split "NAME[10%:]" is a part of a folder, as in `FolderSource`.
   """
@@ -334,10 +335,8 @@ class PairsSource(Source):
     listing.log_report()
     indices = _slice(listing.files, split if match else "")
     self._images = [images / listing.files[i] for i in indices]
-    self._maps = [annotations / path.relative_to(images).with_suffix(".png") for path in self._images]
-    missing = [path for path in self._maps if not path.is_file()]
-    if missing:
-      raise UserError(f"{missing[0]}: missing; {len(missing)} of {len(self._maps)} images have no annotation")
+    label_maps = _label_maps(listing.files, annotations)
+    self._maps = [annotations / label_maps[i] for i in indices]
     count = len(self._images)
     self.description = {"source": "pairs", "root": str(base), "split": split, "num_examples": count}
 
@@ -355,6 +354,25 @@ class PairsSource(Source):
       "label_map": label_map.read_bytes(),
       "label_file": str(label_map),
     }
+
+
+def _label_maps(images: list[str], annotations: Path) -> list[str]:
+  """The label map of each image: the file of the same name with one of `MAP_ENDINGS`, the first that is there."""
+  listing = list_images(annotations, f"data.root={annotations}")
+  found: dict[str, str] = {}
+  for ending in reversed(MAP_ENDINGS):
+    found |= {path[: -len(ending)]: path for path in listing.files if path.lower().endswith(ending)}
+  stems = [os.path.splitext(path)[0] for path in images]
+  missing = [stem for stem in stems if stem not in found]
+  if missing:
+    raise UserError(
+      f"{annotations / missing[0]}.png: missing; {len(missing)} of {len(images)} images have no annotation; label maps "
+      f"have the names of their images and end in {', '.join(MAP_ENDINGS)}"
+    )
+  for path in set(listing.files) - {found[stem] for stem in stems}:
+    listing.leave_out("files that are the label map of no image", path)
+  listing.log_report()
+  return [found[stem] for stem in stems]
 
 
 class ShapesSource(Source):

@@ -12,6 +12,7 @@ from beit_jax import augment, losses, metrics
 from beit_jax.config import ranges
 from beit_jax.config.defaults import OptionalOf
 from beit_jax.data import drawing, views
+from beit_jax.data.labels import check_order
 from beit_jax.data.sources import Source
 from beit_jax.errors import UserError
 from beit_jax.models.beit import BeitForImageClassification
@@ -185,11 +186,7 @@ class Classification(EncoderObjective):
     if self.config.eval_only and pretrained.spec.has_classes:
       _check_comparable(pretrained, self.source)
     labels, ours = list(pretrained.description.get("labels") or ()), list(self.source.class_names)
-    if labels != ours and sorted(labels) == sorted(ours):
-      raise UserError(
-        f"init_from: the checkpoint has the same classes as the data in another order ({labels[0]!r} is class 0 there, "
-        f"{ours[0]!r} here)"
-      )
+    check_order(labels, ours)
     if len(labels) == len(ours) and labels != ours:  # the reference, too, compares shapes only
       log.info(
         "head: kept, though its classes are called %s, ... and those of the data %s, ...", labels[0], ours[0]

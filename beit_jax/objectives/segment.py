@@ -20,6 +20,7 @@ from beit_jax.config.defaults import EitherOf, OptionalOf
 from beit_jax.config.parse import pair
 from beit_jax.data import drawing, segmentation
 from beit_jax.data.bad_images import BadImageTracker
+from beit_jax.data.labels import check_order, listed
 from beit_jax.data.sources import Source
 from beit_jax.errors import BadImage, UserError
 from beit_jax.models.resampling import resize_bilinear
@@ -28,7 +29,9 @@ from beit_jax.objectives import base, sliding
 from beit_jax.objectives.base import Array, Batch, EvalOutput, Loader, LossOutput, Metric, PyTree, Variables
 from beit_jax.objectives.encoder import EncoderObjective, encoder_fields, head_schema
 from beit_jax.runtime import sharding
+from beit_jax.runtime.logs import log
 from beit_jax.weights import io as weights_io
+from beit_jax.weights.pretrained import Pretrained
 
 
 class Segmentation(EncoderObjective):
@@ -62,8 +65,11 @@ class Segmentation(EncoderObjective):
       raise UserError(
         "config key 'data.num_classes': label maps do not say how many classes there are; set it"
       )
-    if self.num_classes >= segmentation.IGNORE:
-      raise UserError(f"config key 'data.num_classes': {self.num_classes} must lie in [1, 254]")
+    if not 2 <= self.num_classes < segmentation.IGNORE:
+      raise UserError(
+        f"config key 'data.num_classes': {self.num_classes} must lie in [2, 254]; with one class every pixel is right "
+        "whatever the model predicts, so the background counts as a class"
+      )
     self.class_names, self.colors = _names_and_colors(options, source, self.num_classes)
     self.module = self.make_module(config.model, self.image_size, self.num_classes)
     self.stride = pair(options.stride, "segment.stride") if options.stride else self.image_size
@@ -107,6 +113,7 @@ class Segmentation(EncoderObjective):
         programs=8,  # at most so many are compiled for images of any number of sizes
         class_names=(),  # of all classes, in order; () = those of the data set
         palette=EitherOf((str, tuple), ()),  # "camvid", or (red, green, blue) of all classes; () = made up
+        label_colors=False,  # label maps have the colors of the palette, whose positions are the stored values
       ),
     )
 
@@ -189,9 +196,24 @@ class Segmentation(EncoderObjective):
     # One program a bucket and scale, and one a bucket for the histogram: eight in all for one scale.
     for part in sliding.buckets(list(sizes.values()), programs):
       histogram += self._evaluate_bucket(variables, source, reader, known[part], sizes, scales, mesh)
+    self._log_occurring(histogram[2] > 0, source)
     found = metrics.mean_iou(*histogram.astype(np.float64))
     rows = {"IoU": found.pop("IoU"), "Acc": found.pop("Acc"), "labelled": histogram[2]}
     return found, rows
+
+  def _log_occurring(self, occurs: np.ndarray, source: Source) -> None:
+    """Logs which classes the label maps lack; raises a UserError if they have none."""
+    if not occurs.any():
+      raise UserError(
+        f"{source.description}: no pixel has a class (255, segment.ignore_label and, with segment.reduce_zero_label, 0 "
+        "are ignored), so there is nothing to measure"
+      )
+    absent = [name for name, there in zip(self._names(), occurs, strict=True) if not there]
+    text = f"; absent: {listed(absent)}" if absent else ""
+    log.info("%d of %d classes occur in the label maps%s", occurs.sum(), len(occurs), text)
+
+  def _names(self) -> tuple[str, ...]:
+    return self.class_names or tuple(map(str, range(self.num_classes)))
 
   def _evaluate_bucket(
     self,
@@ -241,8 +263,7 @@ class Segmentation(EncoderObjective):
 
   def report(self, rows: dict[str, np.ndarray], results: dict[str, float], folder: Path) -> list[Path]:
     table: list[tuple[Any, ...]] = [("class", "IoU", "Acc", "pixels")]
-    names = self.class_names or tuple(map(str, range(self.num_classes)))
-    table += list(zip(names, rows["IoU"], rows["Acc"], rows["labelled"], strict=True))
+    table += list(zip(self._names(), rows["IoU"], rows["Acc"], rows["labelled"], strict=True))
     return [metrics.write_csv(folder / "per_class.csv", table)]
 
   def figures(self, variables: Variables, frozen: PyTree, batch: Batch) -> dict[str, np.ndarray]:
@@ -259,6 +280,14 @@ class Segmentation(EncoderObjective):
       "label map": drawing.overlay(image, label, self.colors),
     }
     return {"segmentation": drawing.labeled_rows(rows)}
+
+  def check_source(self, source: Source) -> None:
+    super().check_source(source)
+    segmentation.check_not_only_255(source, self.reader())
+
+  def adapt(self, pretrained: Pretrained, shapes: PyTree) -> dict[str, Any]:
+    check_order(pretrained.description.get("labels") or (), self.class_names)
+    return super().adapt(pretrained, shapes)
 
   def load_collections(self, path: str) -> Variables:
     return weights_io.load(path).collections
@@ -287,10 +316,28 @@ def _names_and_colors(options: Any, source: Any, count: int) -> tuple[tuple[str,
     )
   own = source.map_class_names
   try:
-    colors = drawing.class_colors(options.palette, count)
+    if options.label_colors:
+      colors = _colors_of_classes(options, count)
+    else:
+      colors = drawing.class_colors(options.palette, count)
   except ValueError as error:
     raise UserError(f"config key 'segment.palette': {error}") from None
   return names or (own if len(own) == count else ()), colors
+
+
+def _colors_of_classes(options: Any, count: int) -> np.ndarray:
+  """The part of the palette that belongs to the classes, uint8 [C, 3], where label maps have its colors."""
+  found, first = drawing.as_colors(options.palette), int(options.reduce_zero_label)
+  wanted = first + count
+  if len(found) not in (wanted, wanted + (options.ignore_label == wanted)):
+    raise ValueError(
+      f"{len(found)} colors for {count} classes; with segment.label_colors there is one for each value: "
+      f"{'0, which is ignored, and then ' * first}the classes, and possibly one more, whose position is "
+      f"segment.ignore_label={wanted}"
+    )
+  if len(np.unique(found, axis=0)) < len(found):
+    raise ValueError("two classes have the same color, so label maps cannot tell them apart")
+  return found[first:wanted]
 
 
 def _default_out_indices(depth: int) -> tuple[int, ...]:
