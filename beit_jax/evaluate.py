@@ -17,7 +17,7 @@ from beit_jax.data.bad_images import BadImageTracker
 from beit_jax.errors import UserError
 from beit_jax.objectives import OBJECTIVES, EvalOutput, Objective
 from beit_jax.objectives.base import Batch, PyTree, Variables
-from beit_jax.run import checkpoint, files
+from beit_jax.run import checkpoint, files, record
 from beit_jax.runtime import bucket, sharding
 from beit_jax.runtime.logs import log
 from beit_jax.weights import io as weights_io
@@ -84,17 +84,21 @@ def evaluate_all(
   return metrics, rows
 
 
+def class_names_of_run(config: ConfigDict, workdir: Path | None) -> tuple[str, ...]:
+  """The classes of the run that goes on, or starts from another; () if there is none."""
+  try:
+    return tuple(describe_run(workdir, config.resume, config.init_from).get("labels") or ())
+  except UserError:  # the checkpoint is damaged; `train` decides what follows
+    return ()
+
+
 def train_source(config: ConfigDict, workdir: Path | None) -> sources.Source:
   """The training data.
 
   Versions up to 0.1 sorted numbers as text ("10" before "2"). The classes of a run that goes on, or of the run in
   `init_from`, therefore keep the numbers that it gave them.
   """
-  source = sources.make_source(config.data.to_dict())
-  try:
-    names = describe_run(workdir, config.resume, config.init_from).get("labels") or ()
-  except UserError:  # the checkpoint is damaged; `train` decides what follows
-    return source
+  source, names = sources.make_source(config.data.to_dict()), class_names_of_run(config, workdir)
   return labels.relabel(source, names) if sorted(names) == sorted(source.class_names) else source
 
 
@@ -194,6 +198,8 @@ def evaluate_only(config: ConfigDict, workdir: Path, name: str, mesh: jax.shardi
     source = eval_source(config, tuple(own_source.class_names))
   if source is None:
     raise UserError("config key 'eval.split': empty, so there is nothing to evaluate on; name a split")
+  parts = {"training": None if kind.trains else own_source, "evaluation": source}
+  record.check_same_sources(name, config.eval.batch_size, parts)
   objective = kind(config, own_source)
   objective.check_source(source)
   variables, path = _load_variables(config, objective, workdir, mesh, loaded)

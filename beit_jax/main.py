@@ -46,6 +46,7 @@ def _main(argv: list[str]) -> int:
     check_buckets(config.to_dict())
     logs.setup(folder)
     distributed.check_shared("--workdir", folder)
+    record.check_same_config(config)
     logs.only_file(record.environment())
     logging.captureWarnings(True)
     chosen = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]  # options are defined at run time
@@ -104,10 +105,11 @@ def check_buckets(tree: dict[str, Any], prefix: str = "") -> None:
 
 def run_stages(config: ConfigDict, folder: Path) -> None:
   """Runs each stage in its own sub-folder and writes the summary table."""
+  runs = [stage for stage in stages.resolve(config, folder) if not stage.is_replaced]
+  data = train.check_stages(runs)
   results = {
-    stage.name: train.run(stage.config, stage.folder, stage.name)
-    for stage in stages.resolve(config, folder)
-    if not stage.is_replaced
+    stage.name: train.run(stage.config, stage.folder, stage.name, data.pop(stage.name, None))
+    for stage in runs
   }
   if jax.process_index() != 0:
     return

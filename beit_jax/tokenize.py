@@ -71,6 +71,7 @@ def tokenize(
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
   with jax.set_mesh(mesh), exclusive_lock(out):
     source = sources.make_source(config.data.to_dict())
+    record.check_same_sources("tokenize", config.batch_size, {"training": source})
     objective = MaskedImageModeling(config, source)
     if epochs is None:
       steps = parse.duration(config, "total", len(source) // config.batch_size)
@@ -223,6 +224,7 @@ def main(argv: list[str]) -> int:
     out = Path(os.path.expanduser(flags.out))
     logs.setup(out)
     distributed.check_shared("--out", out)
+    record.check_same_config(config)
     logs.only_file(record.environment())
     logging.captureWarnings(True)
     words = [*rest, f"--out={flags.out}", *([f"--stage={flags.stage}"] if flags.stage else [])]

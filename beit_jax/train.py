@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,8 +27,9 @@ from beit_jax.data import pipeline, sources
 from beit_jax.data.bad_images import BadImageTracker
 from beit_jax.data.examples import Reader
 from beit_jax.errors import TransientError, UserError
-from beit_jax.objectives import OBJECTIVES, Objective
+from beit_jax.objectives import OBJECTIVES, Objective, stages
 from beit_jax.objectives.base import Batch, Loader, PyTree, check_size
+from beit_jax.objectives.stages import Stage
 from beit_jax.run import checkpoint, record
 from beit_jax.run import state as train_state
 from beit_jax.run.best import Best
@@ -39,7 +40,7 @@ from beit_jax.run.profiling import Trace
 from beit_jax.run.state import TrainState
 from beit_jax.runtime import bucket, distributed, preemption, sharding
 from beit_jax.runtime.lock import exclusive_lock
-from beit_jax.runtime.logs import log, only_file
+from beit_jax.runtime.logs import log, only_file, silent
 from beit_jax.step import make_optimizer, make_schedules, make_train_step
 from beit_jax.weights import io as weights_io
 
@@ -48,13 +49,26 @@ FIGURE_EXAMPLES = 16
 BARRIER_SECONDS = 1800
 
 
-def run(config: ConfigDict, workdir: Path, name: str = "") -> dict[str, Any]:
+class Data(NamedTuple):
+  """The data of a run.
+
+  Attributes:
+    source: the training data.
+    eval_source: the data of `eval.split`, or None.
+  """
+
+  source: sources.Source
+  eval_source: sources.Source | None
+
+
+def run(config: ConfigDict, workdir: Path, name: str = "", data: Data | None = None) -> dict[str, Any]:
   """Runs a complete config in `workdir`, continuing where an earlier call with the same folder stopped.
 
   Args:
     config: a complete config without stages.
     workdir: the run's folder.
     name: what the log calls the run; default: the folder's name.
+    data: of `make_data`, if it is there already.
 
   Returns:
     The content of workdir/result.json: step, seconds of this call, `first` and `last` training metrics, `eval` metrics,
@@ -70,18 +84,124 @@ def run(config: ConfigDict, workdir: Path, name: str = "") -> dict[str, Any]:
     log.info("%s: finished earlier, step %d (%s)", name, finished["step"], workdir / record.RESULT)
     return finished
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+  with _user_errors_of_files(workdir), jax.set_mesh(mesh):
+    if config.eval_only or not OBJECTIVES[config.objective].trains:
+      return evaluation.evaluate_only(config, workdir, name, mesh)
+    workdir.mkdir(parents=True, exist_ok=True)
+    with exclusive_lock(workdir), preemption.Watch() as watch:
+      return _train(config, workdir, name, mesh, watch, data)
+
+
+@contextlib.contextmanager
+def _user_errors_of_files(workdir: Path) -> Iterator[None]:
   try:
-    with jax.set_mesh(mesh):
-      if config.eval_only or not OBJECTIVES[config.objective].trains:
-        return evaluation.evaluate_only(config, workdir, name, mesh)
-      workdir.mkdir(parents=True, exist_ok=True)
-      with exclusive_lock(workdir), preemption.Watch() as watch:
-        return _train(config, workdir, name, mesh, watch)
+    yield
   except bucket.errors(OSError) as error:
     what = f"{getattr(error, 'filename', None) or workdir}: {getattr(error, 'strerror', None) or error}"
     raise (TransientError if bucket.is_transient(error) else UserError)(
       f"{what}. Complete checkpoints in {workdir} are kept; fix this, then give the same command again"
     ) from error
+
+
+def make_data(config: ConfigDict, workdir: Path | None = None, name: str = "run") -> Data:
+  """Opens the data of a run that trains.
+
+  Args:
+    config: a complete config.
+    workdir: the run's folder, whose checkpoints number the classes of the training data.
+    name: the run in messages.
+
+  Raises:
+    UserError: the data cannot be used, or differ between the processes of the run.
+  """
+  source = evaluation.train_source(config, workdir)
+  data = Data(source, evaluation.eval_source(config, tuple(source.class_names)))
+  record.check_same_sources(name, config.batch_size, {"training": source, "evaluation": data.eval_source})
+  return data
+
+
+def check_examples(objective: Objective, data: Data) -> None:
+  """Looks at the first examples of training and evaluation; see `Objective.check_source`."""
+  for source in data:
+    if source is not None:
+      objective.check_source(source)
+
+
+def check_stages(runs: Sequence[Stage]) -> dict[str, Data]:
+  """Validates every stage before the first one starts, so that no mistake in a later one appears after days.
+
+  The results of earlier stages are stand-ins, which have shapes; nothing is computed.
+
+  Returns:
+    Stage -> its data, for `run`. Stages that have finished, or train nothing, are left out.
+
+  Raises:
+    UserError: a stage cannot run.
+  """
+  found: dict[str, Data] = {}
+  made: dict[str, Data] = {}
+  for stage in runs:
+    config, mesh = stage.config, sharding.make_mesh(stage.config.mesh.data, stage.config.mesh.fsdp)
+    if config.eval_only or record.finished(config, stage.folder) is not None:
+      continue
+    names = evaluation.class_names_of_run(config, stage.folder)
+    key = json.dumps([config.data.to_dict(), config.eval.to_dict(), config.batch_size, names], default=str)
+    with _user_errors_of_files(stage.folder), jax.set_mesh(mesh):
+      data = made[key] = made.get(key) or make_data(config, stage.folder, stage.name)
+      with silent():
+        _check_stage(stage, mesh, data)
+    if stage.objective.trains:
+      found[stage.name] = data
+  return found
+
+
+def _check_stage(stage: Stage, mesh: jax.sharding.Mesh, data: Data) -> None:
+  load = stages.loader(stage.uses.values()) if stage.uses else None
+  if stage.objective.trains:
+    objective = prepare(stage.config, mesh, data, load).objective
+    check_start(stage, objective)
+  else:
+    objective = stage.objective(stage.config, data.source, load)
+  check_examples(objective, data)
+
+
+def check_start(stage: Stage, objective: Objective) -> str:
+  """Checks that a run without checkpoints of its own can start from what `resume` or `init_from` names.
+
+  Args:
+    stage: the run; the models of the stages in `stage.uses` are stand-ins.
+    objective: its objective.
+
+  Returns:
+    What it starts with; "" for fresh parameters, or if there are checkpoints.
+
+  Raises:
+    UserError: it cannot start from that.
+  """
+  config = stage.config
+  key = "resume" if config.resume else "init_from"
+  path, earlier = config[key], stage.uses.get(key)
+  if not path or checkpoint.steps(stage.folder / "checkpoints"):
+    return ""
+  if key == "resume":
+    if earlier is not None:
+      record.check_same_position(path, earlier.config.to_dict(), config)
+      return f"the full state of stage {earlier.name!r}, not yet there"
+    folder, _ = checkpoint.find_resumable(path)
+    record.check_same_position(folder, checkpoint.read_config(folder), config)
+    return f"the full state of {folder}"
+  pretrained = stages.loader(stage.uses.values())(path)
+  if earlier is not None:  # arrays of zeros that take no memory
+    zeros = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), pretrained.params)
+    pretrained = dataclasses.replace(pretrained, params=zeros)
+  shapes = jax.eval_shape(objective.init, jax.random.key(0))["params"]
+  count = len(objective.adapt(pretrained, shapes))
+  what = (
+    f"the result of stage {earlier.name!r}, not yet there"
+    if earlier
+    else pretrained.description.get("path", path)
+  )
+  return f"{count} tensors of {what}"
 
 
 class Plan(NamedTuple):
@@ -113,31 +233,23 @@ class Plan(NamedTuple):
 def prepare(
   config: ConfigDict,
   mesh: jax.sharding.Mesh,
-  source: sources.Source | None = None,
+  data: Data | None = None,
   load: Loader | None = None,
-  workdir: Path | None = None,
 ) -> Plan:
   """Validates the whole config before the training state is allocated.
 
   Args:
     config: a complete config.
     mesh: the devices.
-    source: replaces the training data; there is then no evaluation.
+    data: default: what the config names.
     load: function from a path to a model, used instead of `beit_jax.load` for frozen models.
-    workdir: the run's folder, whose checkpoints number the classes of the training data.
 
   Raises:
     UserError: a value does not fit the data, the model or the mesh.
   """
   _check_batch_size(config, mesh)
-  eval_source, checked = None, []
-  if source is None:
-    source = evaluation.train_source(config, workdir)
-    eval_source = evaluation.eval_source(config, tuple(source.class_names))
-    checked = [source] if eval_source is None else [source, eval_source]
+  source, eval_source = data or make_data(config)
   objective = OBJECTIVES[config.objective](config, source, load)
-  for data in checked:
-    objective.check_source(data)
   _check_best_metric(config, objective)
   _warn_about_unused_augmentation(config, objective)
   steps_per_epoch = len(source) // config.batch_size
@@ -201,11 +313,18 @@ def _warn_about_unused_augmentation(config: ConfigDict, objective: Objective) ->
 
 
 def _train(
-  config: ConfigDict, workdir: Path, name: str, mesh: jax.sharding.Mesh, watch: preemption.Watch
+  config: ConfigDict,
+  workdir: Path,
+  name: str,
+  mesh: jax.sharding.Mesh,
+  watch: preemption.Watch,
+  data: Data | None,
 ) -> dict[str, Any]:
   """Trains to the last step and writes workdir/result.json."""
   began = time.monotonic()
-  plan = prepare(config, mesh, workdir=workdir)
+  data = data or make_data(config, workdir, name)
+  plan = prepare(config, mesh, data)
+  check_examples(plan.objective, data)
   init = functools.partial(plan.objective.init, jax.random.fold_in(jax.random.key(config.seed), 0))
   state, shapes, shardings = train_state.create(init, plan.tx, mesh, ema=config.optimizer.ema_decay > 0)
   frozen = jax.device_put(plan.objective.frozen_params(mesh), sharding.replicated(mesh))
@@ -441,7 +560,7 @@ def _resume_from(
   """The full state of another run's checkpoint."""
   record.check_same_model(folder, description)
   record.check_same_data(folder, description)
-  record.check_same_position(folder, config, description)
+  record.check_same_position(folder, checkpoint.read_config(folder), config, description)
   log.info("resume: step, parameters and optimizer from %s", folder)
   try:
     return saver.restore(folder, shapes, shardings)

@@ -74,8 +74,8 @@ class Machine:
     Raises:
       UserError: see `train.prepare`.
     """
-    source, mesh = self.main_source(run), self.mesh(run)
-    return self.once((run.folder, "plan"), lambda: train.prepare(run.config, mesh, source, _loader(run)))
+    data, mesh = train.Data(self.main_source(run), None), self.mesh(run)
+    return self.once((run.folder, "plan"), lambda: train.prepare(run.config, mesh, data, _loader(run)))
 
   def objective(self, run: Stage) -> Objective:
     if trains(run):

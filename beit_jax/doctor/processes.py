@@ -1,7 +1,6 @@
 """Checks of several processes: all are there, with the same software and config; process 0 reports for all."""
 
 import contextlib
-import json
 import platform
 from typing import Any
 
@@ -13,23 +12,16 @@ from beit_jax.run import record
 from beit_jax.runtime import bucket, distributed
 from beit_jax.runtime.logs import log
 
-SHOWN = 4  # differences of a process
 ANSWER_SECONDS = 120
 CHECK_SECONDS = 900  # for the other processes to check their own machines
 
 
-def _store() -> Any:
-  from jax._src import distributed as jax_distributed  # JAX has no public access to it; Orbax uses it too
-
-  return jax_distributed.global_state.client
-
-
 def _post(index: int, what: str, value: Any) -> None:
-  _store().key_value_set(f"doctor/{what}/{index}", json.dumps(value))
+  distributed.post(f"doctor/{what}/{index}", value)
 
 
 def _fetch(what: str, index: int, seconds: int = ANSWER_SECONDS) -> Any:
-  return json.loads(_store().blocking_key_value_get(f"doctor/{what}/{index}", seconds * 1000))
+  return distributed.fetch(f"doctor/{what}/{index}", seconds)
 
 
 def identity(machine: Machine) -> dict[str, str]:
@@ -41,13 +33,6 @@ def identity(machine: Machine) -> dict[str, str]:
     keys = record.flatten_config(run.config.to_dict())
     same |= {f"{run.name}.{key}".lstrip("."): str(value) for key, value in keys.items()}
   return same
-
-
-def differences(mine: dict[str, str], theirs: dict[str, str]) -> str:
-  """Lists what differs as `key theirs (here mine), ...`; "" for nothing."""
-  names = [name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)]
-  text = ", ".join(f"{name} {theirs.get(name)!r} (here {mine.get(name)!r})" for name in names[:SHOWN])
-  return text + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
 @unless_worse
@@ -67,7 +52,7 @@ def processes(machine: Machine) -> Found:
   for index in range(1, machine.process.count) if machine.process.index == 0 else ():
     host, theirs = _fetch("identity", index)
     hosts.append(host)
-    if text := differences(mine, theirs):
+    if text := distributed.differences(mine, theirs):
       advice = "install the same versions everywhere, and start every process with the same command and files"
       yield FAIL, f"process {index} ({host}) differs from process 0: {text}", advice
   yield OK, f"{machine.process.count} are connected: {', '.join(hosts)}", ""

@@ -2,13 +2,12 @@
 
 import platform
 import shutil
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from beit_jax import trees
+from beit_jax import train, trees
 from beit_jax.data import examples, sources
 from beit_jax.data.labels import check_label
 from beit_jax.doctor.findings import FAIL, OK, WARN, Found, Skip, unless_worse
@@ -18,7 +17,6 @@ from beit_jax.objectives.stages import Stage
 from beit_jax.run import checkpoint, record
 from beit_jax.runtime import bucket, lock
 from beit_jax.step import make_optimizer
-from beit_jax.weights import io as weights_io
 
 SAMPLE = 8  # examples that are tried, besides the first and the last
 OLDER = 4  # checkpoints that are verified besides the newest good one
@@ -146,7 +144,10 @@ def checkpoints(machine: Machine, run: Stage) -> Found:
 
 def _continuation(machine: Machine, run: Stage, step: int) -> str:
   """What a run with a good checkpoint does. Raises a UserError if it cannot use that."""
-  _check_same(machine, run, run.folder / "checkpoints" / str(step))
+  folder = run.folder / "checkpoints" / str(step)
+  if description := _description(machine, run):
+    record.check_same_model(folder, description)
+    record.check_same_data(folder, description)
   if trains(run):
     total_steps = machine.plan(run).total_steps
     record.check_length(step, total_steps)
@@ -155,34 +156,25 @@ def _continuation(machine: Machine, run: Stage, step: int) -> str:
   return f"continues from step {step}"
 
 
-def _check_same(machine: Machine, run: Stage, folder: Path) -> dict[str, Any] | None:
-  """Compares model and data with a checkpoint's; None while the weights of frozen models are unknown."""
+def _description(machine: Machine, run: Stage) -> dict[str, Any] | None:
+  """The description of a run; None while the weights of its frozen models are unknown."""
   if pending(run):
     return None
-  description = record.describe(run.config, machine.objective(run), machine.main_source(run))
-  record.check_same_model(folder, description)
-  record.check_same_data(folder, description)
-  return description
+  return record.describe(run.config, machine.objective(run), machine.main_source(run))
 
 
 def _beginning(machine: Machine, run: Stage) -> str:
   """What a run without checkpoints starts with. Raises a UserError if it cannot start."""
   resume = run.config.resume if "resume" not in run.uses else ""
   record.check_not_lost(run.folder, checkpoint.find_resumable(resume)[1] if resume else 0)
-  for key in ("resume", "init_from"):
-    path = run.config[key]
-    if key in run.uses:
-      return f"starts with the result of stage {run.uses[key].name!r}, not yet there"
-    if path and key == "resume":
-      folder = checkpoint.find(path)
-      if description := _check_same(machine, run, folder):
-        record.check_same_position(folder, run.config, description)
-      return f"starts with the full state of {folder}"
-    if path:
-      pretrained, objective = weights_io.load(path), machine.objective(run)
-      params = jax.eval_shape(objective.init, jax.random.key(0))["params"]
-      count = len(objective.adapt(pretrained, params))
-      return f"starts with {count} tensors of {pretrained.description.get('path', path)}"
+  if resume and (description := _description(machine, run)):
+    folder = checkpoint.find(resume)
+    record.check_same_model(folder, description)
+    record.check_same_data(folder, description)
+    record.check_same_position(folder, checkpoint.read_config(folder), run.config, description)
+  what = train.check_start(run, machine.objective(run)) if trains(run) or run.config.init_from else ""
+  if what:
+    return f"starts with {what}"
   return "starts from scratch" if trains(run) else "evaluates"
 
 

@@ -103,7 +103,8 @@ def make_step(stage: Stage, devices: list[Any], examples: int | None = None) -> 
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
   root = jax.random.key(config.seed)  # outside the mesh, whose devices cannot hold arrays
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-    plan = train.prepare(config, mesh, make_source(config, examples), stages.loader(stage.uses.values()))
+    data = train.Data(make_source(config, examples), None)
+    plan = train.prepare(config, mesh, data, stages.loader(stage.uses.values()))
     objective, decay = plan.objective, config.optimizer.ema_decay
     init = functools.partial(objective.init, jax.random.fold_in(root, 0))
     _, shapes, shardings = train_state.abstract(init, plan.tx, mesh, ema=decay > 0)

@@ -116,6 +116,11 @@ def read_description(folder: Path) -> dict[str, Any]:
   return json.loads((folder / DESCRIPTION).read_text())
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+  """The config that a checkpoint was trained with; {} for a model without a run."""
+  return read_description(folder).get("config", {})
+
+
 # Models: parameters without a run around them.
 
 

@@ -9,7 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from beit_jax import trees
 from beit_jax.config import defaults
 from beit_jax.errors import UserError
 from beit_jax.run import checkpoint, files
-from beit_jax.runtime import bucket
+from beit_jax.runtime import bucket, distributed
 from beit_jax.runtime.logs import log
 
 RESULT = "result.json"
@@ -208,7 +208,7 @@ MAY_CHANGE = re.compile(
 
 def check_same_run(folder: Path, config: ConfigDict) -> None:
   """Raises a UserError if a key that affects training differs from a checkpoint's; logs other differences."""
-  lines = _differences(folder, config)
+  lines = _differences(checkpoint.read_config(folder), config)
   wrong = [line for name, line in lines.items() if not MAY_CHANGE.fullmatch(name)]
   if wrong:
     raise UserError(
@@ -220,23 +220,62 @@ def check_same_run(folder: Path, config: ConfigDict) -> None:
     log.info("continuing with a changed config:\n  %s", "\n  ".join(lines.values()))
 
 
+# Config keys that may differ between the processes of a run, because they say where its data lie on a host.
+OF_A_HOST = re.compile(r"(.*\.)?data\.(root|data_dir|label_file|workers|threads)")
+
+
+def check_same_config(config: ConfigDict) -> None:
+  """Raises a UserError on all processes if their configs differ; see `distributed.check_same`."""
+  keys = flatten_config(config.to_dict())
+  facts = {name: str(value) for name, value in keys.items() if not OF_A_HOST.fullmatch(name)}
+  distributed.check_same("config", {"beit_jax": beit_jax.__version__, **facts})
+
+
+def check_same_sources(name: str, batch_size: int, sources: Mapping[str, Any]) -> None:
+  """Raises a UserError on all processes if their data differ in number, names, classes, files or shards.
+
+  Args:
+    name: the run in messages.
+    batch_size: of the run, for the steps of an epoch.
+    sources: what each source is for, such as "training" -> the source, or None.
+  """
+  facts: dict[str, str] = {}
+  for part, source in sources.items():
+    if source is None:
+      continue
+    shown_elsewhere = ("root", "label_file", "num_examples")
+    text = {key: value for key, value in source.description.items() if key not in shown_elsewhere}
+    facts |= {f"{part} examples": str(len(source)), f"{part} steps an epoch": str(len(source) // batch_size)}
+    facts |= {f"{part} class {i}": label for i, label in enumerate(source.class_names)}
+    facts |= {f"{part} data": str(text), f"{part} files and their classes (sha256)": source.digest()[:16]}
+  distributed.check_same(f"{name}: data", facts)
+
+
 # Config keys that say which example a step sees, and what is masked in it.
 POSITION = re.compile(r"batch_size|seed|data\.(source|name|split|fraction|num_examples|render_size)|mask\..*")
 
 
-def check_same_position(folder: Path, config: ConfigDict, description: dict[str, Any]) -> None:
+def check_same_position(
+  origin: Any, old: dict[str, Any], config: ConfigDict, description: dict[str, Any] | None = None
+) -> None:
   """Raises a UserError if `resume` would continue at another place of the data; logs other differences.
 
   The data position is a function of the step, so it is lost if a step has other examples than in the checkpoint.
+
+  Args:
+    origin: where the checkpoint lies, or will lie.
+    old: the config that it was trained with.
+    config: the config of the run that resumes.
+    description: of that run, to compare the data set as well.
   """
-  lines = _differences(folder, config)
+  lines = _differences(old, config)
   wrong = [line for name, line in lines.items() if POSITION.fullmatch(name)]
-  wrong += [
-    f"the data set {text}" for text in _data_changes(checkpoint.read_description(folder), description)
-  ]
+  if description is not None:
+    changes = _data_changes(checkpoint.read_description(origin), description)
+    wrong += [f"the data set {text}" for text in changes]
   if wrong:
     raise UserError(
-      f"config key 'resume': a run continues at the place in the data where {folder} stopped, which changes with\n  "
+      f"config key 'resume': a run continues at the place in the data where {origin} stopped, which changes with\n  "
       + "\n  ".join(wrong)
       + "\nGive the earlier values, or use init_from, which takes the weights and starts at step 0"
     )
@@ -247,16 +286,15 @@ def check_same_position(folder: Path, config: ConfigDict, description: dict[str,
 def section_differences(folder: Path, config: ConfigDict, section: str) -> str:
   """Returns one line for each key of a config section that differs from a checkpoint's."""
   return "\n  ".join(
-    line for name, line in _differences(folder, config).items() if name.startswith(f"{section}.")
+    line
+    for name, line in _differences(checkpoint.read_config(folder), config).items()
+    if name.startswith(f"{section}.")
   )
 
 
-def _differences(folder: Path, config: ConfigDict) -> dict[str, str]:
+def _differences(before: dict[str, Any], config: ConfigDict) -> dict[str, str]:
   """Dotted key -> its values in a checkpoint's config and in this one, where they differ."""
-  old, new = (
-    flatten_config(checkpoint.read_description(folder).get("config", {})),
-    flatten_config(config.to_dict()),
-  )
+  old, new = flatten_config(before), flatten_config(config.to_dict())
   names = [name for name in sorted(old.keys() & new.keys()) if old[name] != new[name]]
   return {name: f"{name}: {old[name]!r} in the checkpoint, {new[name]!r} in the config" for name in names}
 

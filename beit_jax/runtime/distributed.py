@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import dataclasses
 import importlib.util
+import json
 import logging
 import os
 import re
@@ -23,6 +24,7 @@ import traceback
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -35,6 +37,8 @@ from beit_jax.runtime.rendezvous import GRACE, Peers, ProcessInfo
 TPU_PORT = 8482
 # Seconds until every process sees a new file: NFS may cache the listing of a folder for 60 s (acdirmax).
 VISIBILITY_TIMEOUT = 65.0
+COMPARE_TIMEOUT = 1800.0
+SHOWN = 4  # differences of a process, and processes that differ, in a message
 
 
 @dataclasses.dataclass
@@ -278,6 +282,61 @@ def check_shared(flag: str, folder: Path) -> None:
       f"it must be on a file system that all processes share{alternative}"
     )
   barrier("test file is visible to all")  # the run starts only after that
+
+
+def post(key: str, value: Any) -> None:
+  """Makes a JSON value known to all processes; `fetch` returns it there."""
+  _store().key_value_set(f"beit_jax/{key}", json.dumps(value), allow_overwrite=True)
+
+
+def fetch(key: str, seconds: float) -> Any:
+  """Waits up to some seconds for the value that a process has posted under a key."""
+  return json.loads(_store().blocking_key_value_get(f"beit_jax/{key}", int(seconds * 1000)))
+
+
+def _store() -> Any:
+  from jax._src import distributed as jax_distributed  # JAX has no public access to it; Orbax uses it too
+
+  return jax_distributed.global_state.client
+
+
+def differences(mine: Mapping[str, str], theirs: Mapping[str, str], owner: str = "here") -> str:
+  """Lists what differs as `key theirs (here mine), ...`; "" for nothing. `owner`: who has `mine`."""
+  names = [name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)]
+  text = ", ".join(f"{name} {theirs.get(name)!r} ({owner} {mine.get(name)!r})" for name in names[:SHOWN])
+  return text + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+
+
+def check_same(what: str, facts: Mapping[str, str]) -> None:
+  """Checks that every process has the same facts as process 0, before any of them could wait for another.
+
+  Args:
+    what: name of the comparison, the same on all processes.
+    facts: name -> value.
+
+  Raises:
+    UserError: some processes differ; the message names them on every process.
+  """
+  if _peers is None:
+    return
+  index, hosts = _peers.info.index, _peers.hosts
+  if index == 0:
+    post(f"{what}/facts", facts)
+  barrier(f"{what} is known", COMPARE_TIMEOUT)  # a process may take minutes to list its files
+  text = differences(fetch(f"{what}/facts", 60), facts, "process 0:")
+  if text:
+    post(f"{what}/differences/{index}", text)
+  barrier(f"{what} is compared")
+  found = dict(_store().key_value_dir_get(f"beit_jax/{what}/differences/"))
+  if found:
+    numbers = sorted((int(key.rpartition("/")[2]), json.loads(value)) for key, value in found.items())
+    lines = [f"process {i} ({hosts[i]}) differs from process 0 ({hosts[0]}): {text}" for i, text in numbers]
+    more = f"\n  and {len(lines) - SHOWN} more processes" if len(lines) > SHOWN else ""
+    raise UserError(
+      f"{what}: not the same on all processes\n  "
+      + "\n  ".join(lines[:SHOWN])
+      + f"{more}\nStart every process with the same config, and with a complete copy of the same data"
+    )
 
 
 def _appears(file: Path) -> bool:

@@ -1,8 +1,10 @@
 """The log of the package: on the terminal and in log.txt."""
 
+import contextlib
 import io
 import logging
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -56,6 +58,16 @@ def setup(workdir: Path | None = None) -> None:
 def _add_handler(handler: logging.Handler, prefix: str, time_format: str) -> None:
   handler.setFormatter(logging.Formatter(f"{prefix}%(asctime)s %(levelname).1s %(message)s", time_format))
   log.addHandler(handler)
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+  """Logs nothing, for work that is done again later with its log."""
+  log.disabled = True
+  try:
+    yield
+  finally:
+    log.disabled = False
 
 
 def only_file(message: str) -> None:

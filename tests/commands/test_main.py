@@ -13,6 +13,11 @@ from etils import epath
 from PIL import Image
 
 from beit_jax import main as main_lib
+from beit_jax import objectives, train
+from beit_jax.config import parse
+from beit_jax.data import sources
+from beit_jax.doctor import __main__ as doctor
+from beit_jax.objectives import stages as stages_lib
 from tests import tiny
 from tests.conftest import ROOT
 
@@ -162,6 +167,52 @@ def _stages(tmp_path, **data):
   path = tmp_path / "config.py"
   path.write_text(textwrap.dedent(STAGES.format(stages=plain)))
   return path
+
+
+@pytest.mark.parametrize(
+  "changes, fact",
+  [
+    ({"pretrain.mask.num_masked": 65}, "'mask.num_masked': 65 must lie in [1, 64]"),
+    ({"pretrain.batch_size": 7, "pretrain.microbatches": 2}, "'batch_size': 7 is not a multiple"),
+    ({"finetune.model.width": 48}, "model.width: the checkpoint has 32, this run 48"),
+    ({"finetune.init_from": "/no/such/folder"}, "/no/such/folder"),
+    ({"finetune.init_from": "stage:tokenizer"}, "a tokenizer has no BEiT encoder to start from"),
+    ({"finetune.data.source": "folder", "finetune.data.root": "/no/images"}, "data.root='/no/images'"),
+    ({"finetune.checkpoint.best": "mAP"}, "'checkpoint.best': 'mAP' is not evaluated"),
+    ({"pretrain.model.patch_size": 4}, "'data.token_image_size'"),
+  ],
+  ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_mistake_in_a_later_stage_is_found_before_the_first_one_starts(changes, fact, tmp_path, capsys):
+  flags = [f"--config={_stages(tmp_path)}", f"--workdir={tmp_path / 'run'}"]
+  flags += [f"--config.{key}={value}" for key, value in changes.items()]
+  _fails(capsys, main_lib.main(flags), fact)
+  assert not (tmp_path / "run" / "tokenizer").exists()
+  assert doctor.main(flags) == 1
+  assert fact in capsys.readouterr().out
+
+
+def test_a_later_stage_that_resumes_at_another_place_of_the_data(tmp_path, capsys):
+  stages = {"one": tiny.raw("classify"), "two": tiny.raw("classify", resume="stage:one", batch_size=32)}
+  config = _config_file(tmp_path / "config.py", {"stages": tuple(stages), **stages})
+  flags = [f"--config={config}", f"--workdir={tmp_path / 'run'}"]
+  _fails(capsys, main_lib.main(flags), "'resume'", "batch_size: 16 in the checkpoint, 32 in the config")
+  assert not (tmp_path / "run" / "one").exists()
+
+
+def test_stages_are_validated_without_opening_the_data_again(tmp_path, monkeypatch):
+  """The stages' own runs get the data of the validation; equal data sections are opened once."""
+  opened = []
+  original = sources.make_source
+  monkeypatch.setattr(sources, "make_source", lambda data: opened.append(data["split"]) or original(data))
+  runs = stages_lib.resolve(parse.load(str(_stages(tmp_path)), [], objectives.schemas()), tmp_path / "run")
+  data = train.check_stages(runs)
+  assert list(data) == ["tokenizer", "pretrain", "finetune"]
+  assert opened == ["train", "test"] * 2  # the data section of `pretrain` is another
+  monkeypatch.setattr(train, "_train", lambda *arguments: arguments[-1])
+  for run in runs:
+    assert train.run(run.config, run.folder, run.name, data[run.name]) is data[run.name]
+  assert len(opened) == 4
 
 
 def test_whole_chain_without_tensorflow_or_torch(tmp_path):

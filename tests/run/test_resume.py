@@ -138,12 +138,13 @@ def test_resume_with_other_masks_or_files_is_refused(run, tmp_path):
   config = tiny.config("beit", **changes)
   description["config"] = json.loads(json.dumps(config.to_dict()))
   (folder / "description.json").write_text(json.dumps(description))
-  record.check_same_position(folder, config, description)
+  record.check_same_position(folder, description["config"], config, description)
   with pytest.raises(UserError, match="(?s)'resume': .*mask.num_masked: 25 in the checkpoint, 24"):
-    record.check_same_position(folder, tiny.config("beit", **changes, **{"mask.num_masked": 24}), description)
+    other = tiny.config("beit", **changes, **{"mask.num_masked": 24})
+    record.check_same_position(folder, description["config"], other, description)
   other = {**description, "dataset": {**description["dataset"], "sha256": "00"}}
   with pytest.raises(UserError, match="other files or classes than before"):
-    record.check_same_position(folder, config, other)
+    record.check_same_position(folder, description["config"], config, other)
 
 
 def test_resume_logs_what_else_differs(run, tmp_path, caplog):

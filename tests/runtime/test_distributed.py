@@ -342,19 +342,18 @@ def _port():
 
 
 def _start(command, ids, count, timeout=60, env=None, port=None):
-  """One process per id: (status, standard error) of each."""
+  """One process per id: (status, standard error) of each. `command` and `env`: for all, or a list with one each."""
   port = port or _port()
-  env = {
-    **os.environ,
-    "PYTHONPATH": str(ROOT),
-    "JAX_PLATFORMS": "cpu",
-    "JAX_NUM_CPU_DEVICES": "1",
-    **(env or {}),
-  }
+  common = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+  commands = command if isinstance(command[0], list) else [command] * len(ids)
+  own = env if isinstance(env, list) else [env or {}] * len(ids)
   flags = [f"--coordinator=localhost:{port}", f"--num_processes={count}"]
-  options = dict(cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+  options = dict(cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
   started = [
-    subprocess.Popen([sys.executable, *command, *flags, f"--process_id={i}"], **options) for i in ids
+    subprocess.Popen(
+      [sys.executable, *command, *flags, f"--process_id={i}"], env={**os.environ, **common, **env}, **options
+    )
+    for i, command, env in zip(ids, commands, own, strict=True)
   ]
   try:
     errors = [process.communicate(timeout=timeout)[1] for process in started]
@@ -546,6 +545,13 @@ def test_port_in_use():
   assert "check that no earlier run is alive there" in str(results[0]) and type(results[0]) is TransientError
 
 
+def test_differences_between_processes():
+  mine = {"jax": "0.10.2", "data.root": "/a", **{f"k{i}": "1" for i in range(5)}}
+  assert distributed.differences(mine, mine) == ""
+  assert distributed.differences(mine, {**mine, "jax": "0.10.1"}) == "jax '0.10.1' (here '0.10.2')"
+  assert distributed.differences(mine, {}).endswith(" and 3 more")
+
+
 CONFIG = """
 from tests import tiny
 
@@ -596,6 +602,84 @@ def _same_losses(some, others):
   for one, two in zip(some, others, strict=True):
     key = "loss" if "loss" in one else "eval_loss"
     assert one["step"] == two["step"] and one[key] == pytest.approx(two[key], rel=1e-6)
+
+
+DIFFERENT = """
+import os
+from tests import tiny
+
+def get_config():
+  changes = {"mesh.data": 2, "batch_size": 4, "figures": False, "data.source": "folder"}
+  changes |= {"data.root": os.environ["DATA"], "data.split": "train", "eval.split": "val"}
+  return tiny.raw("classify", **changes)
+"""
+
+
+def _two_folders(tmp_path):
+  """Equal data in two places, as on the disks of two hosts: the second is to be changed."""
+  for i in range(8):
+    for split in ("train", "val"):
+      file = tmp_path / "0" / split / "ab"[i % 2] / f"{i}.png"
+      file.parent.mkdir(parents=True, exist_ok=True)
+      Image.fromarray(np.full((16, 16, 3), 8 * i, np.uint8)).save(file)
+  shutil.copytree(tmp_path / "0", tmp_path / "1")
+  return tmp_path / "1"
+
+
+@SLOW
+@pytest.mark.parametrize(
+  "change, facts",
+  [
+    ("same", ()),
+    ("fewer", ("training examples '7' (process 0: '8')",)),
+    ("renamed class", ("training class 1 'c' (process 0: 'b')", "evaluation")),
+    ("swapped classes", ("training files and their classes (sha256)",)),
+    ("renamed file", ("evaluation files and their classes (sha256)",)),
+    ("config", ("config: not the same", "seed '1' (process 0: '0')")),
+    ("stages", ("config: not the same",)),
+    ("no folder", ("no such folder; set it to the folder",)),
+  ],
+)
+def test_two_processes_with_different_data_are_refused(change, facts, tmp_path):
+  """Within 60 seconds on both; equal data in another place are the same."""
+  other, more = _two_folders(tmp_path), [[], []]
+  if change == "fewer":
+    (other / "train/a/0.png").unlink()
+  elif change == "renamed class":
+    for split in ("train", "val"):
+      (other / split / "b").rename(other / split / "c")
+  elif change == "swapped classes":
+    for source, target in (("a", "x"), ("b", "a"), ("x", "b")):
+      (other / "train" / source).rename(other / "train" / target)
+  elif change == "renamed file":
+    (other / "val/a/0.png").rename(other / "val/a/00.png")
+  elif change == "config":
+    more[1] = ["--config.seed=1"]
+  elif change == "no folder":
+    shutil.rmtree(other)
+  configs = [tmp_path / f"config{i}.py" for i in range(2)]
+  for config in configs:
+    config.write_text(DIFFERENT)
+  if change == "stages":
+    text = DIFFERENT.replace("return tiny", "run = tiny") + '  return dict(stages=("run",), run=run)\n'
+    configs[1].write_text(text)
+  commands = [
+    ["-m", "beit_jax.main", f"--config={config}", f"--workdir={tmp_path / 'run'}", *flags]
+    for config, flags in zip(configs, more, strict=True)
+  ]
+  environments = [{"DATA": str(tmp_path / str(i)), "XLA_FLAGS": ""} for i in range(2)]
+  began = time.monotonic()
+  results = _start(commands, range(2), 2, timeout=300, env=environments)
+  if change == "same":
+    assert [status for status, _ in results] == [0, 0], results
+    return
+  assert time.monotonic() - began < 60
+  for status, error in results:
+    assert status == 2 and "Traceback" not in error, error
+    for fact in facts:
+      assert fact in error, error
+  assert all("process 1" in error for _, error in results[: 1 if change == "no folder" else 2]), results
+  assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 STAGES = """
