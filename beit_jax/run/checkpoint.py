@@ -106,6 +106,12 @@ def find_resumable(path: str | Path) -> tuple[Path, int]:
   Raises:
     UserError: There is no usable checkpoint, or it holds weights without an optimizer state.
   """
+  location = bucket.path(path)
+  if location.exists() and not is_run(location):
+    raise UserError(
+      f"config key 'resume': {path} is no run of beit_jax, which has the state of an optimizer. To start from its "
+      "weights, give it as init_from"
+    )
   folder = find(path)
   if not (folder / "rest").is_dir():
     raise UserError(f"config key 'resume': {folder} holds only weights, no optimizer state; use init_from")

@@ -14,7 +14,7 @@ from beit_jax import trees
 from beit_jax.errors import UserError
 from beit_jax.models.dvae import Dvae
 from beit_jax.weights import hf
-from beit_jax.weights.files import lazy, torchfile
+from beit_jax.weights.files import lazy
 from beit_jax.weights.pretrained import Pretrained, fingerprint
 from beit_jax.weights.unilm import param_shapes, read_params
 
@@ -55,24 +55,21 @@ def is_openai(state: lazy.State) -> bool:
   return "blocks.input.w" in state
 
 
-def openai_state(path: Path, opened: lazy.State | None = None) -> lazy.State:
-  """The tensors of one pickle or of all pickles in a folder, under "encoder/" and "decoder/".
+def openai_state(path: Path, states: dict[Path, lazy.State]) -> lazy.State:
+  """The tensors of one file or of all files in a folder, under "encoder/" and "decoder/".
 
   Args:
-    path: a pickle, or a folder with one or two.
-    opened: the state dict of `path`, if it has been read already.
+    path: the file or the folder.
+    states: the state dict of each file.
 
   Raises:
     UserError: a file is not a part of OpenAI's tokenizer, a part occurs twice, or there is no encoder.
   """
   state: dict[str, lazy.Readable] = {}
   files: dict[str, Path] = {}
-  for file in sorted(path.glob("*.pkl")) if path.is_dir() else [path]:
-    content = torchfile.load(file) if opened is None else opened
-    tensors = torchfile.module_tensors(content) if isinstance(content, torchfile.Inert) else content
-    tensors = tensors if isinstance(tensors, dict) else {}
+  for file, tensors in states.items():
     first = tensors.get("blocks.input.w")
-    if not isinstance(first, torchfile.Tensor | lazy.LazyTensor) or len(first.shape) != 4:
+    if first is None or len(first.shape) != 4:
       raise UserError(
         f"{file}: not a part of OpenAI's tokenizer: no 'blocks.input.w' among its {len(tensors)} tensors"
       )

@@ -18,19 +18,37 @@ from beit_jax.errors import UserError
 from beit_jax.run import checkpoint
 from beit_jax.runtime import bucket
 from beit_jax.runtime.logs import log
-from beit_jax.weights import dalle, hf, mmseg, orbax, timm, unilm
+from beit_jax.weights import contents, dalle, hf, mmseg, openmmlab, orbax, timm, unilm
 from beit_jax.weights.files import lazy, safetensors, torchfile
 from beit_jax.weights.pretrained import Pretrained, module_fields
 
 Size = tuple[int, int]
-HF_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
-WRAPPERS = ("model", "module", "state_dict", "teacher", "student")
-EMA_WRAPPERS = ("model_ema", "state_dict_ema", "ema")
+HF_FILES = (
+  *("model.safetensors", "model.safetensors.index.json"),
+  *("pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar")
-PREFIXES = ("module.", "_orig_mod.", "backbone.")
 # What well-formed files with wrong contents can raise.
 DAMAGED = (ArithmeticError, AttributeError, FlaxError, LookupError, RecursionError, TypeError, ValueError)
 OWN_KEY = "beit_jax"  # our description inside other formats
+# Files in a folder that holds no model by itself (regular expressions), and what to give instead.
+FOLDERS = (
+  (
+    r"mp_rank_\d+_model_states\.pt",
+    "a checkpoint of DeepSpeed; give its file {}, or with ZeRO stage 3 the file that its zero_to_fp32.py writes",
+  ),
+  (
+    r".*\.distcp",
+    "a distributed checkpoint of PyTorch; make a file of it with `python -m torch.distributed.checkpoint.format_utils "
+    "dcp_to_torch FOLDER FILE` and give that",
+  ),
+  (r"checkpoint-\w+|global_step\d+", "a folder with several checkpoints; give one of them: {}"),
+  (r".*\.(pth|pt|ckpt|bin|tar|safetensors)", "a folder with files of weights; give one of them: {}"),
+  (
+    r".*\.(h5|msgpack|pb|onnx)",
+    "a folder without weights of PyTorch; it holds {}. Convert them with transformers",
+  ),
+)
 
 
 def load(
@@ -56,6 +74,8 @@ def load(
     for name, value in (("num_heads", num_heads), ("image_size", image_size), ("out_indices", out_indices)):
       if value is not None:
         raise UserError(f"{name}={value!r}: a beit_jax checkpoint states this itself; omit it")
+    if not checkpoint.is_run(location):
+      _check_is_no_other_folder(location)
     with _as_user_errors(location):
       return orbax.load(location, step=step, ema=ema)
   if step is not None:
@@ -70,6 +90,15 @@ def load(
       f"out_indices={out_indices!r}: only a segmentation model taps blocks, and {location} holds a {model.kind}"
     )
   return model
+
+
+def _check_is_no_other_folder(folder: Path) -> None:
+  """Raises a UserError that says what lies in a folder which is no model, if it is known."""
+  names = sorted((file.name for file in folder.iterdir()), key=lambda name: (len(name), name))
+  for pattern, text in FOLDERS:
+    found = [name for name in names if re.fullmatch(pattern, name)]
+    if found:
+      raise UserError(f"{folder}: " + text.format(", ".join(found[:6]) + (", ..." if found[6:] else "")))
 
 
 @contextlib.contextmanager
@@ -97,23 +126,48 @@ def _check_size(image_size: Any) -> Size | None:
 def _load_foreign(
   path: Path, num_heads: int | None, image_size: Size | None, ema: bool, out_indices: tuple[int, ...] | None
 ) -> Pretrained:
-  if path.is_dir() or path.suffix == ".pkl":
-    return _load_openai(path)
-  state, facts, left_out = _read(path, ema)
+  if path.is_dir():
+    return _load_openai(path, {file: contents.read(file).state for file in sorted(path.glob("*.pkl"))})
+  found = contents.read(path, ema)
+  state, left_out = _without_decoder(found.state)
+  left_out = found.left_out + left_out
   if dalle.is_flava(state):
     return _load_flava(path, state)
   if dalle.is_openai(state):
-    return _load_openai(path, state)
+    return _load_openai(path, {path: state})
+  if "dist_token" in state:
+    raise UserError(
+      f"{path}: a distilled DeiT, with a distillation token (dist_token) and a second head, which this version does "
+      "not implement; use the model of the same size without 'distilled' in its name"
+    )
+  is_segmenter = mmseg.is_segmenter(state)
+  stated = mmseg.read_meta(found.facts.get("meta"))
+  facts = stated if is_segmenter else {key: stated[key] for key in ("labels",) if key in stated}
+  facts |= _own_facts(found.facts, path)
   if hf.is_beit(state):
     source = _hf_source(path, state)
-  elif mmseg.is_segmenter(state):
-    source = lazy.Source(state, path, "unilm", **facts)
   else:
-    source = _timm_or_unilm_source(path, state, facts, image_size)
+    if openmmlab.is_openmmlab(state):
+      state, unused = openmmlab.to_unilm(state, path)
+      left_out += unused
+    source = (
+      lazy.Source(state, path, "unilm", **facts)
+      if is_segmenter
+      else _timm_or_unilm_source(path, state, facts, image_size)
+    )
   source.left_out = left_out + source.left_out
   if mmseg.is_segmenter(source.state):
     return mmseg.import_segmenter(source, num_heads, image_size, out_indices)
   return unilm.import_beit(source, num_heads, image_size)
+
+
+def _without_decoder(state: lazy.State) -> tuple[lazy.State, list[str]]:
+  """Leaves out the decoder of a masked autoencoder and its mask token; the encoder never sees masked patches."""
+  if not any(re.search(r"(^|\.)decoder_embed\.weight$", name) for name in state):
+    return state, []
+  pattern = r"^(decoder_(embed|blocks|norm|pred)\.|decoder_pos_embed$|decoder\.|mask_token$)"
+  left_out = [name for name in state if re.match(pattern, name)]
+  return {name: value for name, value in state.items() if name not in set(left_out)}, left_out
 
 
 def _hf_source(path: Path, state: lazy.State) -> lazy.Source:
@@ -140,7 +194,7 @@ def _timm_or_unilm_source(
     size = image_size or facts.get("fields", {}).get("image_size")
     state, left_out = timm.vit_to_unilm(state, path, size)
     return lazy.Source(state, path, "timm", **facts, left_out=left_out)
-  if any(re.fullmatch(r"(module\.)?linear\.\d+\.weight", name) for name in state):
+  if any(re.fullmatch(r"linear\.\d+\.weight", name) for name in state):
     raise UserError(
       f"{path}: the heads of a linear probe (run_linear_eval.py) without their encoder; load the pre-trained model"
     )
@@ -150,8 +204,8 @@ def _timm_or_unilm_source(
   return lazy.Source(state, path, "unilm" if is_unilm else "timm", **facts)
 
 
-def _load_openai(path: Path, opened: lazy.State | None = None) -> Pretrained:
-  source = lazy.Source(dalle.openai_state(path, opened), path, "dalle")
+def _load_openai(path: Path, states: dict[Path, lazy.State]) -> Pretrained:
+  source = lazy.Source(dalle.openai_state(path, states), path, "dalle")
   return dalle.import_tokenizer(source, dalle.openai_name)
 
 
@@ -179,34 +233,6 @@ def _load_flava(path: Path, state: lazy.State) -> Pretrained:
     left_out=left_out,
   )
   return dalle.import_tokenizer(source, dalle.flava_name)
-
-
-def _read(path: Path, ema: bool) -> tuple[lazy.State, dict[str, Any], list[str]]:
-  """(tensors of a file by name, what else it states as arguments of `lazy.Source`, names that are left out)."""
-  if path.name.endswith(".index.json"):
-    return _read_shards(path), {}, []
-  state: dict[str, Any]
-  if safetensors.is_safetensors(path):
-    if ema:
-      raise UserError(f"{path}: a safetensors file has one set of weights; omit ema")
-    state, facts = safetensors.read(path)
-  elif torchfile.is_torch(path):
-    state, facts = _unwrap(torchfile.load(path), path, ema)
-  else:
-    raise UserError(
-      f"{path}: not a format this version reads; expected a run of beit_jax.main, a .pth or .safetensors file, a "
-      "folder of Hugging Face's or timm's, or OpenAI's encoder.pkl"
-    )
-  left_out: list[str] = []
-  for prefix in PREFIXES:
-    if prefix == mmseg.BACKBONE and mmseg.is_segmenter(state):
-      continue
-    inside = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-    if inside and (len(inside) == len(state) or prefix == mmseg.BACKBONE):
-      left_out += [name for name in state if not name.startswith(prefix)]
-      state = inside
-  meta = mmseg.read_meta(facts.get("meta")) if mmseg.is_segmenter(state) else {}
-  return state, {**meta, **_own_facts(facts, path)}, left_out
 
 
 def _own_facts(facts: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -238,42 +264,6 @@ def _unilm_args(args: Any) -> dict[str, Any]:
     return {}
   statistics = unilm.IMAGENET if uses_imagenet else unilm.HALF
   return dict(preprocessing=unilm.usual_preprocessing(statistics, (size, size)))
-
-
-def _unwrap(content: Any, path: Path, ema: bool) -> tuple[dict[str, torchfile.Tensor], dict[str, Any]]:
-  """(the state dict inside {"model": ...} and the like, everything beside it)."""
-  if isinstance(content, torchfile.Inert):
-    return torchfile.module_tensors(content), {}
-  facts = content if type(content) is dict else {}
-  for _ in range(4):
-    if type(content) is not dict:
-      break
-    tensors = {k: v for k, v in content.items() if type(k) is str and isinstance(v, torchfile.Tensor)}
-    wrappers = EMA_WRAPPERS if ema else WRAPPERS
-    inner = next((content[key] for key in wrappers if type(content.get(key)) is dict), None)
-    if ema and inner is None:
-      raise UserError(f"{path}: no averaged weights in it (looked for {', '.join(EMA_WRAPPERS)}); omit ema")
-    if inner is None:
-      if tensors:
-        return tensors, facts
-      break
-    content, ema = inner, False
-  found = list(content)[:6] if type(content) is dict else type(content).__name__
-  raise UserError(f"{path}: no state dict in it; found {found}")
-
-
-def _read_shards(path: Path) -> lazy.State:
-  """The tensors of all files that a `model.safetensors.index.json` names."""
-  try:
-    names = sorted(set(map(str, json.loads(path.read_text())["weight_map"].values())))
-  except (ValueError, KeyError, AttributeError, TypeError):
-    raise UserError(f"{path}: not an index of safetensors files") from None
-  state: dict[str, lazy.Readable] = {}
-  for name in names:
-    if Path(name).name != name or not (path.parent / name).is_file():
-      raise UserError(f"{path}: it names {name!r}, which is not a file in this folder")
-    state |= safetensors.read(path.parent / name)[0]
-  return state
 
 
 def save(pretrained: Pretrained, path: str | Path, *, format: str) -> None:

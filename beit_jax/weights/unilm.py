@@ -29,8 +29,12 @@ MAX_SIDE = (
 )
 TABLE = "relative_position_bias_table"
 # Index buffers are recomputed. A bias on k cancels in the softmax. The patch-aggregation head of BEiT v2 is not used
-# after pre-training (beit2/modeling_pretrain.py).
-LEFT_OUT = r"relative_position_index$|attn\.k_bias$|^cls_pt_layers\.|^cls_pt_lm_head\."
+# after pre-training (beit2/modeling_pretrain.py). Segmenters and detectors of unilm have a pyramid beside the encoder.
+# MoCo, DINO and iBOT have a projector in place of the head, and iBOT a mask token of its own.
+LEFT_OUT = (
+  r"relative_position_index$|attn\.k_bias$|^cls_pt_layers\.|^cls_pt_lm_head\.|^fpn\d\."
+  r"|^head\.(\d+|mlp|last_layer)\.|^masked_embed$"
+)
 # Fields that neither shapes nor outputs show, so that they are taken from a description of ours.
 DESCRIBED_FIELDS = (
   "drop_path_rate",
@@ -327,7 +331,7 @@ def add_described_fields(source: lazy.Source, kind: str, fields: dict[str, Any])
 def _assumed_preprocessing(source: lazy.Source, image_size: tuple[int, int]) -> dict[str, Any]:
   """unilm's preprocessing, with ImageNet's statistics if the file's name is of a family that uses them."""
   name = source.path.name.lower()
-  uses_imagenet = any(word in name for word in ("beitv2", "beit2", "deit", "dino", "mae"))
+  uses_imagenet = any(word in name for word in ("beitv2", "beit2", "deit", "dino", "mae", "ibot", "moco"))
   return usual_preprocessing(IMAGENET if uses_imagenet else HALF, image_size)
 
 

@@ -301,14 +301,14 @@ def test_linear_probe_without_encoder_is_refused(tmp_path):
 def test_other_files_are_refused(tmp_path):
   with pytest.raises(UserError, match="not a BEiT or ViT that this version knows"):
     weights_io.load(_pth(tmp_path / "resnet.pth", {"conv1.weight": np.zeros((4, 3, 7, 7), np.float32)}))
-  (tmp_path / "page.pth").write_text("<html>404</html>")
+  (tmp_path / "page.pth").write_text("{}")
   with pytest.raises(UserError, match="not a format this version reads"):
     weights_io.load(tmp_path / "page.pth")
   with pytest.raises(UserError, match="only a run of beit_jax has steps"):
     weights_io.load(tmp_path / "page.pth", step=3)
-  (tmp_path / "empty.pkl").write_bytes(b"")
+  (tmp_path / "cut.pkl").write_bytes(b"\x80")
   with pytest.raises(UserError, match="damaged, or not a PyTorch file"):
-    weights_io.load(tmp_path / "empty.pkl")
+    weights_io.load(tmp_path / "cut.pkl")
   decoder = tmp_path / "decoder.pkl"
   decoder.write_bytes((GOLDEN / "dalle_decoder_small.pkl").read_bytes())
   with pytest.raises(UserError, match="a decoder without an encoder cannot tokenize"):

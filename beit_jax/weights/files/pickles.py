@@ -1,12 +1,15 @@
 """Interprets the pickles inside PyTorch's files without executing anything.
 
 `pickletools.genops` splits a pickle into opcodes. The interpreter in this module builds numbers, strings, lists, dicts,
-`Tensor`s and `Inert` objects, and nothing else. It accepts the globals in `CALLS`, `INERT`, `VALUES` and `STORAGES` and
-refuses every other by name. It checks sizes before it allocates.
+`Tensor`s and `Inert` objects, and nothing else. It knows the globals in `CALLS` and `STORAGES`. Every other global is a
+name and no more: a call of it gives an `Inert` object, which takes in whatever the pickle does to it. A global in
+`ATTACKS` would be as harmless, but a file that names it is an attempt to run a program and is refused. The interpreter
+checks sizes before it allocates.
 """
 
 import math
 import pickletools
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -25,33 +28,12 @@ STORAGES: dict[str, Any] = {
   "ByteStorage": np.uint8,
   "BoolStorage": np.bool_,
 }
-# A call of these gives an `Inert` object: arguments that unilm saves with the weights, the modules in DALL-E's pickles.
-INERT = {
-  "argparse.Namespace",
-  "torch.device",
-  "functools.partial",
-  "__builtin__.set",
-  "builtins.set",
-  "pathlib.PosixPath",
-  "pathlib.PurePosixPath",
-  "pathlib.WindowsPath",
-  "pathlib._local.PosixPath",
-  "numpy.dtype",
-  "numpy.core.multiarray.scalar",
-  "numpy._core.multiarray.scalar",
-  "_codecs.encode",
-  "dall_e.encoder.Encoder",
-  "dall_e.encoder.EncoderBlock",
-  "dall_e.decoder.Decoder",
-  "dall_e.decoder.DecoderBlock",
-  "dall_e.utils.Conv2d",
-  "torch.nn.modules.container.Sequential",
-  "torch.nn.modules.linear.Identity",
-  "torch.nn.modules.activation.ReLU",
-  "torch.nn.modules.pooling.MaxPool2d",
-  "torch.nn.modules.upsampling.Upsample",
-}
-VALUES = {f"torch.{name}" for name in ("float32", "float16", "bfloat16", "float64", "int64", "uint8")}
+# Functions that run programs, load code or delete files.
+ATTACKS = re.compile(
+  r"(os|posix|nt)\.(system|popen|exec\w+|spawn\w+|posix_spawn\w*|fork\w*|remove|unlink|rmdir|rename)"
+  r"|(subprocess|pty|runpy|code|ctypes|shutil|socket|webbrowser)\..*|importlib\.import_module"
+  r"|(builtins|__builtin__)\.(eval|exec|execfile|compile|__import__|open|input|breakpoint)"
+)
 MAX_AXES, MAX_NUMBER, MAX_NAME = 8, 2**48, 512
 # Number of elements that all calls together may copy: a small file can ask for thousands of copies of one list.
 MAX_COPIED = 2_000_000
@@ -62,7 +44,7 @@ class Refused(Exception):
 
 
 class Inert:
-  """Stands for an object that is not created.
+  """Stands for an object that is not created; items that the pickle puts into it are dropped.
 
   Attributes:
     name: its type.
@@ -109,16 +91,17 @@ class Tensor:
 
 
 class Global:
-  """A global name that the pickle mentions; `_call` says what may be done with it."""
+  """A global name that the pickle mentions, which is never imported; `_call` says what may be done with it."""
 
   def __init__(self, name: str):
+    if len(name) > MAX_NAME:
+      raise Refused(f"a global name of more than {MAX_NAME} characters")
+    if ATTACKS.fullmatch(name):
+      raise Refused(
+        f"it refers to {name}, which no file of weights needs; nothing was executed. Do not trust it"
+      )
     short = name.removeprefix("torch.")
     self.name, self.dtype = name, STORAGES.get(short) if name != short else None
-    if self.dtype is None and name not in INERT | VALUES | set(CALLS):
-      raise Refused(
-        f"it refers to {name}, which no file of weights needs; nothing was executed. If you trust the file, "
-        "save the plain state dict with PyTorch and load that"
-      )
 
 
 def _ordered_dict(pairs: Any = ()) -> dict[Any, Any]:
@@ -126,12 +109,13 @@ def _ordered_dict(pairs: Any = ()) -> dict[Any, Any]:
 
 
 def _make_dict(items: Sequence[Any]) -> dict[Any, Any]:
-  """The dict of alternating keys and values; keys are strings and small integers, which hash quickly."""
-  keys = items[::2]
-  for key in keys:
-    if type(key) is not str and not (type(key) in (int, bool) and abs(key) < MAX_NUMBER):
-      raise Refused(f"a dict with a key of type {type(key).__name__}")
-  return dict(zip(keys, items[1::2], strict=True))
+  """The dict of alternating keys and values.
+
+  Keys are strings and small integers, which hash quickly. Entries with other keys are dropped; no state dict
+  has them.
+  """
+  pairs = zip(items[::2], items[1::2], strict=True)
+  return {k: v for k, v in pairs if type(k) is str or (type(k) in (int, bool) and abs(k) < MAX_NUMBER)}
 
 
 def _rebuild_tensor(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any) -> Tensor:
@@ -141,21 +125,21 @@ def _rebuild_tensor(storage: Any, offset: Any, shape: Any, stride: Any, *rest: A
 
 CALLS: dict[str, Callable[..., Any]] = {
   "collections.OrderedDict": _ordered_dict,
+  "collections.defaultdict": lambda *_: {},
   "torch._utils._rebuild_tensor": _rebuild_tensor,
   "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
   "torch._utils._rebuild_parameter": lambda data, *rest: data,
+  "torch._utils._rebuild_parameter_with_state": lambda data, *rest: data,
   "torch.Size": lambda sizes: tuple(sizes[:MAX_AXES]),
 }
 
 
-def _call(function: Any, args: Any) -> Any:
-  if not isinstance(function, Global) or type(args) is not tuple:
+def _call(function: Any, args: tuple[Any, ...]) -> Any:
+  if not isinstance(function, Global | Inert):
     raise Refused("it calls something that is not a global name")
-  if function.name in CALLS:
-    return CALLS[function.name](*args)
-  if function.name in INERT:
+  if function.name not in CALLS or isinstance(function, Inert) or any(isinstance(arg, Inert) for arg in args):
     return Inert(function.name)
-  raise Refused(f"it calls {function.name}")
+  return CALLS[function.name](*args)
 
 
 _MARK = object()
@@ -184,22 +168,37 @@ class _Interpreter:
     return items[::-1]
 
   def set_items(self, items: list[Any]) -> None:
+    if isinstance(self.stack[-1], Inert):
+      return
     if type(self.stack[-1]) is not dict or len(items) % 2:
       raise Refused("it sets items of something that is not a dict")
     self.stack[-1].update(_make_dict(items))
 
   def extend(self, items: list[Any]) -> None:
+    if isinstance(self.stack[-1], Inert):
+      return
     if type(self.stack[-1]) is not list:
       raise Refused("it appends to something that is not a list")
     self.stack[-1].extend(items)
 
+  def push_global(self, module: Any, name: Any) -> None:
+    if type(module) is not str or type(name) is not str:
+      raise Refused("a global name that is no text")
+    self.push(Global(f"{module}.{name}"))
+
   def call(self) -> None:
     function, args = self.pop(2)
-    if type(args) is tuple:
+    if type(args) is not tuple:
+      raise Refused("it calls something without arguments")
+    if isinstance(function, Global) and function.name in CALLS:
       self.copied += sum(len(a) for a in args if type(a) in (list, tuple, dict, str, bytes))
     if self.copied > MAX_COPIED:
       raise Refused("it copies far more elements than it holds")
     self.push(_call(function, args))
+
+  def call_with_keywords(self) -> None:
+    self.pop(1)
+    self.call()
 
   def set_state(self) -> None:
     target, state = self.stack[-2], self.pop(1)[0]
@@ -212,7 +211,10 @@ class _Interpreter:
 
 
 _NUMBERS = "INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT"
-_STRINGS = "BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8"
+_STRINGS = (
+  "BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 "
+  "BYTEARRAY8"
+)
 # Instruction -> what it does, given the interpreter and the instruction's argument. Every other one is refused.
 _INSTRUCTIONS: dict[str, Callable[[_Interpreter, Any], object]] = {
   **dict.fromkeys(("PROTO", "FRAME"), lambda vm, arg: None),
@@ -238,9 +240,13 @@ _INSTRUCTIONS: dict[str, Callable[[_Interpreter, Any], object]] = {
   "SETITEMS": lambda vm, _: vm.set_items(vm.pop_to_mark()),
   "APPEND": lambda vm, _: vm.extend(vm.pop(1)),
   "APPENDS": lambda vm, _: vm.extend(vm.pop_to_mark()),
-  "GLOBAL": lambda vm, name: vm.push(Global(name.replace(" ", ".", 1))),
-  "STACK_GLOBAL": lambda vm, _: vm.push(Global("{}.{}".format(*vm.pop(2)))),
+  "EMPTY_SET": lambda vm, _: vm.push(Inert("set")),
+  "ADDITEMS": lambda vm, _: vm.extend(vm.pop_to_mark()),
+  "FROZENSET": lambda vm, _: vm.push(Inert(f"frozenset of {len(vm.pop_to_mark())}")),
+  "GLOBAL": lambda vm, name: vm.push_global(*name.split(" ", 1)),
+  "STACK_GLOBAL": lambda vm, _: vm.push_global(*vm.pop(2)),
   **dict.fromkeys(("REDUCE", "NEWOBJ"), lambda vm, _: vm.call()),
+  "NEWOBJ_EX": lambda vm, _: vm.call_with_keywords(),
   "BUILD": lambda vm, _: vm.set_state(),
   "BINPERSID": lambda vm, _: vm.push(vm.make_storage(vm.pop(1)[0])),
 }
@@ -269,10 +275,10 @@ def unpickle(stream: Any, make_storage: Callable[[Any], Any]) -> Any:
   raise Refused("the pickle has no end")
 
 
-def storage_id(pid: Any) -> tuple[np.dtype, str, int]:
-  """(dtype, key, number of elements) out of a persistent id that refers to a storage."""
+def storage_id(pid: Any) -> tuple[np.dtype | None, str, int]:
+  """(dtype, key, number of elements) out of a persistent id that refers to a storage; dtype None if it is unknown."""
   if type(pid) is tuple and len(pid) >= 5 and pid[0] == "storage" and isinstance(pid[1], Global):
     _, name, key, _, count = pid[:5]
-    if name.dtype is not None and type(key) is str and type(count) is int and count >= 0:
-      return np.dtype(name.dtype), key, count
+    if type(key) is str and type(count) is int and count >= 0:
+      return None if name.dtype is None else np.dtype(name.dtype), key, count
   raise Refused("an unknown reference")

@@ -70,14 +70,19 @@ def _load_zip(path: Path) -> Any:
   entries = _zip_entries(path)
   pickles = [name for name in entries if name.split("/")[-1] == "data.pkl"]
   if len(pickles) != 1:
-    raise Refused(f"a PyTorch archive has one data.pkl, this one has {len(pickles)}")
+    held = ", ".join(list(entries)[:4])[:200]
+    raise Refused(
+      f"a PyTorch archive has one data.pkl, this one has {len(pickles)}; it holds {held or 'nothing'}"
+    )
   root = pickles[0].removesuffix("data.pkl")
   byteorder = entries.get(f"{root}byteorder")
   if byteorder and _read_entry(path, "byteorder", byteorder).tobytes() != b"little":
     raise Refused("its numbers are big-endian")
 
-  def make_storage(pid: Any) -> Storage:
+  def make_storage(pid: Any) -> Storage | Inert:
     dtype, key, count = storage_id(pid)
+    if dtype is None:
+      return Inert(pid[1].name)
     entry, size = entries.get(f"{root}data/{key}"), count * dtype.itemsize
     if entry is None or entry.length != size:
       found = "is missing" if entry is None else f"has {entry.length}"
@@ -143,8 +148,8 @@ def _load_stream(path: Path) -> Any:
     if type(pid) is tuple and len(pid) == 4 and pid[0] == "module" and isinstance(pid[1], Global):
       return pid[1]  # a class with its source code, which stays unread
     dtype, key, count = storage_id(pid)
-    if len(pid) > 5 and pid[5] is not None:
-      raise Refused("a storage that is a view of another")
+    if dtype is None or (len(pid) > 5 and pid[5] is not None):
+      raise Refused(f"a storage of the type {pid[1].name}, or one that is a view of another")
     found = storages.setdefault(key, Storage(dtype, count))
     if (found.dtype, found.count) != (dtype, count):
       raise Refused(f"storage {key!r} has two sizes")
@@ -178,10 +183,20 @@ def _load_stream(path: Path) -> Any:
   return value
 
 
-def module_tensors(module: Inert) -> dict[str, Tensor]:
-  """The state dict of a pickled module: its parameters and buffers, under names joined with "."."""
+def type_name(value: Any) -> str:
+  """The type of a value of a pickle, for messages."""
+  return value.name if isinstance(value, Inert | Global) else type(value).__name__
+
+
+def module_tensors(module: Inert, seen: set[int] | None = None) -> dict[str, Tensor]:
+  """The state dict of a pickled module: its parameters and buffers, under names joined with ".".
+
+  Args:
+    module: the module.
+    seen: ids of the modules that are read already, to which this one and those in it are added.
+  """
   found: dict[str, Tensor] = {}
-  seen: set[int] = set()
+  seen = set() if seen is None else seen
   waiting: collections.deque[tuple[str, Any]] = collections.deque([("", module)])
   while waiting:
     prefix, node = waiting.popleft()
