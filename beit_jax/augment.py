@@ -143,17 +143,19 @@ class Augmentation(NamedTuple):
   Attributes:
     apply: (keys [B], views, strength) -> views; a view is float32 [B, H, W, 3].
     normalized: whether it is applied to normalized pixels instead of pixels in [0, 1].
+    colors: whether it needs RGB; other images are left as they are.
     replaced_by_rand_augment: whether it is off if `data.rand_augment` is set, as in timm.
   """
 
   apply: Callable[[Array, list[Array], float], list[Array]]
   normalized: bool = False
+  colors: bool = False
   replaced_by_rand_augment: bool = False
 
 
 # Key of the config's `data` section that holds the strength (0 = off) -> augmentation, in the order of application.
 AUGMENTATIONS = {
-  "color_jitter": Augmentation(color_jitter, replaced_by_rand_augment=True),
+  "color_jitter": Augmentation(color_jitter, colors=True, replaced_by_rand_augment=True),
   "random_erasing": Augmentation(
     lambda keys, views, probability: [random_erasing(keys, view, probability) for view in views],
     normalized=True,
@@ -187,6 +189,8 @@ def augment_views(
   """
   for name, augmentation in AUGMENTATIONS.items():
     is_replaced = augmentation.replaced_by_rand_augment and data.get("rand_augment")
+    if augmentation.colors and any(view.shape[-1] != 3 for view in views.values()):
+      continue
     if name in names and data[name] and augmentation.normalized == normalized and not is_replaced:
       keys = example_keys(seed, example_key, name)
       views = dict(zip(views, augmentation.apply(keys, list(views.values()), data[name]), strict=True))

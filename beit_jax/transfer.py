@@ -15,6 +15,7 @@ from beit_jax.errors import UserError
 
 EXTRA_ROWS = 3  # cls -> patch, patch -> cls, cls -> cls: the last rows of a relative-position table
 TABLE = "relative_position_bias_table"
+PATCH_EMBED = "encoder/patch_embed/kernel"
 SHARED_TABLE = f"encoder/rel_pos_bias/{TABLE}"  # of a model whose blocks share one
 
 
@@ -132,6 +133,22 @@ def resize_pos_embed(pos_embed: Any, src_grid: tuple[int, int], dst_grid: tuple[
   return np.concatenate([pos_embed[:, :1], patches.astype(pos_embed.dtype)], 1)
 
 
+def adapt_channels(kernel: Any, channels: int) -> np.ndarray:
+  """Fits the kernel of a patch embedding for RGB to images of other channels, as timm's `adapt_input_conv`.
+
+  Args:
+    kernel: [P, P, 3, D].
+    channels: C. One channel gets the sum of the three; more get copies of them in turn, scaled by 3 / C.
+
+  Returns:
+    [P, P, C, D], in the dtype of `kernel`.
+  """
+  kernel = np.asarray(kernel)
+  if channels == 1:
+    return kernel.sum(2, keepdims=True, dtype=kernel.dtype)
+  return (kernel[:, :, np.arange(channels) % 3] * (3 / channels)).astype(kernel.dtype)
+
+
 def encoder_params(
   source: dict[str, Any],
   target: dict[str, Any],
@@ -159,6 +176,9 @@ def encoder_params(
   problems = []
   for name, wanted in dst.items():
     value = _fitting_value(name, src, src_grid, dst_grid)
+    if name == PATCH_EMBED and value is not None and value.shape[2] == 3 != wanted.shape[2]:
+      value = adapt_channels(value, wanted.shape[2])
+      report(f"{name}: adapted from 3 to {wanted.shape[2]} channels")
     shape = "nothing" if value is None else tuple(value.shape)
     if shape == tuple(wanted.shape):
       found[name] = value

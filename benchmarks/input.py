@@ -20,7 +20,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageEnhance, ImageOps
 
-from beit_jax.data import images, sources
+from beit_jax.data import images, resize, sources
 
 VIEWS = {"image": ((224, 224), "bicubic"), "token_image": ((112, 112), "lanczos")}
 BOXES = dict(scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3))
@@ -51,7 +51,7 @@ def _pillow_views(image, rng):
   flip = rng.random() < 0.5
   result = {}
   for name, (size, interpolation) in VIEWS.items():
-    view = image.crop(box).resize(size[::-1], images.RESAMPLE[interpolation])
+    view = image.crop(box).resize(size[::-1], resize.RESAMPLE[interpolation])
     result[name] = np.asarray(view.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else view)
   return result
 
@@ -85,7 +85,7 @@ def mosaics(encoded, side):
   """Tiles side x side images into one, each resized to the size of the first; JPEG quality 90."""
   result = []
   for start in range(0, len(encoded) - side**2 + 1, side**2):
-    parts = [images.decode(data) for data in encoded[start : start + side**2]]
+    parts = [Image.fromarray(images.decode(data)) for data in encoded[start : start + side**2]]
     width, height = parts[0].size
     canvas = Image.new("RGB", (side * width, side * height))
     for i, part in enumerate(parts):

@@ -90,6 +90,11 @@ def block_numbers() -> Rule:
   return lambda values: all(map(_is_integer, values)), "must be numbers of blocks, counted from 0"
 
 
+def _value_range() -> Rule:
+  pair, text = tuple_of(2, number(-MAX_FLOAT), "two numbers (low, high), the smaller one first")
+  return lambda values: pair(values) and values[0] < values[1], text
+
+
 def _sides(low: int, high: int) -> Rule:
   side, _ = integer(low, high)
 
@@ -149,8 +154,9 @@ COMMON: Table = (
   (r"data\.crop_ratio", tuple_of(2, number(1e-3, 1e3), "two numbers in [0.001, 1000]", ascending=True)),
   (r"data\.color_jitter", number(0, 100)),
   (r"data\.(random_erasing|max_bad)", fraction()),
-  (r"data\.mean", tuple_of(3, fraction(), "three numbers in [0, 1]")),
-  (r"data\.std", tuple_of(3, number(1e-6, 1e6), "three numbers above 0 (from 1e-6 to 1e6)")),
+  (r"data\.mean", tuple_of(None, fraction(), "numbers in [0, 1], one for each channel")),
+  (r"data\.std", tuple_of(None, number(1e-6, 1e6), "numbers from 1e-6 to 1e6, one for each channel")),
+  (r"data\.value_range", _value_range()),
   (r"data\.crop_pct", number(0.1, 1)),
   (r"data\.workers", integer(0, 1024)),
   (r"data\.threads", integer(1, 1024)),
@@ -163,7 +169,7 @@ MODEL: Table = (
   (r"model\.out_indices", block_numbers()),
   (r"model\.width", integer(1, 2**14)),
   (r"model\.depth", integer(1, 64)),
-  (r"model\.(num_heads|patch_size)", integer(1, 1024)),
+  (r"model\.(num_heads|patch_size|in_channels)", integer(1, 1024)),
   (r"model\.mlp_ratio", number(0.01, 64)),
   (r"model\.(layer_scale_init|head_init_scale)", number(0)),
   (r"model\.drop_path_rate", fraction(one=False)),

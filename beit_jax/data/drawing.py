@@ -38,15 +38,20 @@ def gray_out(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
   """Paints the masked patches gray.
 
   Args:
-    image: float [B, H, W, 3].
+    image: float [B, H, W, C].
     mask: bool [B, h, w], True = masked.
 
   Returns:
-    float [B, H, W, 3].
+    float [B, H, W, C].
   """
   image, mask = np.asarray(image), np.asarray(mask)
   patch_height, patch_width = image.shape[1] // mask.shape[1], image.shape[2] // mask.shape[2]
   return np.where(mask.repeat(patch_height, 1).repeat(patch_width, 2)[..., None], MASK_GRAY, image)
+
+
+def visible(image: np.ndarray) -> np.ndarray:
+  """Returns [..., C] as [..., 3]: the first three channels, or the first one as gray."""
+  return image[..., :3] if image.shape[-1] >= 3 else np.repeat(image[..., :1], 3, -1)
 
 
 @functools.cache
@@ -133,7 +138,7 @@ def overlay(image: np.ndarray, classes: np.ndarray, colors: np.ndarray | None = 
   """Blends class colors over images and darkens the pixels without a class.
 
   Args:
-    image: float [..., H, W, 3] in [0, 1].
+    image: float [..., H, W, C] in [0, 1].
     classes: class numbers [..., H, W]; `IGNORED` (255) = no class.
     colors: uint8 [C, 3]; default: `palette`.
 
@@ -141,6 +146,7 @@ def overlay(image: np.ndarray, classes: np.ndarray, colors: np.ndarray | None = 
     float [..., H, W, 3] in [0, 1].
   """
   table = (palette(256) if colors is None else np.resize(colors, (256, 3))) / 255.0
+  image = visible(image)
   mixed = (1 - OVERLAY_OPACITY) * image + OVERLAY_OPACITY * table[classes]
   return np.where((classes == IGNORED)[..., None], image * 0.4, mixed)
 
@@ -178,8 +184,8 @@ def _one_line(text: str, limit: int = 48) -> str:
 
 
 def _cell(image: np.ndarray) -> Image.Image:
-  """Scales float [H, W, 3] to the height of a cell; enlarged pixels stay squares."""
-  cell = Image.fromarray((image.clip(0, 1) * 255).round().astype(np.uint8))
+  """Scales float [H, W, C] to the height of a cell; enlarged pixels stay squares."""
+  cell = Image.fromarray((visible(image).clip(0, 1) * 255).round().astype(np.uint8))
   width = max(round(CELL_HEIGHT * image.shape[1] / image.shape[0]), 1)
   resample = Image.Resampling.NEAREST if width >= cell.width else Image.Resampling.LANCZOS
   return cell.resize((width, CELL_HEIGHT), resample)

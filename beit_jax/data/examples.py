@@ -38,13 +38,18 @@ class Reader(Protocol):
     ...
 
 
-def decode(example: Example, index: int) -> images.LazyImage:
+def decode(example: Example, index: int, rule: images.PixelRule = images.RGB) -> images.LazyImage:
   """Returns the image of an example. Decoding is lazy: corruption may only surface when the pixels are read.
+
+  Args:
+    example: what a source returns.
+    index: of the example, which names it in errors.
+    rule: the source's `pixels`.
 
   Raises:
     BadImage: the image cannot be decoded; names the file, or the example.
   """
-  return images.LazyImage(example["image"], str(example.get("file", f"example {index}")))
+  return images.LazyImage(example["image"], str(example.get("file", f"example {index}")), rule)
 
 
 def read(source: Source, index: int) -> Example:
@@ -81,7 +86,7 @@ def check_first(source: Source, reader: Reader) -> None:
   for index in range(min(len(source), MAX_FIRST)):
     with contextlib.suppress(BadImage):
       example = {**read(source, index), "index": index}
-      reader.eval(decode(example, index), example)
+      reader.eval(decode(example, index, source.pixels), example)
       return
 
 
@@ -94,7 +99,7 @@ def read_error(source: Source, index: int, reader: Reader | None = None) -> str:
   """Returns the reason why an example cannot be read, or not by `reader`; it names the file or the example."""
   try:
     example = {**source[index], "index": index}
-    image = decode(example, index)
+    image = decode(example, index, source.pixels)
     image.pixels()
     if "label_map" in example:
       decode_labels(example["label_map"], label_map_name(example, index))

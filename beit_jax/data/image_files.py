@@ -56,8 +56,12 @@ def _files_in(path: Path, name: str, named: bool) -> list[Path]:
   return [path / file for file in listing.files]
 
 
-def read_image(path: Path) -> np.ndarray:
-  """Reads an image file of any supported format: uint8 [H, W, 3], turned upright.
+def read_image(path: Path, rule: images.PixelRule = images.RGB) -> np.ndarray:
+  """Reads an image file of any supported format: uint8 [H, W, C], turned upright.
+
+  Args:
+    path: the file.
+    rule: how its values become pixels.
 
   Raises:
     ValueError: the file cannot be read; the message gives the reason without the file's name.
@@ -67,15 +71,15 @@ def read_image(path: Path) -> np.ndarray:
     with warnings.catch_warnings():
       warnings.simplefilter("ignore")  # Pillow warns of large images before it refuses them
       data = path.read_bytes()
-      image = images.decode(data)
+      image = images.decode(data, rule)
   except Image.UnidentifiedImageError:
     raise ValueError("not an image in a supported format" if data else "the file is empty") from None
   except OSError as error:
     raise ValueError(error.strerror or str(error)) from None
   except Exception as error:  # Pillow's decoders raise errors of many types on damaged files
     raise ValueError(str(error) or type(error).__name__) from None
-  check_aspect(image.width, image.height, MAX_ASPECT)
-  return np.asarray(image)
+  check_aspect(image.shape[1], image.shape[0], MAX_ASPECT)
+  return image
 
 
 def check_aspect(width: int, height: int, limit: int) -> None:

@@ -10,17 +10,21 @@ import functools
 import io
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image
 
 from beit_jax.data import jpeg
-from beit_jax.data.resize import RESAMPLE, Box, View, mirrored, resize
+from beit_jax.data.resize import Box, View, mirrored, resize, resize_with_pillow
 from beit_jax.errors import BadImage
 
 MAX_PIXELS = 2**26  # of an encoded image, checked before it is decoded: 8,192 x 8,192
 MAX_WEBP_PIXELS = 3 * 2**24  # the WebP decoder holds four copies
+NPY = b"\x93NUMPY"  # how a .npy file begins
+MIN_LEVELS = 32  # gray levels that must remain of a deep image if nobody says what its range is
+SET_RANGE = "set data.value_range=(low, high), which holds for the whole data set"
+BITS_PER_SAMPLE, SMIN_SAMPLE_VALUE, SMAX_SAMPLE_VALUE = 258, 340, 341  # TIFF tags
 MAX_ASPECT = 64  # of an image that is resized without a crop; of a narrower one only the central part is used
 STRIP_PIXELS = 2**20  # pixels of a deep image that are scaled at a time
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # not EPS, which runs a program
@@ -39,23 +43,168 @@ TRANSPOSE = {
 ViewSizes = dict[str, View]  # name -> ((height, width), interpolation)
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-  """Converts any Pillow mode to RGB. 16-bit and float grays are scaled to 8 bits, which `convert` would clip."""
-  if image.mode.startswith("I") or image.mode == "F":
-    divisor = 257.0 if any(part.max(initial=0) > 255 for part in _strips(image)) else 1.0  # 65535 -> 255
-    gray = [(part / divisor).clip(0, 255).round().astype(np.uint8) for part in _strips(image)]
-    image = Image.fromarray(np.concatenate(gray))
-  elif image.mode == "P" and "transparency" in image.info:
-    image = image.convert("RGBA")
-  return image.convert("RGB")
+class PixelRule(NamedTuple):
+  """How the stored values of all images of a data set become uint8 pixels.
+
+  Attributes:
+    channels: of the pixels. With 3, gray images become RGB and transparency is dropped. With 1, color images become
+      gray. With another number, the file must have exactly so many channels or, as a TIFF, pages.
+    value_range: stored values (low, high) that become 0 and 255; values between them are mapped linearly, others are
+      clipped. None: the full range of 8-bit and of 16-bit images, and the range that a TIFF states in its tags.
+  """
+
+  channels: int = 3
+  value_range: tuple[float, float] | None = None
 
 
-def _strips(image: Image.Image) -> Iterator[np.ndarray]:
-  """Yields a one-channel image in strips of float64 rows, which bounds the memory; NaN becomes 0."""
-  rows = max(STRIP_PIXELS // image.width, 1)
-  for top in range(0, image.height, rows):
-    part = image.crop((0, top, image.width, min(top + rows, image.height)))
+RGB = PixelRule()
+
+
+def to_channels(array: np.ndarray, channels: int) -> np.ndarray:
+  """Returns an array [H, W] or [H, W, 1 or C] as [H, W, C]; gray becomes RGB.
+
+  Raises:
+    ValueError: the array has another shape, or holds no numbers.
+  """
+  found = f"{array.dtype} {list(array.shape)}"
+  array = array[..., None] if array.ndim == 2 else array
+  fits = array.ndim == 3 and (array.shape[2] == channels or (array.shape[2] == 1 and channels == 3))
+  if not fits or not array.size or array.dtype.kind not in "buif":
+    raise ValueError(f"found an array {found}, expected numbers [height, width, {channels}]")
+  if array.size > 3 * MAX_PIXELS:
+    raise ValueError(f"an array {found} has more than {3 * MAX_PIXELS:,} values")
+  return array if array.shape[2] == channels else np.repeat(array, channels, 2)
+
+
+def to_uint8(
+  image: Image.Image | np.ndarray, value_range: tuple[float, float] | None, usual_range: tuple[float, float]
+) -> np.ndarray:
+  """Maps the values of an image linearly to 0 to 255; NaN counts as 0.
+
+  Args:
+    image: [H, W] or [H, W, C].
+    value_range: see `PixelRule`.
+    usual_range: takes its place if it is None. Then no value may lie outside, and the gray levels must remain.
+
+  Returns:
+    uint8, of the same shape.
+
+  Raises:
+    BadImage: `value_range` is None, and the usual range is not that of the image.
+  """
+  low, high = value_range or usual_range
+  lowest, highest, levels, parts = math.inf, -math.inf, np.zeros(256, bool), []
+  for part in _strips(image):
+    lowest, highest = min(lowest, float(part.min())), max(highest, float(part.max()))
+    parts.append(((part - low) * (255 / (high - low))).clip(0, 255).round().astype(np.uint8))
+    levels |= np.bincount(parts[-1].ravel(), minlength=256) > 0
+  if value_range is None:
+    count, found = int(levels.sum()), f"its values run from {lowest:g} to {highest:g}"
+    if lowest < low or highest > high:
+      raise BadImage(f"{found}, which exceeds the range from {low:g} to {high:g} of such files; {SET_RANGE}")
+    if count < MIN_LEVELS and _has_more_levels(image, count):
+      raise BadImage(f"{found}, of which only {count} of 256 gray levels would remain; {SET_RANGE}")
+  return np.concatenate(parts)
+
+
+def _has_more_levels(image: Image.Image | np.ndarray, count: int) -> bool:
+  found: set[float] = set()
+  for part in _strips(image):
+    found.update(np.unique(part).tolist())
+    if len(found) > count:
+      return True
+  return False
+
+
+def _strips(image: Image.Image | np.ndarray) -> Iterator[np.ndarray]:
+  """Yields an image in strips of float64 rows, which bounds the memory; NaN becomes 0."""
+  if isinstance(image, np.ndarray):
+    height, values = image.shape[0], math.prod(image.shape[1:])
+  else:
+    height, values = image.height, image.width
+  rows = max(STRIP_PIXELS // values, 1)
+  for top in range(0, height, rows):
+    end = min(top + rows, height)
+    part = image[top:end] if isinstance(image, np.ndarray) else image.crop((0, top, image.width, end))
     yield np.nan_to_num(np.asarray(part).astype(np.float64), posinf=np.inf, neginf=-np.inf)
+
+
+def _usual_range(image: Image.Image) -> tuple[float, float]:
+  """The range of values of a one-channel image of more than 8 bits, as its TIFF tags or its format say."""
+  tags = getattr(image, "tag_v2", {})
+  ends = [tags.get(tag) for tag in (SMIN_SAMPLE_VALUE, SMAX_SAMPLE_VALUE)]
+  low, high = (end[0] if isinstance(end, tuple) and end else end for end in ends)
+  if isinstance(low, int | float) and isinstance(high, int | float) and low < high:
+    return float(low), float(high)
+  if image.mode.startswith("I;16"):
+    return 0, 2 ** tags.get(BITS_PER_SAMPLE, (16,))[0] - 1
+  return 0, 65535 if image.mode == "I" and image.format in ("PNG", "PPM") else 255
+
+
+def _from_pillow(image: Image.Image, rule: PixelRule) -> np.ndarray:
+  """Decodes an image that Pillow has opened: uint8 [H, W, C], upright."""
+  pages = getattr(image, "n_frames", 1) if image.format == "TIFF" and rule.channels != 3 else 1
+  if pages == 1:
+    return _page(image, rule)
+  if pages != rule.channels:
+    raise BadImage(f"it has {pages} pages, but the model has model.in_channels={rule.channels}")
+  if image.width * image.height * pages > 3 * MAX_PIXELS:
+    raise ValueError(f"{image.width}x{image.height} pixels of {pages} pages are more than {3 * MAX_PIXELS:,}")
+  result = []
+  for page in range(pages):
+    image.seek(page)
+    if len(image.getbands()) != 1:
+      raise BadImage(f"page {page + 1} of {pages} has mode {image.mode}, expected one channel a page")
+    result.append(_page(image, PixelRule(1, rule.value_range)))
+  return np.concatenate(result, 2)
+
+
+def _page(image: Image.Image, rule: PixelRule) -> np.ndarray:
+  has_deep_colors = len(image.getbands()) > 1 and ";16" in str(getattr(image, "tile", ""))
+  usual_range = _usual_range(image)
+  image.load()  # before the EXIF block is read, which may follow the pixels
+  image = _upright(image, _orientation(image))
+  if image.mode.startswith("I") or image.mode == "F":
+    return to_channels(to_uint8(image, rule.value_range, usual_range), rule.channels)
+  if image.mode == "P" and "transparency" in image.info:
+    image = image.convert("RGBA")
+  if rule.channels in (1, 3):
+    image = image.convert("L" if rule.channels == 1 else "RGB")
+  elif image.mode not in ("LA", "RGBA", "CMYK") or len(image.getbands()) != rule.channels:
+    raise BadImage(f"it has mode {image.mode}, but the model has model.in_channels={rule.channels}")
+  pixels = to_channels(np.asarray(image), rule.channels)
+  if has_deep_colors:
+    pixels = _deep_colors(pixels, rule.value_range)
+  return pixels if rule.value_range is None else to_uint8(pixels, rule.value_range, (0, 255))
+
+
+def _deep_colors(pixels: np.ndarray, value_range: tuple[float, float] | None) -> np.ndarray:
+  """Checks 16-bit colors, of which Pillow keeps the upper 8 bits; with a range, returns them as 16-bit values."""
+  low, high = value_range or (0, 65535)
+  if high - low < 256 * MIN_LEVELS or (value_range is None and pixels.min() < pixels.max() < MIN_LEVELS):
+    raise BadImage(
+      f"its 16-bit colors are at most {256 * int(pixels.max()) + 255}, and Pillow reads the upper 8 bits only; convert "
+      f"it to .npy and set data.value_range, or set data.value_range=(0, 65535) if it is as dark as that"
+    )
+  return pixels if value_range is None else pixels * np.uint16(257)
+
+
+def _from_array(array: np.ndarray, rule: PixelRule) -> np.ndarray:
+  array = to_channels(array, rule.channels)
+  if array.dtype == np.uint8 and rule.value_range is None:
+    return array
+  usual_range = (0, {"bool": 1, "uint16": 65535}.get(array.dtype.name, 255))
+  return to_uint8(array, rule.value_range, usual_range)
+
+
+def _read_npy(encoded: bytes) -> np.ndarray:
+  """Reads an array without copying; the file may be damaged."""
+  file = io.BytesIO(encoded)
+  version = np.lib.format.read_magic(file)
+  header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+  shape, is_fortran, dtype = header(file)
+  array = np.frombuffer(encoded, dtype, math.prod(shape), file.tell())  # refuses objects
+  return array.reshape(shape, order="F" if is_fortran else "C")
 
 
 @functools.cache
@@ -63,6 +212,12 @@ def formats() -> tuple[str, ...]:
   """The formats of `FORMATS` that this Pillow can open."""
   Image.init()
   return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _plain_jpeg(encoded: bytes) -> Image.Image | None:
+  """The opened header of a plain JPEG."""
+  header = None if encoded.startswith(NPY) else open_image(encoded)
+  return header if header is not None and jpeg.is_plain(header) else None
 
 
 def open_image(encoded: bytes) -> Image.Image:
@@ -94,28 +249,24 @@ def _upright(image: Image.Image, orientation: int) -> Image.Image:
   return image.transpose(TRANSPOSE[orientation]) if orientation in TRANSPOSE else image
 
 
-def decode(image: Any) -> Image.Image:
-  """Decodes an image to RGB.
+def decode(image: Any, rule: PixelRule = RGB) -> np.ndarray:
+  """Decodes an image to uint8 [H, W, C].
 
   Args:
-    image: encoded bytes, a uint8 array [H, W, 3 or 1], a `LazyImage`, or an RGB image of Pillow. Encoded images are
-      turned upright as their EXIF orientation says; a damaged EXIF block is ignored. Transparency is dropped.
+    image: encoded bytes (of an image, or of a `.npy` file), an array [H, W] or [H, W, C], a `LazyImage`, or an image of
+      Pillow. Images are turned upright as their EXIF orientation says; a damaged EXIF block is ignored.
+    rule: how values become pixels. A `LazyImage` has its own.
 
   Raises:
-    ValueError: the file is empty, or the image has too many pixels.
-    BadImage: a `LazyImage` is damaged.
+    ValueError: the file is empty, or the image has too many pixels or another shape.
+    BadImage: a `LazyImage` is damaged, or the rule does not fit the image.
     Exception: any error of Pillow's readers.
   """
-  if isinstance(image, bytes):
-    opened = open_image(image)
-    opened.load()  # before the EXIF block is read, which may follow the pixels
-    return to_rgb(_upright(opened, _orientation(opened)))
-  if isinstance(image, Image.Image):
-    return image
   if isinstance(image, LazyImage):
-    return Image.fromarray(image.pixels())
-  array = np.asarray(image)
-  return to_rgb(Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array))
+    return image.pixels()
+  if isinstance(image, bytes):
+    image = _read_npy(image) if image.startswith(NPY) else open_image(image)
+  return _from_pillow(image, rule) if isinstance(image, Image.Image) else _from_array(np.asarray(image), rule)
 
 
 @contextlib.contextmanager
@@ -125,6 +276,8 @@ def decoding(name: str, advice: str = "") -> Iterator[None]:
     yield
   except Image.UnidentifiedImageError:
     raise BadImage(f"{name} cannot be decoded: not an image of a supported format{advice}") from None
+  except BadImage as error:  # says what to do
+    raise BadImage(f"{name} cannot be decoded: {error}") from None
   except Exception as error:  # damaged bytes make Pillow's readers raise almost anything
     raise BadImage(f"{name} cannot be decoded: {str(error) or type(error).__name__}{advice}") from None
 
@@ -137,6 +290,7 @@ class LazyImage:
   Args:
     image: as for `decode`.
     name: names the image in errors.
+    rule: as for `decode`.
 
   Attributes:
     size: (width, height), upright.
@@ -145,23 +299,22 @@ class LazyImage:
     BadImage: the image cannot be decoded. Decoding is lazy: the methods may raise it too.
   """
 
-  def __init__(self, image: Any, name: str = "the image"):
+  def __init__(self, image: Any, name: str = "the image", rule: PixelRule = RGB):
     self._name, self._encoded, self._orientation = name, b"", 1
     self.size: tuple[int, int]
     with self._decoding():
-      if isinstance(image, bytes) and jpeg.is_plain(header := open_image(image)):
+      if rule == RGB and isinstance(image, bytes) and (header := _plain_jpeg(image)):
         self._encoded, self._stored_size, self._orientation = image, header.size, _orientation(header)
         self.size = header.size[::-1] if self._orientation >= 5 else header.size
         return
-      is_rgb = isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] == (3,)
-      self._array = image if is_rgb else np.asarray(decode(image))
+      self._array = decode(image, rule)
     self.size = (self._array.shape[1], self._array.shape[0])
 
   def _decoding(self) -> contextlib.AbstractContextManager[None]:
     return decoding(self._name, "; remove or repair it")
 
   def pixels(self) -> np.ndarray:
-    """The decoded image, uint8 [H, W, 3]."""
+    """The decoded image, uint8 [H, W, C]."""
     return self.shrunk(1)[0]
 
   def shrunk(self, factor: int) -> tuple[np.ndarray, int]:
@@ -171,7 +324,7 @@ class LazyImage:
       factor: 1, 2, 4 or 8.
 
     Returns:
-      (uint8 [ceil(H / f), ceil(W / f), 3], f), where f is `factor` or less.
+      (uint8 [ceil(H / f), ceil(W / f), C], f), where f is `factor` or less.
     """
     if not self._encoded:
       return self._array, 1
@@ -180,7 +333,7 @@ class LazyImage:
     pixels = jpeg.decode(self._encoded, self._stored_size, factor)
     if pixels is None:
       with self._decoding():
-        return np.asarray(decode(self._encoded)), 1
+        return decode(self._encoded), 1
     if self._orientation != 1:
       pixels = np.asarray(_upright(Image.fromarray(pixels), self._orientation))
     return pixels, factor
@@ -245,7 +398,7 @@ def train_views(
     scaled: decode JPEGs at a lower resolution where the box has more pixels than the views; the box is the same.
 
   Returns:
-    {view: uint8 [H, W, 3]}.
+    {view: uint8 [H, W, C]}.
 
   Raises:
     BadImage: the image cannot be decoded.
@@ -321,14 +474,20 @@ def eval_views(
     crop_pct: see `eval_size`, as `resize`.
 
   Returns:
-    {view: uint8 [H, W, 3]}.
+    {view: uint8 [H, W, C]}.
   """
-  image = decode(image)
-  if max(image.size) > MAX_ASPECT * min(image.size):
-    image = image.crop(_limited_box(image.size))
+  pixels = decode(image)
+  height, width = pixels.shape[:2]
+  if max(height, width) > MAX_ASPECT * min(height, width):
+    pixels = _cut(pixels, _limited_box((width, height)))
   result = {}
   for name, ((height, width), interpolation) in views.items():
-    size = eval_size((image.height, image.width), (height, width), crop_pct, resize)[::-1]
-    resized = image if image.size == size else image.resize(size, RESAMPLE[interpolation])
-    result[name] = np.asarray(resized.crop(_central_box(*size, width, height)))
+    size = eval_size((pixels.shape[0], pixels.shape[1]), (height, width), crop_pct, resize)
+    resized = resize_with_pillow(pixels, size, interpolation)
+    result[name] = np.ascontiguousarray(_cut(resized, _central_box(*size[::-1], width, height)))
   return result
+
+
+def _cut(pixels: np.ndarray, box: Box) -> np.ndarray:
+  left, top, right, bottom = map(int, box)
+  return pixels[top:bottom, left:right]

@@ -14,6 +14,7 @@ from PIL import Image
 from beit_jax.data import drawing, images
 from beit_jax.data.examples import HostBatch, decode, label_map_name, read
 from beit_jax.data.label_maps import decode_labels
+from beit_jax.data.resize import RESAMPLE, resize_with_pillow
 from beit_jax.data.sources import Example, Source
 from beit_jax.errors import BadImage, UserError
 
@@ -127,13 +128,6 @@ def _hsv(image: np.ndarray, saturation: float = 1.0, hue: float = 0.0) -> np.nda
   return np.asarray(Image.fromarray(hsv.astype(np.uint8), "HSV").convert("RGB"))
 
 
-def resize_image(image: np.ndarray, size: tuple[int, int], interpolation: str) -> np.ndarray:
-  """Resizes uint8 [h, w, 3] to uint8 [H, W, 3] with Pillow, which smooths when it shrinks."""
-  if image.shape[:2] == tuple(size):
-    return image
-  return np.asarray(Image.fromarray(image).resize(size[::-1], images.RESAMPLE[interpolation]))
-
-
 class LabelMapReader:
   """Turns an example into a crop and its label map: the reader of the `segment` objective (see `examples.Reader`).
 
@@ -146,9 +140,9 @@ class LabelMapReader:
 
   def __init__(self, size: tuple[int, int], num_classes: int, data: dict[str, Any], segment: dict[str, Any]):
     self._size, self._data, self._segment = size, data, segment
-    if data["interpolation"] not in images.RESAMPLE:
+    if data["interpolation"] not in RESAMPLE:
       raise UserError(
-        f"config key 'data.interpolation': {data['interpolation']!r} is unknown; there are {', '.join(images.RESAMPLE)}"
+        f"config key 'data.interpolation': {data['interpolation']!r} is unknown; there are {', '.join(RESAMPLE)}"
       )
     self._rule = {name: segment[name] for name in ("reduce_zero_label", "ignore_label")}
     self._rule["num_classes"] = num_classes
@@ -196,7 +190,7 @@ class LabelMapReader:
     pixels, labels = pixels[part], labels[part]
     if self._data["flip"] and rng.random() < 0.5:
       pixels, labels = pixels[:, ::-1], labels[:, ::-1]
-    if s["photometric"]:
+    if s["photometric"] and pixels.shape[2] == 3:
       pixels = distort(rng, np.ascontiguousarray(pixels))
     return self._pad(pixels, labels)
 
@@ -213,12 +207,12 @@ class LabelMapReader:
     self, image: images.LazyImage, labels: np.ndarray, size: tuple[int, int]
   ) -> tuple[np.ndarray, np.ndarray]:
     """Resizes both to (width, height)."""
-    pixels = resize_image(image.pixels(), size[::-1], self._data["interpolation"])
+    pixels = resize_with_pillow(image.pixels(), size[::-1], self._data["interpolation"])
     return pixels, np.asarray(Image.fromarray(labels).resize(size, Image.Resampling.NEAREST))
 
   def _pad(self, pixels: np.ndarray, labels: np.ndarray) -> HostBatch:
     """Pads at the right and at the bottom, with the mean color and labels that are ignored."""
-    image = np.empty((*self._size, 3), np.uint8)
+    image = np.empty((*self._size, len(self._fill)), np.uint8)
     image[:] = self._fill
     padded = np.full(self._size, IGNORE, np.uint8)
     image[: pixels.shape[0], : pixels.shape[1]] = pixels
@@ -250,11 +244,11 @@ def check_not_only_255(source: Source, reader: LabelMapReader) -> None:
 
 
 def read_full_size(source: Source, reader: LabelMapReader, index: int) -> tuple[np.ndarray, np.ndarray]:
-  """Reads an example without resizing: image uint8 [H, W, 3] and label map uint8 [H, W].
+  """Reads an example without resizing: image uint8 [H, W, C] and label map uint8 [H, W].
 
   Raises:
     BadImage: one of the two cannot be read.
   """
   example = read(source, index)
-  image = decode(example, index)
+  image = decode(example, index, source.pixels)
   return image.pixels(), reader.labels(example, image, index)

@@ -17,6 +17,7 @@ import numpy as np
 
 from beit_jax import trees
 from beit_jax.data import shapes, tfds_info
+from beit_jax.data.images import RGB, PixelRule
 from beit_jax.data.listing import Listing, list_images
 from beit_jax.errors import BadImage, UserError
 from beit_jax.runtime import bucket
@@ -41,6 +42,7 @@ class Source(Protocol):
     map_class_names: name of each class of `label_map`; () if unknown.
     has_labels: whether examples have a `label`.
     multi_label: whether a `label` is a vector of 0 and 1 instead of one class id.
+    pixels: how stored values become pixels; `make_source` sets it from the config.
     description: JSON values that identify the data; checkpoints and token caches record them. Caches ignore `root`
       and `label_file`, since data may move.
   """
@@ -50,6 +52,7 @@ class Source(Protocol):
   map_class_names: tuple[str, ...] = ()
   has_labels: bool = False
   multi_label: bool = False
+  pixels: PixelRule = RGB
   description: dict[str, Any]
 
   def __len__(self) -> int: ...
@@ -58,7 +61,7 @@ class Source(Protocol):
     """Reads one example.
 
     Returns:
-      A dict with `image`, encoded bytes or uint8 [H, W, 3 or 1], and optionally
+      A dict with `image`, encoded bytes or an array [H, W, C or 1], and optionally
       `label`: int, or with `multi_label` float32 [num_classes];
       `label_map`: encoded bytes or an integer array [H, W], the class of each pixel;
       `file`, `label_file`: the paths of the image and of its label map, for error messages.
@@ -459,4 +462,6 @@ def make_source(data: dict[str, Any]) -> Source:
     )
   if not 0 < data["fraction"] <= 1:
     raise UserError(f"data.fraction={data['fraction']} must lie in (0, 1]")
-  return source if data["fraction"] == 1 else Subset(source, data["fraction"])
+  source = source if data["fraction"] == 1 else Subset(source, data["fraction"])
+  source.pixels = PixelRule(len(data["mean"]), data["value_range"])
+  return source

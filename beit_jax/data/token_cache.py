@@ -37,7 +37,7 @@ NUM_SAMPLES = 16  # examples whose hash identifies the data
 PAUSES = (0.0, 0.2, 1.0)  # seconds before each look at the list of shards, which `tokenize` may be extending
 # The color jitter of the token view depends on both views.
 VIEWS = ("image_size", "token_image_size", "interpolation", "token_interpolation")
-HOST_AUGMENTATIONS = ("crop", "crop_scale", "crop_ratio", "flip", "scaled_decode")
+HOST_AUGMENTATIONS = ("crop", "crop_scale", "crop_ratio", "flip", "scaled_decode", "value_range")
 CONFIG_KEY = "config key 'tokenizer.cache'"
 
 

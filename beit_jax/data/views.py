@@ -35,7 +35,7 @@ class ViewReader:
     self._views, self._options = views, options
     self._num_classes, self._multi_label = num_classes, multi_label
     choices = [("resize", options["resize"], images.RESIZES), ("crop", options["crop"], images.CROPS)]
-    choices += [(f"interpolation of {name}", how, tuple(images.RESAMPLE)) for name, (_, how) in views.items()]
+    choices += [(f"interpolation of {name}", how, tuple(resize.RESAMPLE)) for name, (_, how) in views.items()]
     for key, value, names in choices:
       if value not in names:
         raise UserError(f"config key 'data.{key}': {value!r} is unknown; there are {', '.join(names)}")
@@ -54,7 +54,7 @@ class ViewReader:
     rng = np.random.default_rng((*key, 2))
     options = dict(crop=o["crop"], scale=o["crop_scale"], ratio=o["crop_ratio"], flip=o["flip"])
     views = images.train_views(image, rng, self._views, scaled=o["scaled_decode"], **options)
-    if o["rand_augment"]:
+    if o["rand_augment"] and all(view.shape[2] == 3 for view in views.values()):
       rng, fill = np.random.default_rng((*key, 3)), randaugment.fill_color(o["mean"])
       views = {
         name: np.asarray(randaugment.rand_augment(Image.fromarray(view), rng, o["rand_augment"], fill))

@@ -51,6 +51,7 @@ class Beit(nn.Module):
 
   image_size: tuple[int, int] = (224, 224)
   patch_size: int = 16
+  in_channels: int = 3  # of the images
   width: int = 768
   depth: int = 12
   num_heads: int = 12
@@ -81,7 +82,7 @@ class Beit(nn.Module):
     """Encodes images.
 
     Args:
-      image: Normalized float pixels [B, H, W, 3].
+      image: Normalized float pixels [B, H, W, C].
       mask: bool [B, h, w], True = masked; or None.
       train: Turns on stochastic depth, which draws from the "drop_path" rng.
 
@@ -90,13 +91,14 @@ class Beit(nn.Module):
       after each block, not normalized, in `residual_dtype`: `{"block_00": [B, 1 + N, D], ...}`.
 
     Raises:
-      ValueError: The image has another size than `image_size`, the mask is not on the grid, or there is a mask and no
-        mask token.
+      ValueError: The image has another size or other channels than the encoder, the mask is not on the grid, or there
+        is a mask and no mask token.
     """
     dtype, residual_dtype = jnp.dtype(self.dtype), jnp.dtype(self.residual_dtype)
     init = INITS[self.weight_init]
-    if tuple(image.shape[1:3]) != tuple(self.image_size):
-      raise ValueError(f"the encoder was built for images of {self.image_size}, got {image.shape[1:3]}")
+    if tuple(image.shape[1:]) != (*self.image_size, self.in_channels):
+      expected = (*self.image_size, self.in_channels)
+      raise ValueError(f"the encoder was built for images of {expected}, got {image.shape[1:]}")
     patch_embed = PatchEmbed(self.width, self.patch_size, self.weight_init, dtype, name="patch_embed")
     x = patch_embed(image).astype(residual_dtype)  # [B, N, D]
     if self.use_mask_token:

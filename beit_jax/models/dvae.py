@@ -109,12 +109,13 @@ class DvaeEncoder(nn.Module):
 
 
 class DvaeDecoder(nn.Module):
-  """One-hot or soft tokens [B, h, w, V] -> mean and log-scale before the sigmoid, float32 [B, H, W, 6]."""
+  """One-hot or soft tokens [B, h, w, V] -> mean and log-scale before the sigmoid, float32 [B, H, W, 2C]."""
 
   n_init: int = 128
   n_hid: int = 256
   n_blk_per_group: int = 2
   group_count: int = 4
+  in_channels: int = 3
   dtype: str = "float32"
   residual_dtype: str = "float32"
 
@@ -128,7 +129,7 @@ class DvaeDecoder(nn.Module):
       x = _Group(width, self.n_blk_per_group, (1, 3, 3, 3), post_gain, dtype, name=f"group_{i + 1}")(x)
       if i < self.group_count - 1:
         x = x.repeat(2, axis=1).repeat(2, axis=2)  # nearest neighbor
-    return _conv(6, 1, jnp.float32, "output")(nn.relu(x).astype(jnp.float32))
+    return _conv(2 * self.in_channels, 1, jnp.float32, "output")(nn.relu(x).astype(jnp.float32))
 
 
 class Dvae(nn.Module):
@@ -143,6 +144,7 @@ class Dvae(nn.Module):
   n_blk_per_group: int = 2
   group_count: int = 4  # stride 2 ** (group_count - 1)
   vocab_size: int = 8192
+  in_channels: int = 3  # of the images
   dtype: str = "float32"
   residual_dtype: str = "float32"
 
@@ -159,7 +161,7 @@ class Dvae(nn.Module):
       residual_dtype=self.residual_dtype,
     )
     self.encoder = DvaeEncoder(n_hid=self.n_hid, vocab_size=self.vocab_size, **shared)
-    self.decoder = DvaeDecoder(n_hid=self.n_hid, n_init=self.n_init, **shared)
+    self.decoder = DvaeDecoder(n_hid=self.n_hid, n_init=self.n_init, in_channels=self.in_channels, **shared)
 
   def logits(self, x: jax.Array) -> jax.Array:
     """Pixels mapped by `map_pixels`, float32 [B, H, W, 3] -> logits [B, h, w, V]."""

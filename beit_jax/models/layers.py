@@ -49,7 +49,7 @@ def scaled_init(init: Initializer, scale: float) -> Initializer:
 
 
 class PatchEmbed(nn.Module):
-  """Non-overlapping P x P convolution as one matrix product: [B, H, W, 3] -> [B, N, D]."""
+  """Non-overlapping P x P convolution as one matrix product: [B, H, W, C] -> [B, N, D]."""
 
   width: int
   patch_size: int
@@ -67,7 +67,7 @@ class PatchEmbed(nn.Module):
     kernel = self.param("kernel", kernel_init, (p, p, channels, self.width))
     bias = self.param("bias", bias_init, (self.width,))
     x = image.astype(self.dtype).reshape(batch, height // p, p, width // p, p, channels)
-    x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, p * p * channels)  # [B, N, P*P*3]
+    x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, p * p * channels)  # [B, N, P*P*C]
     return x @ kernel.astype(self.dtype).reshape(-1, self.width) + bias.astype(self.dtype)
 
 

@@ -25,8 +25,9 @@ from beit_jax.config import parse, ranges
 from beit_jax.data import examples, views
 from beit_jax.data.images import ViewSizes
 from beit_jax.errors import UserError
+from beit_jax.runtime.logs import log
 from beit_jax.weights import io as weights_io
-from beit_jax.weights.pretrained import Pretrained
+from beit_jax.weights.pretrained import Pretrained, variable_shapes
 
 MAX_PARAMETERS = 2**35  # 128 GiB of float32; a larger value is almost certainly a typo
 
@@ -112,6 +113,7 @@ class Objective(abc.ABC):
     self.config, self.source = config, source
     self.load_frozen = load or weights_io.load
     self.image_size = parse.pair(config.data.image_size, "data.image_size")
+    self.channels = _check_channels(config)
     self.token_image_size = parse.pair(config.data.token_image_size, "data.token_image_size")
 
   # What every objective gives.
@@ -171,7 +173,7 @@ class Objective(abc.ABC):
 
   def batch_shapes(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and dtypes of a global training batch."""
-    images = {name: ((*size, 3), jnp.uint8) for name, (size, _) in self.views().items()}
+    images = {name: ((*size, self.channels), jnp.uint8) for name, (size, _) in self.views().items()}
     return with_common_arrays(images, batch_size)
 
   def frozen_params(self, mesh: jax.sharding.Mesh) -> PyTree:
@@ -263,7 +265,14 @@ class Objective(abc.ABC):
     Raises:
       UserError: not all of them are there.
     """
-    path, found = str(pretrained.description.get("path")), self.adapt(pretrained, shapes)
+    path = str(pretrained.description.get("path"))
+    stated = {"model.in_channels": len(pretrained.preprocessing["mean"])}
+    stated["data.value_range"] = pretrained.preprocessing.get("value_range") or self.config.data.value_range
+    ours = {"model.in_channels": self.channels, "data.value_range": self.config.data.value_range}
+    for key, value in stated.items():
+      if value != ours[key]:
+        raise UserError(f"eval_only: {path} was trained with {key}={value!r}, this run has {ours[key]!r}")
+    found = self.adapt(pretrained, shapes)
     missing = [name for name in trees.flatten(shapes) if name not in found]
     if missing:
       raise UserError(
@@ -301,7 +310,7 @@ class Objective(abc.ABC):
   def _init_module(self, key: Array, size: tuple[int, int]) -> Variables:
     """Variables of `module` for images of `size`."""
     with user_errors_of_model():
-      return self.module.init(key, jnp.zeros((1, *size, 3)))
+      return self.module.init(key, jnp.zeros((1, *size, self.channels)))
 
 
 def image_preprocessing(data: ConfigDict, image_size: tuple[int, int]) -> dict[str, Any]:
@@ -313,7 +322,33 @@ def image_preprocessing(data: ConfigDict, image_size: tuple[int, int]) -> dict[s
     crop_pct=data.crop_pct,
     interpolation=data.interpolation,
     resize=data.resize,
+    **value_range(data),
   )
+
+
+def value_range(data: ConfigDict) -> dict[str, Any]:
+  """The entry `value_range` of a preprocessing; only where the config sets it."""
+  return {} if data.value_range is None else {"value_range": tuple(data.value_range)}
+
+
+def _check_channels(config: ConfigDict) -> int:
+  """The number of channels of the images.
+
+  Raises:
+    UserError: mean and standard deviation are those of another number of channels.
+  """
+  data, channels = config.data, config.model.in_channels
+  for key in ("mean", "std"):
+    if len(data[key]) != channels:
+      raise UserError(
+        f"config key 'data.{key}': {len(data[key])} numbers, but model.in_channels={channels}; give one a channel"
+      )
+  color = {f"data.{key}": data[key] for key in ("color_jitter", "rand_augment")}
+  color["segment.photometric"] = config.get("segment", {}).get("photometric")
+  active = [key for key, value in color.items() if value]
+  if channels != 3 and active:
+    log.info("images of %d channels have no colors: %s not applied", channels, ", ".join(active))
+  return channels
 
 
 def with_common_arrays(
@@ -358,9 +393,8 @@ def abstract_model(
   kind: str, module: nn.Module, image_size: tuple[int, int], preprocessing: dict[str, Any]
 ) -> Pretrained:
   """A model with shapes in place of parameters: see `Objective.expected_result`."""
-  image = jax.ShapeDtypeStruct((1, *image_size, 3), jnp.float32)
   with user_errors_of_model():
-    params = jax.eval_shape(module.init, jax.random.key(0), image)["params"]
+    params = variable_shapes(module, image_size)["params"]
   return Pretrained(kind, params, module, {**preprocessing, "image_size": image_size})
 
 

@@ -86,7 +86,12 @@ class MaskedImageModeling(EncoderObjective):
     tokenizer = self.load_frozen(path)
     if not tokenizer.can_tokenize:
       raise UserError(f"config key 'tokenizer.init_from': {path} holds a {tokenizer.kind}, not a tokenizer")
-    vocab_size = tokenizer.module.vocab_size
+    channels, vocab_size = tokenizer.module.in_channels, tokenizer.module.vocab_size
+    if channels != self.channels:
+      raise UserError(
+        f"config key 'tokenizer.init_from': the tokenizer {path} takes images of {channels} channels, this run has "
+        f"{self.channels}; train one with configs/dvae.py and model.in_channels={self.channels}"
+      )
     if self.config.model.vocab_size not in (None, vocab_size):
       raise UserError(
         f"config key 'model.vocab_size': {self.config.model.vocab_size}, but the tokenizer {path} has {vocab_size} "

@@ -91,7 +91,7 @@ class TokenizerTraining(base.Objective):
     return temperature, loss.kl_weight * jnp.minimum(step / max(loss.kl_warmup_steps, 1), 1.0)
 
   def _reconstruction(self, mean: Array, log_scale: Array, target: Array) -> Array:
-    """Loss per element, [B, H, W, 3]; `target` is map_pixels'd."""
+    """Loss per element, [B, H, W, C]; `target` is map_pixels'd."""
     if self.config.loss.reconstruction == "logit_laplace":
       return losses.logit_laplace(mean, log_scale, target)
     difference = jax.nn.sigmoid(mean) - target
@@ -182,9 +182,10 @@ class TokenizerTraining(base.Objective):
 
 def _preprocessing(data: ConfigDict) -> dict[str, Any]:
   return dict(
-    mean=(-0.125,) * 3,  # (x + 0.125) / 1.25 is map_pixels
-    std=(1.25,) * 3,
+    mean=(-0.125,) * len(data.mean),  # (x + 0.125) / 1.25 is map_pixels
+    std=(1.25,) * len(data.mean),
     crop_pct=data.crop_pct,
     interpolation=data.token_interpolation,
     resize="short_side",
+    **base.value_range(data),
   )

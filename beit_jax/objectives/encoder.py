@@ -203,7 +203,9 @@ def normalization_problems(
   data: ConfigDict, pretrained: Pretrained, report: Callable[[str], None]
 ) -> list[str]:
   """Lines on `data.mean` and `data.std` if a run and a checkpoint differ; a warning where the file says nothing."""
-  problems = []
+  problems: list[str] = []
+  if len(data.mean) != len(pretrained.preprocessing["mean"]):  # those of other channels do not apply
+    return problems
   for key in ("mean", "std"):
     ours, theirs = (tuple(map(float, p[key])) for p in (data, pretrained.preprocessing))
     if ours == theirs:

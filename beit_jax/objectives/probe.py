@@ -90,13 +90,17 @@ class Probe(base.Objective):
   def _init_encoder(self) -> PyTree:
     key = jax.random.fold_in(jax.random.key(self.config.seed), 7)
     with base.user_errors_of_model():
-      return self.encoder.init(key, jnp.zeros((1, *self.image_size, 3)))["params"]
+      return self.encoder.init(key, jnp.zeros((1, *self.image_size, self.channels)))["params"]
 
   def _load_encoder(self, path: str) -> Pretrained:
     pretrained = self.load_frozen(path)
     if not pretrained.has_encoder:
       raise UserError(f"config key 'encoder.init_from': a {pretrained.kind} has no BEiT encoder ({path})")
     problems = normalization_problems(self.config.data, pretrained, log.info)
+    if pretrained.encoder_fields["in_channels"] != self.channels:
+      problems.append(
+        f"model.in_channels: {pretrained.encoder_fields['in_channels']} there, {self.channels} here"
+      )
     image_size = tuple(pretrained.encoder_fields["image_size"])
     if image_size != self.image_size:
       problems.append(f"data.image_size: the encoder is for {image_size}, here {self.image_size}")

@@ -19,6 +19,7 @@ import numpy as np
 
 from beit_jax import augment
 from beit_jax.data import segmentation
+from beit_jax.data.resize import resize_with_pillow
 from beit_jax.models.resampling import resize_bilinear
 
 MODES = ("slide", "whole")
@@ -99,7 +100,7 @@ class Sliding:
     """Prepares an image on the host: its row of a batch for `probabilities` and `class_map`.
 
     Args:
-      image: uint8 [H, W, 3].
+      image: uint8 [H, W, C].
       geometry: the shapes of its bucket.
       flip: predict the mirrored image, and mirror the result back.
 
@@ -115,8 +116,8 @@ class Sliding:
     available = (*geometry.canvas, *geometry.shape, geometry.num_windows)
     if any(np.less(available, (height, width, *image.shape[:2], len(places)))):
       raise ValueError(f"an image of {image.shape[:2]} (height, width) does not fit {geometry}")
-    pixels = segmentation.resize_image(image, size, self.interpolation)
-    padded = np.empty((*geometry.canvas, 3), np.uint8)
+    pixels = resize_with_pillow(image, size, self.interpolation)
+    padded = np.empty((*geometry.canvas, len(self.mean)), np.uint8)
     padded[:] = [int(255 * m + 0.5) for m in self.mean]
     padded[:height, :width] = pixels[:, ::-1] if flip else pixels
     corners = np.zeros((geometry.num_windows, 2), np.int32)

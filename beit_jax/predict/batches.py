@@ -155,8 +155,8 @@ def _predict(
     for position, file in enumerate(files[start : start + size], start):
       results.append({"file": str(file)})
       with skipping(results[-1]):
-        image = read_image(file)
-        prepared.append([np.asarray(model.preprocess([image]))[0] for model in models])
+        image = read_image(file, models[0].pixels)
+        prepared.append([np.asarray(model.normalize([image]))[0] for model in models])
         readable.append(results[-1])
         positions.append(position)
     if readable:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from beit_jax.data import drawing
 from beit_jax.data.image_files import check_aspect, read_image
+from beit_jax.data.images import PixelRule
 from beit_jax.errors import UserError
 from beit_jax.objectives.sliding import MODES, Geometry, Size, Sliding, buckets
 from beit_jax.predict.batches import Facts, save, skipping
@@ -47,14 +48,14 @@ def segment(model: Pretrained, files: list[Path], args: argparse.Namespace) -> I
   sizes: dict[int, Size] = {}
   for i, file in enumerate(files):
     with skipping(results[i]):
-      height, width, _ = read(file, sliding).shape
+      height, width, _ = read(file, sliding, model.pixels).shape
       sizes[i] = height, width
   chosen = dict(zip(sizes, geometries(sliding, list(sizes.values())), strict=True))
   variables = jax.device_put({"params": model.params, **model.collections})
   for i, facts in enumerate(results):
     if i in chosen:
       with skipping(facts):  # the file may have changed since its size was read
-        image = read(files[i], sliding)
+        image = read(files[i], sliding, model.pixels)
         batch = {name: jnp.asarray(array[None]) for name, array in sliding.inputs(image, chosen[i]).items()}
     if "error" not in facts:
       classes = np.asarray(sliding.class_map(variables, batch))[0, : image.shape[0], : image.shape[1]]
@@ -138,9 +139,9 @@ def geometries(sliding: Sliding, sizes: Sequence[Size]) -> list[Geometry]:
   return [result[i] for i in range(len(sizes))]
 
 
-def read(path: Path, sliding: Sliding) -> np.ndarray:
+def read(path: Path, sliding: Sliding, rule: PixelRule) -> np.ndarray:
   """`read_image`, which also refuses images whose canvas would fill the memory."""
-  image = read_image(path)
+  image = read_image(path, rule)
   if sliding.mode == "slide":
     check_aspect(image.shape[1], image.shape[0], MAX_ASPECT)
   return image
@@ -186,12 +187,14 @@ def draw_class_map(classes: np.ndarray, colors: np.ndarray) -> Image.Image:
 def draw_overlay(
   image: np.ndarray, classes: np.ndarray, shares: list[Facts], colors: np.ndarray
 ) -> Image.Image:
-  """Blends class colors over an image uint8 [H, W, 3] and adds a legend of the classes in `shares`."""
+  """Blends class colors over an image uint8 [H, W, C] and adds a legend of the classes in `shares`."""
   side, (smallest, largest) = max(classes.shape), OVERLAY_SIDE
   factor = -(-smallest // side) if side < smallest else min(largest / side, 1)
   height, width = (max(round(n * factor), 1) for n in classes.shape)
   resample = Image.Resampling.NEAREST if factor >= 1 else Image.Resampling.LANCZOS
-  pixels = np.asarray(Image.fromarray(image).resize((width, height), resample), np.float32) / 255
+  pixels = (
+    np.asarray(Image.fromarray(drawing.visible(image)).resize((width, height), resample), np.float32) / 255
+  )
   class_image = Image.fromarray(np.ascontiguousarray(classes))
   areas = np.asarray(class_image.resize((width, height), Image.Resampling.NEAREST))
   mixed = drawing.overlay(pixels, areas, colors)

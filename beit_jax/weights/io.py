@@ -278,6 +278,8 @@ def save(pretrained: Pretrained, path: str | Path, *, format: str) -> None:
       f"a {pretrained.kind} cannot be saved as {format}, which has no such model; its formats are "
       + ", ".join(pretrained.spec.formats)
     )
+  if format != "orbax" and len(pretrained.preprocessing["mean"]) != 3:
+    raise UserError(f"format {format!r} is for images of 3 channels; save models of other images as 'orbax'")
   is_free = not os.path.lexists(path) or (path.is_dir() and not path.is_symlink() and not any(path.iterdir()))
   if not is_free:
     raise UserError(f"{path} exists and is not overwritten; choose another name")

@@ -3,9 +3,11 @@
 import dataclasses
 import hashlib
 import json
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -17,8 +19,10 @@ from PIL import Image
 import beit_jax
 from beit_jax import trees
 from beit_jax.config import ranges
+from beit_jax.data import image_files
 from beit_jax.data import images as images_lib
-from beit_jax.errors import UserError
+from beit_jax.data.resize import resize_with_pillow
+from beit_jax.errors import BadImage, UserError
 from beit_jax.models.beit import Beit, BeitForImageClassification, BeitForMaskedImageModeling
 from beit_jax.models.dvae import Dvae
 from beit_jax.models.resampling import resize_bilinear
@@ -191,7 +195,9 @@ def make_module(kind: str, fields: dict[str, Any]) -> nn.Module:
 
 def variable_shapes(module: nn.Module, image_size: tuple[int, int]) -> dict[str, Any]:
   """The shapes of a module's variables, by collection; nothing is computed."""
-  image = jax.ShapeDtypeStruct((1, *image_size, 3), jnp.float32)
+  encoder = getattr(module, "encoder", None)
+  channels = getattr(module, "in_channels", None) or dict(encoder or {}).get("in_channels", 3)
+  image = jax.ShapeDtypeStruct((1, *image_size, channels), jnp.float32)
   return dict(jax.eval_shape(module.init, jax.random.key(0), image))
 
 
@@ -223,7 +229,8 @@ class Pretrained:
     kind: "backbone" | "mim" | "classifier" | "segmenter" | "tokenizer".
     params: nested dict of arrays.
     module: the Linen module.
-    preprocessing: mean, std, image_size (h, w), crop_pct, interpolation, resize ("short_side" | "squash").
+    preprocessing: mean, std, image_size (h, w), crop_pct, interpolation, resize ("short_side" | "squash"); value_range
+      if the run set it.
     description: what the checkpoint says of itself.
     collections: Linen collections besides the parameters: `batch_stats` of a segmenter.
   """
@@ -304,7 +311,7 @@ class Pretrained:
     """Runs the model on normalized images.
 
     Args:
-      x: float32 [B, H, W, 3], already normalized (for a tokenizer: after `map_pixels`, which is mean -0.125, std 1.25).
+      x: float32 [B, H, W, C], already normalized (for a tokenizer: after `map_pixels`, which is mean -0.125, std 1.25).
       mask: bool [B, h, w] or [B, N], or [h, w] for all images; True = masked. Only for a backbone or a masked image
         model.
 
@@ -340,32 +347,68 @@ class Pretrained:
 
     return jax.jit(run)
 
+  @property
+  def pixels(self) -> images_lib.PixelRule:
+    """How the stored values of images become pixels."""
+    return images_lib.PixelRule(len(self.preprocessing["mean"]), self.preprocessing.get("value_range"))
+
   def preprocess(self, images: Any) -> jax.Array:
     """Prepares images as the checkpoint's `preprocessing` says.
 
     Args:
-      images: uint8 [B, H, W, 3], or float in [0, 1]; any size, also a list of images of several sizes.
+      images: an array [B, H, W, C], or one image, or a list of images. An image is an array [H, W, C], an image of
+        Pillow or the path of a file, of any size. Arrays are uint8, or float in [0, 1], or deeper integers as
+        `data.images.PixelRule` says. With a `value_range` in the preprocessing, all arrays hold stored values.
 
     Returns:
-      float32 [B, h, w, 3], normalized, of the model's image size.
+      float32 [B, h, w, C], normalized, of the model's image size.
+
+    Raises:
+      UserError: an image has another shape, or values that cannot be meant.
     """
-    p = self.preprocessing
-    pixels = np.stack([self._fit(np.asarray(image)) for image in images])
+    is_batch = isinstance(images, list | tuple) or np.ndim(images) == 4
+    return self.normalize([self._pixels(image) for image in (images if is_batch else [images])])
+
+  def _pixels(self, image: Any) -> np.ndarray:
+    """The pixels of an image: uint8 [H, W, C], or float32 in [0, 1]."""
+    try:
+      if isinstance(image, str | os.PathLike):
+        return image_files.read_image(Path(image), self.pixels)
+      image = image if isinstance(image, Image.Image) else np.asarray(image)
+      if isinstance(image, np.ndarray) and image.dtype.kind not in "bui":
+        image = images_lib.to_channels(image, self.pixels.channels)
+        low, high = float(image.min()), float(image.max())
+        if self.pixels.value_range is None:
+          if not (low >= 0 and high <= 1):
+            raise ValueError(f"float values from {low:g} to {high:g}; expected [0, 1], or uint8")
+          return image.astype(np.float32)
+        if low >= 0 and 0 < high <= 1 and self.pixels.value_range[1] > 2:
+          raise ValueError(f"float values from {low:g} to {high:g}; expected stored values, {self.pixels}")
+      return images_lib.decode(image, self.pixels)
+    except (ValueError, BadImage) as error:
+      raise UserError(f"{image if isinstance(image, str | os.PathLike) else 'images'}: {error}") from None
+
+  def normalize(self, images: Sequence[np.ndarray]) -> jax.Array:
+    """Resizes and normalizes pixels.
+
+    Args:
+      images: uint8 [H, W, C], as `data.images.decode` returns them, or float32 in [0, 1]; of any size.
+
+    Returns:
+      float32 [B, h, w, C].
+    """
+    p, pixels = self.preprocessing, np.stack([self._fit(image) for image in images])
     return (jnp.asarray(pixels) - jnp.asarray(p["mean"])) / jnp.asarray(p["std"])
 
   def _fit(self, image: np.ndarray) -> np.ndarray:
-    """Resizes and crops one image to float32 [h, w, 3] in [0, 1]; float images are not rounded to uint8."""
+    """Resizes and crops one image to float32 [h, w, C] in [0, 1]; float images are not rounded to uint8."""
     p, size = self.preprocessing, tuple(self.preprocessing["image_size"])
     if image.dtype == np.uint8:
       views, how = {"image": (size, p["interpolation"])}, {name: p[name] for name in ("crop_pct", "resize")}
       return images_lib.eval_views(image, views, **how)["image"].astype(np.float32) / 255.0
-    image = image.astype(np.float32)
     height, width = image.shape[:2]
     target = images_lib.eval_size((height, width), size, p["crop_pct"], p["resize"])
-    if target != (height, width):
-      resample = images_lib.RESAMPLE[p["interpolation"]]
-      channels = [Image.fromarray(image[..., c]).resize(target[::-1], resample) for c in range(3)]
-      image = np.stack([np.asarray(channel) for channel in channels], -1).clip(0, 1)
+    image = resize_with_pillow(image, target, p["interpolation"]).clip(0, 1)
     top, left = round((target[0] - size[0]) / 2), round((target[1] - size[1]) / 2)
     return image[top : top + size[0], left : left + size[1]]
 
@@ -388,7 +431,7 @@ class Pretrained:
     return logits.argmax(-1).astype(jnp.int32).reshape(len(logits), -1)
 
   def decode(self, ids: Any) -> jax.Array:
-    """Turns visual tokens int32 [B, N] into images float32 [B, H, W, 3] in [0, 1].
+    """Turns visual tokens int32 [B, N] into images float32 [B, H, W, C] in [0, 1].
 
     Raises:
       UserError: the model is not a tokenizer, or was loaded without its decoder.

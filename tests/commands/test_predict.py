@@ -274,7 +274,7 @@ def test_exif_text_chunk_that_is_not_hexadecimal():
   text.add_text("Raw profile type exif", "\nexif\n  8\nnot hexadecimal")
   buffer = io.BytesIO()
   _image(3).save(buffer, "png", pnginfo=text)
-  assert images.decode(buffer.getvalue()).size == (30, 20)
+  assert images.decode(buffer.getvalue()).shape == (20, 30, 3)
 
 
 def test_truncated_image_is_an_error():

@@ -170,7 +170,7 @@ def test_resize_is_close_to_pillow(how, box):
   image = _scene()
   for size in ((32, 48), (100, 20), (16, 16)):
     (view,) = resize.resize(np.asarray(image), box, [(size, how)])
-    wanted = np.asarray(image.crop(box).resize(size[::-1], images.RESAMPLE[how]))
+    wanted = np.asarray(image.crop(box).resize(size[::-1], resize.RESAMPLE[how]))
     assert view.shape == wanted.shape and view.dtype == np.uint8
     assert _psnr(view, wanted) > 49
 
@@ -215,7 +215,7 @@ def test_pillow_replaces_a_missing_resizer_on_arm_only(monkeypatch, caplog):
   for (size, how), view in zip(
     VIEWS.values(), resize.resize(np.asarray(image), box, VIEWS.values()), strict=True
   ):
-    np.testing.assert_array_equal(view, np.asarray(image.crop(box).resize(size[::-1], images.RESAMPLE[how])))
+    np.testing.assert_array_equal(view, np.asarray(image.crop(box).resize(size[::-1], resize.RESAMPLE[how])))
   check = resize.check.__wrapped__
   monkeypatch.setattr(resize, "sys", types.SimpleNamespace(platform="linux"))
   monkeypatch.setattr(resize.platform, "machine", lambda: "aarch64")
@@ -236,7 +236,7 @@ def _pillow_views(image, rng, views):
   box = images.random_resized_box(rng, *image.size, CROP["scale"], CROP["ratio"])
   flip = rng.random() < 0.5
   for size, how in views.values():
-    view = image.crop(box).resize(size[::-1], images.RESAMPLE[how])
+    view = image.crop(box).resize(size[::-1], resize.RESAMPLE[how])
     yield np.asarray(ImageOps.mirror(view) if flip else view)
 
 
@@ -245,7 +245,7 @@ def test_views_are_close_to_pillow(orientation):
   data = _encoded(_scene(200, 160), quality=95, exif=_exif(orientation))
   for i in range(20):
     made = images.train_views(data, np.random.default_rng(i), VIEWS, **CROP)
-    wanted = _pillow_views(images.decode(data), np.random.default_rng(i), VIEWS)
+    wanted = _pillow_views(Image.fromarray(images.decode(data)), np.random.default_rng(i), VIEWS)
     assert all(_psnr(view, other) > 49 for view, other in zip(made.values(), wanted, strict=True)), i
 
 
@@ -273,7 +273,7 @@ def test_psnr_on_imagenet_is_above_50_db():
       source[i]["image"],
       images.train_views(source[i]["image"], np.random.default_rng(i), views, **CROP),
     )
-    wanted = _pillow_views(images.decode(data), np.random.default_rng(i), views)
+    wanted = _pillow_views(Image.fromarray(images.decode(data)), np.random.default_rng(i), views)
     found.append([_psnr(view, other) for view, other in zip(made.values(), wanted, strict=True)])
   assert np.median(found, 0).min() > 52 and np.min(found) > 45
 
@@ -284,7 +284,7 @@ def test_evaluation_views_are_identical_to_pillow():
     view = images.eval_views(images.LazyImage(data), {"image": ((32, 32), "bicubic")}, crop_pct=0.875)[
       "image"
     ]
-    image = images.decode(data)
+    image = Image.fromarray(images.decode(data))
     height, width = images.eval_size(image.size[::-1], (32, 32), 0.875, "short_side")
     resized = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = round((width - 32) / 2), round((height - 32) / 2)

@@ -132,7 +132,7 @@ def test_all_modes_are_converted_to_rgb():
   deep = (np.arange(64, dtype=np.uint16) * 1000).reshape(8, 8)
   rgba = np.zeros((8, 8, 4), np.uint8)
   for data in (_png(gray), _png(deep), _png(rgba), gray[..., None], np.stack([gray] * 3, -1)):
-    assert images.decode(data).mode == "RGB"
+    assert images.decode(data).shape == (8, 8, 3)
   np.testing.assert_array_equal(np.asarray(images.decode(_png(gray)))[..., 0], gray)
   # 16 bits are scaled, not clipped.
   np.testing.assert_allclose(np.asarray(images.decode(_png(deep)))[..., 1], deep / 257, atol=0.51)
@@ -219,6 +219,7 @@ def test_missing_tfds_data_set_names_the_command(tmp_path):
 
 def test_fraction_has_the_right_size_and_is_reproducible():
   data = dict(source="shapes", split="train", num_examples=100, render_size=8, fraction=0.25, num_classes=8)
+  data |= dict(mean=(0.5,) * 3, value_range=None)
   first, second = sources.make_source(data), sources.make_source(data)
   assert len(first) == 25
   assert [first[i]["label"] for i in range(25)] == [second[i]["label"] for i in range(25)]

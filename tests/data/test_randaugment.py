@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from beit_jax.data import pipeline, randaugment
+from beit_jax.data import pipeline, randaugment, sources
 from beit_jax.data.views import ViewReader
 from beit_jax.errors import UserError
 from tests import reference
@@ -89,7 +89,7 @@ def test_invalid_policy(spec):
     randaugment.parse(spec)
 
 
-class _OneImage:
+class _OneImage(sources.Source):
   def __init__(self):
     buffer = io.BytesIO()
     Image.fromarray(ARRAYS["in/image"]).save(buffer, "PNG")

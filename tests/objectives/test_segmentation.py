@@ -9,7 +9,7 @@ from PIL import Image
 
 import beit_jax
 from beit_jax import metrics, optim, train
-from beit_jax.data import examples, images, pipeline, segmentation, sources
+from beit_jax.data import examples, images, pipeline, resize, segmentation, sources
 from beit_jax.data.bad_images import BadImageTracker
 from beit_jax.doctor import runs
 from beit_jax.errors import BadImage, UserError
@@ -148,7 +148,7 @@ def _plain_histogram(objective, variables, source):
   for i in range(len(source)):
     image, label = segmentation.read_full_size(source, objective.reader(), i)
     size = objective.sliding.resized(image.shape[:2], 1.0)
-    pixels = segmentation.resize_image(image, size, "bicubic")
+    pixels = resize.resize_with_pillow(image, size, "bicubic")
     logits, count = np.zeros((*size, 9)), np.zeros((*size, 1))
     for top, bottom, left, right in sliding.windows(size, crop, objective.stride):
       x = objective._image(pixels[None, top:bottom, left:right])

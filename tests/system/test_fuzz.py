@@ -37,6 +37,7 @@ from beit_jax.config import parse as config_lib
 from beit_jax.config import ranges
 from beit_jax.data import examples, images, listing, sources
 from beit_jax.data.image_files import find_images
+from beit_jax.data.resize import RESAMPLE
 from beit_jax.errors import BadImage, UserError
 from beit_jax.objectives.probe import Knn
 from beit_jax.run import state as train_state
@@ -268,7 +269,7 @@ def _read(rng, data, case):
     return False
   assert pixels.dtype == np.uint8 and pixels.shape == (*found.size[::-1], 3) and min(found.size) > 0
   del pixels
-  views, crop = {"view": ((16, 16), rng.choice(sorted(images.RESAMPLE)))}, rng.choice(images.CROPS)
+  views, crop = {"view": ((16, 16), rng.choice(sorted(RESAMPLE)))}, rng.choice(images.CROPS)
   options = dict(scale=(0.08, 1.0), ratio=rng.choice(((3 / 4, 4 / 3), (0.1, 0.2), (10.0, 20.0))), flip=True)
   with case(f"{crop} of {found.size}"):
     made = images.train_views(found, np.random.default_rng(0), views, crop=crop, **options)

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import ml_dtypes
 import numpy as np
 
-from beit_jax.data.images import RESAMPLE
+from beit_jax.data.resize import RESAMPLE
 from beit_jax.errors import UserError
 from beit_jax.runtime.logs import log
 
@@ -149,6 +149,12 @@ def check_preprocessing(p: dict[str, Any], path: Path) -> dict[str, Any]:
   rules: dict[str, tuple[Callable[[Any], bool], str]] = {
     "mean": (_is_color, "three numbers"),
     "std": (lambda v: _is_color(v) and 0 not in v, "three numbers other than 0"),
+    "value_range": (
+      lambda v: (
+        v is None or (isinstance(v, list | tuple) and len(v) == 2 and all(map(_is_number, v)) and v[0] < v[1])
+      ),
+      "two numbers, the smaller one first",
+    ),
     "crop_pct": (lambda v: _is_number(v) and 0.1 <= v <= 2, "a number between 0.1 and 2"),
     "interpolation": (lambda v: v in list(RESAMPLE), f"one of {', '.join(RESAMPLE)}"),
     "resize": (lambda v: v in ("short_side", "squash"), "'short_side' or 'squash'"),
