@@ -102,18 +102,20 @@ def to_uint8(
     count, found = int(levels.sum()), f"its values run from {lowest:g} to {highest:g}"
     if lowest < low or highest > high:
       raise BadImage(f"{found}, which exceeds the range from {low:g} to {high:g} of such files; {SET_RANGE}")
-    if count < MIN_LEVELS and _has_more_levels(image, count):
+    stored = _count_levels(image) if count < MIN_LEVELS else count
+    if stored >= min(2 * count, MIN_LEVELS) > count:  # an image of few values may keep most of them
       raise BadImage(f"{found}, of which only {count} of 256 gray levels would remain; {SET_RANGE}")
   return np.concatenate(parts)
 
 
-def _has_more_levels(image: Image.Image | np.ndarray, count: int) -> bool:
+def _count_levels(image: Image.Image | np.ndarray) -> int:
+  """The number of distinct values; at least `MIN_LEVELS` if there are so many."""
   found: set[float] = set()
   for part in _strips(image):
     found.update(np.unique(part).tolist())
-    if len(found) > count:
-      return True
-  return False
+    if len(found) >= MIN_LEVELS:
+      break
+  return len(found)
 
 
 def _strips(image: Image.Image | np.ndarray) -> Iterator[np.ndarray]:
@@ -464,19 +466,19 @@ def _limited_box(size: tuple[int, int]) -> Box:
 
 
 def eval_views(
-  image: Any, views: ViewSizes, *, crop_pct: float, resize: str = "short_side"
+  image: LazyImage | np.ndarray, views: ViewSizes, *, crop_pct: float, resize: str = "short_side"
 ) -> dict[str, np.ndarray]:
   """Resizes to `eval_size` and crops the center.
 
   Args:
-    image: anything that `decode` takes.
+    image: a `LazyImage`, or pixels uint8 [H, W, C].
     views: the sizes to make.
     crop_pct: see `eval_size`, as `resize`.
 
   Returns:
     {view: uint8 [H, W, C]}.
   """
-  pixels = decode(image)
+  pixels = image.pixels() if isinstance(image, LazyImage) else image
   height, width = pixels.shape[:2]
   if max(height, width) > MAX_ASPECT * min(height, width):
     pixels = _cut(pixels, _limited_box((width, height)))

@@ -36,7 +36,7 @@ def is_metadata(name: str) -> bool:
 def endings() -> frozenset[str]:
   """The file endings of the formats that are read, in lower case and with the dot."""
   known = Image.registered_extensions().items()
-  return frozenset(ending for ending, kind in known if kind in images.FORMATS)
+  return frozenset((".npy", *(ending for ending, kind in known if kind in images.FORMATS)))
 
 
 @dataclasses.dataclass

@@ -13,7 +13,7 @@ from PIL import Image
 
 from beit_jax.data import drawing
 from beit_jax.data.image_files import check_aspect, read_image
-from beit_jax.data.images import PixelRule
+from beit_jax.data.images import RGB, PixelRule
 from beit_jax.errors import UserError
 from beit_jax.objectives.sliding import MODES, Geometry, Size, Sliding, buckets
 from beit_jax.predict.batches import Facts, save, skipping
@@ -139,7 +139,7 @@ def geometries(sliding: Sliding, sizes: Sequence[Size]) -> list[Geometry]:
   return [result[i] for i in range(len(sizes))]
 
 
-def read(path: Path, sliding: Sliding, rule: PixelRule) -> np.ndarray:
+def read(path: Path, sliding: Sliding, rule: PixelRule = RGB) -> np.ndarray:
   """`read_image`, which also refuses images whose canvas would fill the memory."""
   image = read_image(path, rule)
   if sliding.mode == "slide":

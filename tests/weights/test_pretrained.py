@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 import beit_jax
 from beit_jax import train
@@ -77,7 +78,7 @@ def test_relative_paths_work(tokenizer_run, monkeypatch):
 
 def _backbone(channels=3, **preprocessing):
   """A random backbone for images of 8x12 pixels, a grid of 2x3 patches."""
-  module = Beit(image_size=(8, 12), patch_size=4, width=16, depth=1, num_heads=2)
+  module = Beit(image_size=(8, 12), patch_size=4, in_channels=channels, width=16, depth=1, num_heads=2)
   params = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 8, 12, channels)))["params"]
   usual = dict(mean=(0.5,) * channels, std=(0.5,) * channels, image_size=(8, 12), crop_pct=1.0)
   usual |= dict(interpolation="bicubic", resize="squash")
@@ -107,3 +108,83 @@ def test_masks_of_another_shape_are_refused(backbone, shape):
 def test_masks_of_fractions_are_refused(backbone):
   with pytest.raises(UserError, match="mask: float32"):
     backbone.forward(np.zeros((2, 8, 12, 3)), np.full((2, 2, 3), 0.5))
+
+
+# Images in Python.
+
+IMAGE = np.random.default_rng(1).integers(0, 256, (20, 30, 3)).astype(np.uint8)
+
+
+def test_one_image_is_a_batch_of_one(backbone, tmp_path):
+  Image.fromarray(IMAGE).save(tmp_path / "x.png")
+  wanted = backbone.preprocess(IMAGE[None])
+  assert wanted.shape == (1, 8, 12, 3)
+  path = tmp_path / "x.png"
+  for image in (IMAGE, Image.fromarray(IMAGE), path, str(path), [IMAGE], (path,), IMAGE.astype(np.int64)):
+    np.testing.assert_array_equal(backbone.preprocess(image), wanted)
+  mixed = backbone.preprocess([path, IMAGE, Image.fromarray(IMAGE), IMAGE / np.float32(255)])
+  assert mixed.shape == (4, 8, 12, 3)
+  np.testing.assert_allclose(mixed, np.repeat(wanted, 4, 0), atol=0.02)
+
+
+def test_gray_images_become_rgb(backbone):
+  gray = IMAGE[..., :1]
+  wanted = backbone.preprocess(np.repeat(gray, 3, 2))
+  for image in (gray, gray[..., 0], Image.fromarray(gray[..., 0]), [gray], gray[None]):
+    np.testing.assert_array_equal(backbone.preprocess(image), wanted)
+
+
+def test_deep_images_use_their_full_range(backbone):
+  deep = np.random.default_rng(1).integers(0, 65536, (20, 30, 3)).astype(np.uint16)
+  wanted = backbone.preprocess((deep / 65535).astype(np.float32))
+  np.testing.assert_allclose(backbone.preprocess(deep), wanted, atol=0.02)
+
+
+@pytest.mark.parametrize(
+  ("images", "message"),
+  [
+    (IMAGE.transpose(2, 0, 1), r"uint8 \[3, 20, 30\], expected numbers \[height, width, 3\]"),
+    (np.zeros((2, 3, 20, 30), np.uint8), r"uint8 \[3, 20, 30\], expected"),
+    (np.zeros((20, 30, 4), np.uint8), r"uint8 \[20, 30, 4\], expected"),
+    (np.zeros(5, np.uint8), r"uint8 \[5\], expected"),
+    (IMAGE.astype(np.float32), r"float values from 0 to 255; expected \[0, 1\]"),
+    (IMAGE / 127.5 - 1, r"float values from -1 to 1; expected \[0, 1\]"),
+    (np.full((20, 30, 3), np.nan), "float values from nan"),
+    (IMAGE.astype(np.int32) - 128, "values run from -128 to 127, which exceeds"),
+    (IMAGE.astype(np.int64) * 16, "values run from 0 to 4080, which exceeds"),
+    (IMAGE.astype(np.uint16), "values run from 0 to 255, of which only 2 of 256 gray levels"),
+    (IMAGE.astype(np.uint16) * 16, "values run from 0 to 4080, of which only 17"),
+    ("nowhere.png", "nowhere.png: No such file"),
+    (["a", IMAGE], "a: No such file"),
+    (None, "expected numbers"),
+    ([[1, 2], [3]], "expected numbers"),
+  ],
+)
+def test_images_that_cannot_be_meant_are_refused(backbone, images, message):
+  with pytest.raises(UserError, match=message):
+    backbone.preprocess(images)
+
+
+def test_value_range_of_a_checkpoint_applies_to_stored_values(tmp_path):
+  model = _backbone(value_range=[0, 4095])
+  deep = np.random.default_rng(1).integers(0, 4096, (20, 30)).astype(np.uint16)
+  Image.fromarray(deep).save(tmp_path / "x.tif")
+  wanted = _backbone().preprocess(np.repeat((deep / 4095).astype(np.float32)[..., None], 3, 2))
+  for image in (deep, tmp_path / "x.tif", Image.fromarray(deep), deep.astype(np.float32)):
+    np.testing.assert_allclose(model.preprocess(image), wanted, atol=0.02)
+  with pytest.raises(UserError, match="float values from 0 to 1; expected stored values, .*4095"):
+    model.preprocess(np.linspace(0, 1, 600, dtype=np.float32).reshape(20, 30))
+
+
+def test_models_of_four_channels(tmp_path):
+  model = _backbone(4)
+  image = np.random.default_rng(1).integers(0, 256, (20, 30, 4)).astype(np.uint8)
+  np.save(tmp_path / "x.npy", image)
+  assert model(image).shape == (1, 7, 16)
+  np.testing.assert_array_equal(model.preprocess(tmp_path / "x.npy"), model.preprocess(image))
+  with pytest.raises(UserError, match=r"\[20, 30, 3\], expected numbers \[height, width, 4\]"):
+    model(image[..., :3])
+  beit_jax.save(model, tmp_path / "model", format="orbax")
+  np.testing.assert_array_equal(beit_jax.load(tmp_path / "model")(image), model(image))
+  with pytest.raises(UserError, match="is for images of 3 channels"):
+    beit_jax.save(model, tmp_path / "other", format="hf")
