@@ -121,3 +121,21 @@ def test_every_problem_is_listed_at_once():
     "block_07/gamma_1: unexpected",
   ):
     assert fact in str(error.value)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 5, 7])
+def test_patch_embedding_of_other_channels_is_that_of_timm(channels):
+  from tests.peers import timm, torch
+
+  kernel = np.random.default_rng(0).normal(size=(2, 2, 3, 8)).astype(np.float32)
+  wanted = timm.models.adapt_input_conv(channels, torch.from_numpy(kernel.transpose(3, 2, 0, 1).copy()))
+  found = transfer.adapt_channels(kernel, channels)
+  assert found.dtype == np.float32
+  np.testing.assert_allclose(found, wanted.numpy().transpose(2, 3, 1, 0), rtol=1e-5)
+
+
+def test_channels_of_a_gray_image_add_up_to_those_of_its_rgb():
+  kernel = np.random.default_rng(0).normal(size=(2, 2, 3, 8))
+  gray = np.random.default_rng(1).normal(size=(2, 2, 1))
+  wanted = (np.repeat(gray, 3, 2)[..., None] * kernel).sum((0, 1, 2))
+  np.testing.assert_allclose((gray[..., None] * transfer.adapt_channels(kernel, 1)).sum((0, 1, 2)), wanted)
