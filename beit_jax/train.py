@@ -248,6 +248,7 @@ def prepare(
     UserError: a value does not fit the data, the model or the mesh.
   """
   _check_batch_size(config, mesh)
+  _check_dtype(config)
   source, eval_source = data or make_data(config)
   objective = OBJECTIVES[config.objective](config, source, load)
   _check_best_metric(config, objective)
@@ -292,6 +293,14 @@ def _check_batch_size(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
     raise UserError(
       f"config key 'batch_size': {config.batch_size} is not a multiple of microbatches={config.microbatches} x "
       f"{mesh.size} devices; set batch_size to {choices}"
+    )
+
+
+def _check_dtype(config: ConfigDict) -> None:
+  if config.model.get("dtype") == "float16":
+    raise UserError(
+      "config key 'model.dtype': training in float16 needs loss scaling, which there is not, since small gradients "
+      "become 0; use 'bfloat16', which has the range of float32"
     )
 
 

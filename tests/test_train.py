@@ -397,6 +397,19 @@ def test_mistakes_are_found_before_the_first_step(changes, fact, tmp_path):
   assert not (tmp_path / "metrics.jsonl").exists() or not (tmp_path / "metrics.jsonl").read_text()
 
 
+@pytest.mark.parametrize("objective", ["dvae", "classify"])
+def test_training_in_float16_is_refused(objective, tmp_path):
+  with pytest.raises(UserError, match="'model.dtype': .*float16.*(loss scaling|on a CPU)"):
+    train.run(tiny.config(objective, **{"model.dtype": "float16"}), tmp_path)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="there is float16 attention on a GPU")
+def test_evaluation_in_float16_on_a_cpu_is_refused(tmp_path):
+  changes = {"model.dtype": "float16", "eval_only": True}
+  with pytest.raises(UserError, match="'model.dtype': JAX has no float16 attention on a CPU"):
+    train.run(tiny.config("classify", **changes), tmp_path)
+
+
 def test_a_loss_that_stays_not_finite_ends_the_run(tmp_path):
   """With a learning rate of 1e30 the run stops within a few steps and saves only finite values."""
   changes = {

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
+import jax
 from ml_collections import ConfigDict
 
 from beit_jax import augment, transfer
@@ -120,6 +121,10 @@ def encoder_fields(model: ConfigDict, image_size: tuple[int, int], *, pretrain: 
   chosen, reason = attention.choose_implementation(requested, fields["dtype"], head_dim)
   if requested == "cudnn" != chosen:
     raise UserError(f"config key 'model.attention': 'cudnn' cannot run here ({reason}); use 'auto' or 'xla'")
+  if fields["dtype"] == "float16" and jax.default_backend() == "cpu":
+    raise UserError(
+      "config key 'model.dtype': JAX has no float16 attention on a CPU; use 'bfloat16' or 'float32'"
+    )
   log.info("attention: %s (%s)", chosen, reason)
   return fields
 
