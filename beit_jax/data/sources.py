@@ -91,7 +91,9 @@ class TfdsSource(Source):
   Nothing is downloaded: if the data set is not prepared, the error gives the command that builds it.
   """
 
-  def __init__(self, name: str, split: str, data_dir: str, image_key: str, label_key: str):
+  def __init__(
+    self, name: str, split: str, data_dir: str, image_key: str, label_key: str, value_range: Any = None
+  ):
     data_dir = data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
     bucket.check_local("data.data_dir", data_dir)
     root = Path(os.path.expanduser(data_dir))
@@ -101,7 +103,7 @@ class TfdsSource(Source):
     builder = tfds.builder_from_directory(str(folder))
     features = builder.info.features
     image, repeated = tfds_info.find_feature(features, image_key, "data.image_key")
-    tfds_info.check_image_feature(image, repeated, image_key)
+    tfds_info.check_image_feature(image, repeated, image_key, value_range is not None)
     kind, encoded = "", {image_key} if isinstance(image, tfds.features.Image) else set()
     if label_key:
       label, repeated = tfds_info.find_feature(features, label_key, "data.label_key")
@@ -432,7 +434,7 @@ class Subset(Source):
 
 # Value of `data.source` -> the class, and the keys of the config's `data` section that are its keyword arguments.
 SOURCES: dict[str, tuple[Callable[..., Source], tuple[str, ...]]] = {
-  "tfds": (TfdsSource, ("name", "split", "data_dir", "image_key", "label_key")),
+  "tfds": (TfdsSource, ("name", "split", "data_dir", "image_key", "label_key", "value_range")),
   "folder": (FolderSource, ("root", "split", "label_file")),
   "pairs": (PairsSource, ("root", "split")),
   "shapes": (ShapesSource, ("split", "num_examples", "render_size")),

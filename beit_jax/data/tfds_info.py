@@ -95,8 +95,18 @@ def find_feature(features: Any, path: str, option: str) -> tuple[Any, bool]:
   return feature, repeated
 
 
-def check_image_feature(feature: Any, repeated: bool, path: str) -> None:
-  """Raises a UserError if a feature is no image, or an array whose pixels cannot be understood."""
+def check_image_feature(feature: Any, repeated: bool, path: str, has_range: bool) -> None:
+  """Checks that a feature is an image, encoded or as an array.
+
+  Args:
+    feature: the feature.
+    repeated: whether an example holds a sequence of them.
+    path: names the feature in errors.
+    has_range: whether the config says which values are black and white.
+
+  Raises:
+    UserError: it is no image, or its pixels cannot be understood.
+  """
   import tensorflow_datasets as tfds
 
   where = f"data.image_key={path!r}: {_describe(feature)}"
@@ -107,8 +117,9 @@ def check_image_feature(feature: Any, repeated: bool, path: str) -> None:
     and not (isinstance(feature, tfds.features.Tensor) and len(feature.shape) in (2, 3))
   ):
     raise UserError(f"{where} is no image; name a feature with one image per example")
-  if feature.np_dtype not in (np.uint8, np.uint16):
-    raise UserError(f"{where}: the range of its values is not known; store uint8, 0 to 255")
+  if feature.np_dtype not in (np.uint8, np.uint16) and (encoded or not has_range):
+    advice = "store uint8, 0 to 255" if encoded else "set data.value_range=(low, high), or store uint8"
+    raise UserError(f"{where}: the range of its values is not known; {advice}")
   first, *_, last = feature.shape
   if len(feature.shape) == 3 and first in (1, 3, 4) and last not in (None, 1, 3, 4):
     raise UserError(f"{where} has its channels first; store images as [height, width, channels]")

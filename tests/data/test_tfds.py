@@ -13,6 +13,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from beit_jax.data import examples, sources
 from beit_jax.errors import UserError
+from tests import tiny
 from tests.data.test_folders import PNG
 
 features = tfds.features
@@ -130,6 +131,21 @@ ARRAYS = {
   "rgb": (features.Tensor(shape=(4, 5, 3), dtype=np.uint8), list(range(60))),
   "gray": (features.Tensor(shape=(4, 5), dtype=np.uint8), list(range(20))),
 }
+
+
+def test_other_arrays_are_images_if_the_range_of_their_values_is_known(tmp_path):
+  spec = features.Tensor(shape=(1, 3, 1), dtype=np.float32)
+  _prepare(tmp_path / "toy" / "1.0.0", {"image": spec}, [{"image": [-1.0, 0.0, 1.0]}])
+  options = dict(
+    source="tfds", name="toy", split="train", data_dir=str(tmp_path), image_key="image", label_key=""
+  )
+  source = sources.make_source(
+    tiny.config(
+      "beit", **{f"data.{k}": v for k, v in options.items()}, **{"data.value_range": (-1.0, 1.0)}
+    ).data.to_dict()
+  )
+  pixels = examples.decode(source[0], 0, source.pixels).pixels()
+  np.testing.assert_array_equal(pixels[0, :, 0], [0, 128, 255])
 
 
 @pytest.mark.parametrize("key", ARRAYS)
