@@ -6,18 +6,19 @@ hold. Crops and flips depend on (seed, epoch, index) only. A run can therefore s
 looks the same with any batch size, mesh, and number of processes or workers.
 """
 
+import atexit
 import contextlib
-import ctypes
 import dataclasses
 import errno
 import functools
+import gc
 import itertools
 import multiprocessing
 import os
 import signal
-import sys
 import threading
-from collections.abc import Iterator
+import weakref
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import grain
@@ -27,6 +28,10 @@ from beit_jax.data.bad_images import BadImageTracker
 from beit_jax.data.examples import MAX_CANDIDATES, HostBatch, Reader, candidates, decode, read
 from beit_jax.data.sources import Source
 from beit_jax.errors import BadImage, TransientError, UserError
+
+DEPTH = 2  # batches in preparation
+STUCK_SECONDS = 10  # after the end, for a worker to finish what it reads
+MIN_PIECE = 8  # examples that a thread reads at a time; fewer would cost more to pass on than to read
 
 
 @functools.lru_cache(maxsize=4)
@@ -105,9 +110,7 @@ def _init_worker(*_: Any) -> None:
   """Makes a worker ignore the signals meant for its parent, and end when its parent ends, for whatever reason."""
   for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, signal.SIG_IGN)
-  if sys.platform == "linux":
-    # The kernel then kills the worker at once, but only if the parent is still alive now; the thread covers the rest.
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+  # PR_SET_PDEATHSIG would act when the thread that started the worker ends, which is one of grain's.
   threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -139,13 +142,72 @@ def _clear_errors(workers: int) -> Iterator[None]:
     ) from None
 
 
-def _batches(
+def _joined(pieces: Iterator[HostBatch], size: int) -> Generator[HostBatch, None, None]:
+  """Joins consecutive pieces of any size into batches of `size` examples."""
+  batch: HostBatch = {}
+  filled = 0
+  for piece in pieces:
+    start, stop = 0, len(piece["valid"])
+    while start < stop:
+      if not filled:
+        batch = {name: np.empty((size, *array.shape[1:]), array.dtype) for name, array in piece.items()}
+      count = min(size - filled, stop - start)
+      for name, array in piece.items():
+        batch[name][filled : filled + count] = array[start : start + count]
+      start, filled = start + count, (filled + count) % size
+      if not filled:
+        yield batch
+
+
+@contextlib.contextmanager
+def _closing(iterator: grain.DatasetIterator) -> Iterator[None]:
+  """Ends the workers and removes what they left in shared memory."""
+  try:
+    yield
+  finally:
+    timer = threading.Timer(STUCK_SECONDS, _kill_workers)
+    timer.start()
+    iterator.close()  # waits until every worker has finished its pieces
+    timer.cancel()
+    # A thread of grain unlinks the shared memory of deleted arrays; the end of this process would not wait for it.
+    pool = getattr(grain.multiprocessing.SharedMemoryArray, "_del_thread_pool", None)
+    if pool is not None:
+      gc.collect()  # tracebacks of grain's threads hold their last pieces
+      pool.apply(int)  # the only thread works in order
+
+
+def _kill_workers() -> None:
+  for process in multiprocessing.active_children():
+    if process.name.startswith("grain"):
+      process.kill()  # they ignore SIGTERM
+
+
+_open: weakref.WeakSet[Generator[HostBatch, None, None]] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+  """Closes the batches that the program still holds at its end, when it is too late for their own clean-up."""
+  for batches in list(_open):
+    batches.close()
+
+
+def _batches(*args: Any) -> Iterator[HostBatch]:
+  batches = _generate(*args)
+  _open.add(batches)
+  return batches
+
+
+def _generate(
   rows: _Rows, start_step: int, workers: int, threads: int, bad_images: BadImageTracker | None
-) -> Iterator[HostBatch]:
-  # Batching comes before `to_iter_dataset`: after it the order would depend on the number of workers.
-  dataset = grain.MapDataset.source(rows).batch(len(rows.rows))[start_step:]
-  options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2 * threads, 2))
-  dataset = dataset.to_iter_dataset(options)
+) -> Generator[HostBatch, None, None]:
+  # All threads of all workers read pieces of the same DEPTH batches, so that memory does not grow with their number.
+  # Pieces are made before `to_iter_dataset`: after it the order would depend on the number of workers.
+  size, readers = len(rows.rows), max(workers, 1)
+  piece = max(size // (readers * threads), min(size, MIN_PIECE))
+  dataset = grain.MapDataset.source(rows)[start_step * size :].batch(piece)
+  ahead = max(DEPTH * size // (readers * piece), threads)
+  dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead))
   if workers:
     from absl import flags
 
@@ -154,15 +216,16 @@ def _batches(
     dataset = dataset.mp_prefetch(processes, worker_init_fn=_init_worker)
   with _clear_errors(workers):
     iterator = iter(dataset)
-  while True:
-    with _clear_errors(workers):
-      batch = next(iterator, None)
-    if batch is None:
-      return
-    replaced = batch.pop("replaced")
-    if bad_images is not None:
-      bad_images.update(batch["example_key"][:, 1], replaced)
-    yield batch
+  with _closing(iterator), contextlib.closing(_joined(iterator, size)) as batches:
+    while True:
+      with _clear_errors(workers):
+        batch = next(batches, None)
+      if batch is None:
+        return
+      replaced = batch.pop("replaced")
+      if bad_images is not None:
+        bad_images.update(batch["example_key"][:, 1], replaced)
+      yield batch
 
 
 def train_batches(

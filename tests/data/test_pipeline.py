@@ -1,6 +1,12 @@
 """Crops, decoding, sources and the order of examples."""
 
 import io
+import multiprocessing
+import subprocess
+import sys
+import textwrap
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -31,7 +37,7 @@ def _reader(**options):
   return ViewReader(VIEWS, {**OPTIONS, **options})
 
 
-def _read(rows, batch_size, steps, start=0, seed=3, source=None, **options):
+def _read(rows, batch_size, steps, start=0, seed=3, source=None, threads=1, **options):
   return list(
     pipeline.train_batches(
       source or _source(),
@@ -41,6 +47,7 @@ def _read(rows, batch_size, steps, start=0, seed=3, source=None, **options):
       total_steps=steps,
       start_step=start,
       seed=seed,
+      threads=threads,
     )
   )
 
@@ -70,6 +77,96 @@ def test_views_do_not_depend_on_batch_or_process_count():
 
 def test_starting_at_a_step_gives_the_same_batches():
   np.testing.assert_array_equal(_flat(_read(range(4), 4, 9)[6:]), _flat(_read(range(4), 4, 9, start=6)))
+
+
+@pytest.mark.parametrize("threads", [1, 3, 16])
+def test_batches_do_not_depend_on_the_number_of_threads(threads):
+  """Threads read pieces of batches, whose sizes do not divide that of a batch here."""
+  found, wanted = _read(range(10), 10, 4, threads=threads), _read([0], 1, 40)
+  assert [len(batch["image"]) for batch in found] == [10] * 4
+  for key in wanted[0]:
+    np.testing.assert_array_equal(_flat(found, key), _flat(wanted, key))
+
+
+class _Counting(sources.Source):
+  """Counts what is read."""
+
+  description = {}
+
+  def __init__(self):
+    self.count, self._lock = 0, threading.Lock()
+
+  def __len__(self):
+    return 1000
+
+  def __getitem__(self, index):
+    with self._lock:
+      self.count += 1
+    return {"image": np.zeros((4, 4, 3), np.uint8)}
+
+
+@pytest.mark.parametrize("threads", [1, 8])
+def test_what_is_read_ahead_does_not_grow_with_the_number_of_threads(threads):
+  source, size = _Counting(), 32
+  options = dict(rows=np.arange(size), batch_size=size, total_steps=100, start_step=0, seed=0)
+  batches = pipeline.train_batches(source, _reader(), threads=threads, **options)
+  next(batches)
+  count = -1
+  while count != source.count:
+    count = source.count
+    time.sleep(0.2)
+  assert 2 * size <= count <= (1 + pipeline.DEPTH) * size
+  batches.close()
+
+
+@pytest.mark.slow
+def test_workers_leave_nothing_in_shared_memory(tmp_path):
+  """Python names leaked objects at its end. One reader is used up, one still open; both give the batches of threads."""
+  script = tmp_path / "script.py"
+  script.write_text(
+    textwrap.dedent("""
+      import itertools
+      import numpy as np
+      from beit_jax.data import pipeline
+      from tests.data import test_pipeline as this
+
+      if __name__ == "__main__":
+        options = dict(rows=np.arange(8), batch_size=8, total_steps=6, start_step=0, seed=0)
+        options |= dict(source=this._source(), reader=this._reader(), threads=2)
+        readers = [pipeline.train_batches(**options, workers=workers) for workers in (0, 2, 1)]
+        threads, used_up, still_open = (
+          list(itertools.islice(reader, count)) for reader, count in zip(readers, (7, 7, 2))
+        )
+        np.testing.assert_array_equal(this._flat(threads), this._flat(used_up))
+        np.testing.assert_array_equal(this._flat(threads[:2]), this._flat(still_open))
+    """)
+  )
+  done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300)
+  assert done.returncode == 0 and "leaked" not in done.stderr, done.stderr
+
+
+class _Stuck(sources.Source):
+  """Example 0 can be read; the others wait for a file server that does not answer."""
+
+  description = {}
+
+  def __len__(self):
+    return 3
+
+  def __getitem__(self, index):
+    time.sleep(600 if index else 0)
+    return {"image": np.zeros((4, 4, 3), np.uint8)}
+
+
+def test_a_stuck_worker_is_ended(monkeypatch):
+  monkeypatch.setattr(pipeline, "STUCK_SECONDS", 1)
+  batches = pipeline._batches(
+    pipeline._Rows(_Stuck(), _reader(), np.arange(1), 1, 3, seed=0, train=False, replace=False), 0, 1, 1, None
+  )
+  next(batches)
+  began = time.monotonic()
+  batches.close()
+  assert time.monotonic() - began < 20 and not multiprocessing.active_children()
 
 
 def test_seeds_give_different_images():
