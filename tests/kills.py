@@ -3,10 +3,12 @@
     python -m tests.kills --kills=30
     python -m tests.kills --kills=10 --meshes         # another mesh after each kill: losses equal to 1e-5
     python -m tests.kills --kills=10 --processes=2    # kills one or both of two; the other must exit by itself
+    python -m tests.kills --kills=20 --processes=2 --signal   # SIGTERM to one of two, in a run of two stages
 
 A third of the kills happen during a save (Orbax's temporary folder exists, or a step has no digest yet); the others
 happen at a random moment between the start of the process and a few seconds after its first step. The number of data
-workers changes after each kill. The exit status is 0 if the results are equal.
+workers changes after each kill. After SIGTERM all processes must stop within a step or the evaluation in progress, with
+status 143. The exit status is 0 if the results are equal.
 """
 
 import argparse
@@ -35,6 +37,8 @@ ROOT = Path(__file__).resolve().parent.parent
 MARK = "BEIT_JAX_KILLS"  # an environment variable of every process of a run, by which surviving processes are found
 TIMINGS = ("images_per_second", "data_wait")
 EXIT_TIMEOUT = 120  # seconds for processes that were asked to exit; the machine may be busy
+# Two steps may be under way and one not yet logged when the signal arrives; an evaluation adds one row.
+MAX_ROWS_AFTER_SIGNAL = 4
 SURVIVOR_TIMEOUT = 30  # seconds for the other processes to exit after one was killed
 
 
@@ -46,7 +50,14 @@ def _without_torch(folder: Path) -> str:
 
 
 def start(
-  workdir: Path, mark: str, *, workers: int, mesh: int, slow: float, flags: tuple[str, ...] = ()
+  workdir: Path,
+  mark: str,
+  *,
+  workers: int,
+  mesh: int,
+  slow: float,
+  stages: bool = False,
+  flags: tuple[str, ...] = (),
 ) -> subprocess.Popen:
   """Starts one process of a run.
 
@@ -56,6 +67,7 @@ def start(
     workers: number of data workers.
     mesh: size of the mesh along "data".
     slow: seconds that each part of a save is delayed.
+    stages: whether the run has two stages.
     flags: flags of one process of several, each of which has one device.
   """
   env = {
@@ -73,10 +85,12 @@ def start(
     sys.executable,
     "-m",
     "beit_jax.main",
-    f"--config={ROOT}/tests/kills_config.py",
+    f"--config={ROOT}/tests/kills_config.py{':stages' if stages else ''}",
     f"--workdir={workdir}",
   ]
-  command += [f"--config.data.workers={workers}", f"--config.mesh.data={mesh}", *flags]
+  for prefix in ("one.", "two.") if stages else ("",):
+    command += [f"--config.{prefix}data.workers={workers}", f"--config.{prefix}mesh.data={mesh}"]
+  command += flags
   with (workdir.parent / "output.txt").open("a") as output:
     return subprocess.Popen(command, env=env, cwd=ROOT, stdout=output, stderr=output)
 
@@ -143,8 +157,9 @@ def saving(workdir: Path) -> bool:
 
 
 def logged_steps(workdir: Path) -> int:
-  path = workdir / "metrics.jsonl"
-  return path.read_text().count("\n") if path.exists() else 0
+  """Returns the number of rows in metrics.jsonl, of all stages."""
+  paths = (*workdir.glob("metrics.jsonl"), *workdir.glob("*/metrics.jsonl"))
+  return sum(path.read_text().count("\n") for path in paths)
 
 
 def kill_once(
@@ -186,6 +201,30 @@ def kill_once(
   return where
 
 
+def stop_once(workdir: Path, mark: str, rng: random.Random, processes: int, **options) -> str:
+  """Starts the run and sends SIGTERM to one process at a random moment after it has continued.
+
+  Returns:
+    "stopped", or "finished" if the run ended first.
+  """
+  started = start_all(workdir, mark, processes, **options)
+  wanted = logged_steps(workdir) + rng.randint(1, 40)
+  while all(process.poll() is None for process in started) and logged_steps(workdir) < wanted:
+    time.sleep(0.002)
+  time.sleep(rng.uniform(0, 0.2))
+  before = logged_steps(workdir)
+  if all(process.poll() is None for process in started):
+    rng.choice(started).send_signal(signal.SIGTERM)
+  statuses = exit_statuses(started, workdir)
+  assert not left_behind(mark)
+  if statuses == [0] * processes:
+    return "finished"
+  assert statuses == [143] * processes, statuses
+  rows = logged_steps(workdir) - before
+  assert rows <= MAX_ROWS_AFTER_SIGNAL, f"{rows} rows were logged after the signal"
+  return "stopped"
+
+
 def _check_success(workdir: Path, started: list[subprocess.Popen]) -> None:
   for process in started:
     assert process.wait() == 0, (workdir.parent / "output.txt").read_text()[-2000:]
@@ -211,7 +250,12 @@ def outcome(workdir: Path) -> tuple[dict, list[dict], dict]:
 
 
 def compare(reference: Path, killed: Path, exact: bool) -> None:
-  """Asserts that two runs are equal: to the bit if `exact`, otherwise their losses to 1e-5."""
+  """Asserts that two runs are equal, stage by stage: to the bit if `exact`, otherwise their losses to 1e-5."""
+  for stage in ("one", "two"):
+    if (reference / stage).is_dir():
+      compare(reference / stage, killed / stage, exact)
+  if (reference / "one").is_dir():
+    return
   (wanted, rows, evaluation), (found, found_rows, found_evaluation) = outcome(reference), outcome(killed)
   assert wanted.keys() == found.keys()
   if exact:
@@ -225,22 +269,31 @@ def compare(reference: Path, killed: Path, exact: bool) -> None:
   np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
 
 
-def harness(folder: Path, kills: int, seed: int, meshes: bool = False, processes: int = 1) -> dict[str, int]:
-  """Compares a run that is killed `kills` times with an uninterrupted one; returns where the kills happened."""
+def harness(
+  folder: Path, kills: int, seed: int, meshes: bool = False, processes: int = 1, stop: bool = False
+) -> dict[str, int]:
+  """Compares a run that is killed `kills` times with an uninterrupted one; returns where the kills happened.
+
+  With `stop`, SIGTERM takes the place of SIGKILL, and the run has two stages.
+  """
   rng, mark = random.Random(seed), uuid.uuid4().hex
   reference, killed = folder / "reference" / "run", folder / "killed" / "run"
   for path in (reference, killed):
     path.parent.mkdir(parents=True)
-  shared = dict(processes=processes)
+  shared = dict(processes=processes, stages=stop)
   finish(reference, mark, workers=2, mesh=1, slow=0.0, **shared)
   shutil.copytree(reference.parent / "cache", killed.parent / "cache")  # the compiled programs
-  counts = {"save": 0, "step": 0, "start": 0}
+  counts = {"stopped": 0} if stop else {"save": 0, "step": 0, "start": 0}
   while sum(counts.values()) < kills:
     done = sum(counts.values())
     options = dict(workers=rng.choice([0, 1, 2, 3]), mesh=rng.choice([2, 4, 8]) if meshes else 1)
     options |= shared
     in_save = done % 3 == 0
-    where = kill_once(killed, mark, rng, in_save=in_save, slow=0.1 if in_save else 0.0, **options)
+    options["slow"] = 0.1 if in_save else 0.0
+    if stop:
+      where = stop_once(killed, mark, rng, **options)
+    else:
+      where = kill_once(killed, mark, rng, in_save=in_save, **options)
     if where == "finished":  # compare and start over
       compare(reference, killed, exact=not meshes)
       shutil.rmtree(killed)
@@ -259,11 +312,13 @@ def main() -> int:
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--meshes", action="store_true")
   parser.add_argument("--processes", type=int, default=1)
+  parser.add_argument("--signal", action="store_true")
   arguments = parser.parse_args()
   jax.config.update("jax_platforms", "cpu")
   began = time.monotonic()
   with tempfile.TemporaryDirectory() as folder:
-    counts = harness(Path(folder), arguments.kills, arguments.seed, arguments.meshes, arguments.processes)
+    given = (arguments.kills, arguments.seed, arguments.meshes, arguments.processes, arguments.signal)
+    counts = harness(Path(folder), *given)
   seconds = time.monotonic() - began
   print(
     f"{arguments.kills} kills ({counts}), {seconds:.0f} s: the result equals that of an uninterrupted run"
