@@ -1,9 +1,11 @@
-"""Installs beit_jax. Lower bounds are versions that the tests have run with, upper bounds the next major ones."""
+"""Installs beit_jax. Lower bounds are versions that `.ci/smoke` runs with, upper bounds the next major ones."""
 
 import re
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "beit_jax" / "__init__.py").read_text())[1]
@@ -18,6 +20,19 @@ TEST = [
   "pyyaml>=6",
 ]
 
+
+class BuildWithConfigs(build_py):
+  """Copies `configs/` into the package, so that `--config=quickstart` works from anywhere."""
+
+  def run(self):
+    super().run()
+    if not self.editable_mode:
+      target = Path(self.build_lib) / "beit_jax" / "configs"
+      shutil.copytree(
+        ROOT / "configs", target, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True
+      )
+
+
 setup(
   name="beit_jax",
   version=VERSION,
@@ -27,10 +42,11 @@ setup(
   license="Apache-2.0",
   packages=find_packages(include=["beit_jax", "beit_jax.*"]),
   package_data={"beit_jax": ["py.typed"]},
+  cmdclass={"build_py": BuildWithConfigs},
   python_requires=">=3.11",
   install_requires=[
     "jax>=0.10,<0.12",
-    "flax>=0.12,<0.14",
+    "flax>=0.12.2,<0.14",
     "optax>=0.2.8,<0.3",
     "orbax-checkpoint>=0.11.30,<0.13",
     "grain>=0.2.15,<0.4",
@@ -43,7 +59,7 @@ setup(
     "simplejpeg>=1.9,<2",
     # There are no wheels for Linux on ARM, where Pillow replaces it (beit_jax/data/resize.py).
     "cykooz-resizer>=4.0.1,<5; sys_platform != 'linux' or platform_machine != 'aarch64'",
-    "tensorboardX>=2.6,<3",
+    "tensorboardX>=2.6.1,<3",
     "packaging>=24",
     "safetensors>=0.5,<1",
   ],

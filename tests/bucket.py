@@ -212,19 +212,16 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     prefix, delimiter = self.query.get("prefix", ""), self.query.get("delimiter", "")
     start, end = self.query.get("startOffset", ""), self.query.get("endOffset", "\U0010ffff")
     limit, after = int(self.query.get("maxResults", 1000)), self.query.get("pageToken", "")
-    items, prefixes, more = [], [], {}
-    for name in sorted(
-      n for n in self.bucket.objects if n.startswith(prefix) and start <= n < end and n > after
-    ):
+    entries = {}  # name of an object or of a folder -> whether it is a folder, in order
+    for name in sorted(n for n in self.bucket.objects if n.startswith(prefix) and start <= n < end):
       cut = name.find(delimiter, len(prefix)) if delimiter else -1
-      if cut >= 0:
-        folder = name[: cut + len(delimiter)]
-        prefixes += [folder] if folder not in prefixes else []
-        continue
-      if len(items) == limit:
-        more = {"nextPageToken": items[-1]["name"]}
-        break
-      items.append(self._resource(name))
+      entry = name if cut < 0 else name[: cut + len(delimiter)]
+      if entry > after:
+        entries[entry] = cut >= 0
+    page = list(entries)[:limit]  # folders count as objects do
+    items = [self._resource(name) for name in page if not entries[name]]
+    prefixes = [name for name in page if entries[name]]
+    more = {"nextPageToken": page[-1]} if len(entries) > limit else {}
     self._send(200, {"kind": "storage#objects", "items": items, "prefixes": prefixes, **more})
 
   def _upload(self):

@@ -2,8 +2,10 @@
 
 import ast
 import importlib.util
+import os
 import re
 import shlex
+import subprocess
 import sys
 
 import jax
@@ -14,6 +16,7 @@ from beit_jax import evaluate, objectives
 from beit_jax import step as step_lib
 from beit_jax.config import parse as config_lib
 from beit_jax.data import sources
+from beit_jax.errors import UserError
 from beit_jax.objectives.base import module_fields
 from beit_jax.run import state as train_state
 from beit_jax.runtime import sharding
@@ -62,6 +65,35 @@ def _stages(config):
 def test_complete(spec):
   for stage in _stages(_load(spec)).values():
     assert stage.objective in objectives.OBJECTIVES
+
+
+@pytest.mark.parametrize("name", ["beit_base", "configs/beit_base.py"])
+def test_configs_are_found_from_any_folder(name, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  assert config_lib.load(f"{name}:paper", [], objectives.schemas()).stages
+  with pytest.raises(UserError, match="no such file; the ready-made ones are beit_base, .* quickstart"):
+    config_lib.load("configs/beit_bas.py", [], objectives.schemas())
+  (tmp_path / "configs").mkdir()
+  (tmp_path / "configs" / "beit_base.py").write_text("def get_config():\n  return {'batch_size': 7}\n")
+  assert config_lib.load_file("configs/beit_base.py") == {"batch_size": 7}  # the user's own file comes first
+
+
+def test_a_built_package_has_the_configs(tmp_path):
+  pytest.importorskip("setuptools")
+  command = [sys.executable, "setup.py", "-q", "egg_info", f"--egg-base={tmp_path}", "build"]
+  subprocess.run([*command, f"--build-base={tmp_path}", f"--build-lib={tmp_path}/lib"], cwd=ROOT, check=True)
+  code = "from beit_jax.config import parse; print(*parse.shipped().values(), sep='\\n')"
+  found = subprocess.run(
+    [sys.executable, "-c", code],
+    cwd=tmp_path / "lib",
+    env={**os.environ, "PYTHONPATH": ""},
+    capture_output=True,
+    text=True,
+  )
+  folder = (tmp_path / "lib" / "beit_jax" / "configs").resolve()
+  assert found.stdout.split() == [
+    str(folder / path.name) for path in sorted((ROOT / "configs").glob("*.py"))
+  ], found
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)

@@ -237,11 +237,12 @@ def load_file(spec: str) -> Mapping[str, Any]:
   Raises:
     UserError: there is no such file or variant, or the file's own code fails; names the line.
   """
-  path, _, variant = spec.partition(":")
-  if not os.path.isfile(path):  # Path.is_file would raise for a name that is too long
-    raise UserError(
-      f"--config={show(path)}: no such file; the ready-made ones are in configs/, e.g. configs/quickstart.py"
-    )
+  name, _, variant = spec.partition(":")
+  path = (
+    name if os.path.isfile(name) else shipped().get(name.removeprefix("configs/").removesuffix(".py"), "")
+  )
+  if not path:
+    raise UserError(f"--config={show(name)}: no such file; the ready-made ones are {', '.join(shipped())}")
   with _errors_of(path, path):
     get_config = getattr(_import_file(path), "get_config", None)
   if not callable(get_config):
@@ -254,6 +255,14 @@ def load_file(spec: str) -> Mapping[str, Any]:
   if not isinstance(found, dict | ConfigDict):
     raise UserError(f"--config={spec}: get_config gave {show(found)}; expected a ConfigDict")
   return found
+
+
+def shipped() -> dict[str, str]:
+  """The configs that come with the library: name -> file. They lie in `configs/` of a checkout or of the package."""
+  package = Path(__file__).resolve().parent.parent
+  checkout = package.parent
+  folder = (checkout if (checkout / "setup.py").is_file() else package) / "configs"
+  return {path.stem: str(path) for path in sorted(folder.glob("*.py"))}
 
 
 def _import_file(path: str) -> ModuleType:

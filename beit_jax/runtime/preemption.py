@@ -1,7 +1,8 @@
 """Preemption: SIGTERM (clusters, `kill`, maintenance events) and SIGINT (Ctrl-C) stop a run with everything saved.
 
 After the first signal the loop finishes its step and saves; where there is nothing to save, and at the second signal,
-the process exits at once. The exit status is 128 + the signal: 143 or 130.
+the process exits at once. A SIGTERM soon after the first signal belongs to the same notice: Slurm sends two within
+milliseconds. The exit status is 128 + the signal: 143 or 130.
 
 Of several processes any one may get the signal: JAX's preemption service handles SIGTERM, and all processes agree on a
 step after which they save and stop. SIGINT is forwarded to that service. A compilation or an evaluation in progress is
@@ -15,6 +16,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from typing import Any
 
 import jax
@@ -24,6 +26,7 @@ from beit_jax.runtime.logs import log
 from beit_jax.runtime.maintenance_events import MaintenanceEvents
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SAME_NOTICE = 5.0  # seconds after the first signal in which SIGTERM is no second one
 # JAX's service chooses the number after the last one that any process asked about. There must be one growing sequence
 # for the whole process, stages included, and no other caller; Orbax's CheckpointManager, not used here, would be one.
 _steps = itertools.count(1)
@@ -54,6 +57,7 @@ class Watch:
   def __init__(self) -> None:
     self.nothing_to_save = True
     self._number, self._lock = 0, threading.Lock()
+    self._first_at = 0.0  # time of the first signal
     self._several, self._events = jax.process_count() > 1, MaintenanceEvents()
     self._agreed = not self._several  # all processes stop after the current step
     self._old: dict[int, Any] = {}
@@ -89,10 +93,12 @@ class Watch:
       name = signal.Signals(number).name
       with self._lock:
         if self._number:
+          if number == signal.SIGTERM and time.monotonic() < self._first_at + SAME_NOTICE:
+            continue
           self._exit(number, f"second {name}")
         if self.nothing_to_save and not self._several:
           self._exit(number, f"{name}, and nothing to save")
-        self._number = number
+        self._number, self._first_at = number, time.monotonic()
       if self._several:
         os.kill(os.getpid(), signal.SIGTERM)
       log.warning("%s: finishing the step and saving; a second signal exits at once", name)

@@ -79,6 +79,23 @@ def _rows(bucket, name):
 # The run.
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 10])
+def test_folders_count_in_the_pages_of_the_stand_in(size, bucket):
+  for name in ("a/1", "a/2", "b", "c/1", "d"):
+    bucket.write(f"pages/{name}", b"")
+  query, pages = {"prefix": "pages/", "delimiter": "/", "maxResults": size}, []
+  while True:
+    url = f"{bucket.url}/storage/v1/b/bucket/o?{urllib.parse.urlencode(query)}"
+    with urllib.request.urlopen(url) as answer:
+      page = json.load(answer)
+    pages.append(sorted([item["name"] for item in page["items"]] + page["prefixes"]))
+    if "nextPageToken" not in page:
+      break
+    query["pageToken"] = page["nextPageToken"]
+  assert sum(pages, []) == ["pages/a/", "pages/b", "pages/c/", "pages/d"]
+  assert [len(page) for page in pages] == [min(size, 4 - i) for i in range(0, 4, size)]
+
+
 def test_a_run_in_a_bucket_equals_a_run_on_disk(bucket, run, tmp_path):
   """Same rows, same arrays, same files; a copy of the bucket on disk is a run that verifies."""
   train.run(_config(figures=True, **{"checkpoint.best": "loss"}), tmp_path / "local")

@@ -134,6 +134,24 @@ def test_the_first_ctrl_c_waits_for_a_compilation_in_one_of_several_processes(tw
     assert _until(lambda: left) and left == [signal.SIGINT]
 
 
+def test_two_sigterms_of_one_notice_count_once(monkeypatch):
+  """Slurm sends two within milliseconds when it preempts a job; later ones, and Ctrl-C, exit at once."""
+  left = []
+  monkeypatch.setattr(preemption.Watch, "_exit", lambda self, number, reason: left.append(number))
+  monkeypatch.setattr(preemption, "SAME_NOTICE", 1.0)
+  with preemption.Watch() as watch:
+    watch.nothing_to_save = False
+    for _ in range(2):
+      signal.raise_signal(signal.SIGTERM)
+      time.sleep(0.2)
+    assert watch.requested() == signal.SIGTERM and not left
+    signal.raise_signal(signal.SIGINT)
+    assert _until(lambda: left) and left == [signal.SIGINT]
+    time.sleep(1)
+    signal.raise_signal(signal.SIGTERM)
+    assert _until(lambda: len(left) > 1) and left[1] == signal.SIGTERM
+
+
 def test_steps_are_numbered_across_stages(two):
   """JAX chooses the step after the last one it was asked about, so a later stage must continue the numbers."""
   asked, handed = two

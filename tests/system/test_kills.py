@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from beit_jax.run import checkpoint
+from beit_jax.runtime import preemption
 from tests import kills
 
 pytestmark = pytest.mark.slow
@@ -91,6 +92,7 @@ def test_a_second_signal_ends_the_run_at_once(tmp_path):
   _wait(process, lambda: kills.saving(workdir))
   process.send_signal(signal.SIGTERM)
   _wait(process, lambda: "a second signal exits at once" in (workdir / "log.txt").read_text())
+  time.sleep(preemption.SAME_NOTICE)
   assert _end(process, signal.SIGTERM, 143) < 3
 
 
