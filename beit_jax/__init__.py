@@ -28,7 +28,8 @@ def load(
   Args:
     path: one of
       - a run of `beit_jax.main`, one of its checkpoints, or a folder that `save` wrote,
-      - a `.pth`, `.bin` or `.safetensors` file of unilm, mmseg or timm,
+      - a `.pth`, `.ckpt`, `.bin` or `.safetensors` file of unilm, OpenMMLab, timm and others (docs/weights.md has a
+        table of the forms),
       - a model folder of timm or Hugging Face transformers,
       - OpenAI's `encoder.pkl`, or a folder with `encoder.pkl` and `decoder.pkl`.
       A run may lie in a bucket (`gs://...`).
@@ -66,7 +67,8 @@ def save(pretrained: Pretrained, path: str | Path, *, format: str) -> None:
     path: must not exist. A folder for "orbax" and "hf". A file for "unilm" and "timm": in safetensors format if it ends
       in `.safetensors`, otherwise in PyTorch's format. For "timm", a name without a suffix is a folder that
       `timm.create_model("local-dir:...")` reads.
-    format: "orbax" (ours), "unilm", "timm" or "hf" (Hugging Face transformers).
+      "openmmlab" is always PyTorch's format.
+    format: "orbax" (ours), "unilm", "timm", "hf" (Hugging Face transformers) or "openmmlab" (mmpretrain, mmsegmentation).
 
   Raises:
     UserError: the format has no such kind of model, `path` exists, or it cannot be written.

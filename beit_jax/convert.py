@@ -1,4 +1,4 @@
-"""`python -m beit_jax.convert SRC DST --format={orbax,unilm,timm,hf}`: converts weights between formats."""
+"""`python -m beit_jax.convert SRC DST --format={orbax,unilm,timm,hf,openmmlab}`: converts weights between formats."""
 
 import argparse
 import logging
@@ -23,7 +23,7 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument(
     "src", help="a run, a .pth, .safetensors or .pkl file, or a folder of Hugging Face or timm"
   )
-  parser.add_argument("dst", help="a folder (orbax, hf) or a file (unilm, timm); must not exist")
+  parser.add_argument("dst", help="a folder (orbax, hf) or a file (unilm, timm, openmmlab); must not exist")
   parser.add_argument("--format", required=True, choices=tuple(weights_io.WRITERS))
   parser.add_argument("--num_heads", type=int, help="if the source does not determine it")
   parser.add_argument(

@@ -320,6 +320,14 @@ def _save_unilm(pretrained: Pretrained, path: Path, target: Path) -> None:
     torchfile.save(path, state, {**facts, **_own_text(pretrained)}, under=under)
 
 
+def _save_openmmlab(pretrained: Pretrained, path: Path, target: Path) -> None:
+  if target.suffix.lower() == ".safetensors":
+    raise UserError(f"{target}: OpenMMLab does not read safetensors files; end the name in .pth")
+  state, under, facts = openmmlab.export_file(pretrained)
+  _log_tensors(state, [])
+  torchfile.save(path, state, {**facts, **_own_text(pretrained)}, under=under)
+
+
 def _save_timm(pretrained: Pretrained, path: Path, target: Path) -> None:
   state, architecture, args, left_out = timm.export(pretrained)
   _log_tensors(state, left_out)
@@ -356,6 +364,7 @@ WRITERS: dict[str, Callable[[Pretrained, Path, Path], None]] = {
   "unilm": _save_unilm,
   "timm": _save_timm,
   "hf": _save_hf,
+  "openmmlab": _save_openmmlab,
 }
 
 

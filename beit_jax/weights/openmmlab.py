@@ -1,12 +1,16 @@
-"""Translates the names of OpenMMLab's second generation (mmpretrain, mmsegmentation 1, mmdetection 3) into unilm's."""
+"""Reads and writes the names of OpenMMLab's second generation: mmpretrain, mmsegmentation 1, mmdetection 3 (reading).
+
+What is written belongs to their classes `BEiTViT` (or `BEiTPretrainViT`, for masked image models) and `BEiT`.
+"""
 
 import re
 from pathlib import Path
 from typing import Any
 
 from beit_jax.errors import UserError
-from beit_jax.weights import mmseg
+from beit_jax.weights import mmseg, unilm
 from beit_jax.weights.files import lazy
+from beit_jax.weights.pretrained import Pretrained
 
 PATCHES = "patch_embed.projection.weight"
 # Names of an encoder -> unilm's and, for LayerScale and the bias of q, k and v of a plain ViT, timm's.
@@ -27,6 +31,60 @@ HEADS = (
   (r"^neck\.upsample_4x\.", "backbone.fpn1."),
   (r"^neck\.upsample_2x\.", "backbone.fpn2."),
 )
+# unilm's and mmseg's names -> OpenMMLab's; the first row that matches counts.
+EXPORT_NAMES = (
+  (r"^head\.", "head.fc."),
+  (r"^lm_head\.", "head.cls_head."),
+  (r"^backbone\.fpn1\.", "neck.upsample_4x."),
+  (r"^backbone\.fpn2\.", "neck.upsample_2x."),
+  (r"^((decode_head|auxiliary_head|backbone)\.)", r"\1"),
+  (r"^", "backbone."),
+)
+ENCODER_NAMES = (
+  (r"^(backbone\.)patch_embed\.proj\.", r"\1patch_embed.projection."),
+  (r"^(backbone\.)blocks\.", r"\1layers."),
+  (r"^(backbone\.layers\.\d+\.)norm([12])\.", r"\1ln\2."),
+  (r"^(backbone\.layers\.\d+\.)mlp\.fc1\.", r"\1ffn.layers.0.0."),
+  (r"^(backbone\.layers\.\d+\.)mlp\.fc2\.", r"\1ffn.layers.1."),
+  (r"^(backbone\.)norm\.", r"\1ln1."),
+  (r"^(backbone\.)fc_norm\.", r"\1ln2."),
+)
+# Fields of an encoder and their values in `BEiTViT`; in mmsegmentation's `BEiT` there is no choice of positions.
+FIXED = dict(register_tokens=0, pre_norm=False, activation="gelu", norm_eps=1e-6)
+FIXED_IN_SEGMENTERS = dict(FIXED, abs_pos=False, rel_pos="per_block")
+
+
+def export_file(pretrained: Pretrained) -> tuple[lazy.Arrays, str, dict[str, Any]]:
+  """The content of OpenMMLab's file: (state dict, its key, what else the file holds).
+
+  Raises:
+    UserError: their classes lack something that the model has.
+  """
+  is_segmenter = pretrained.spec.tensor_names == "mmseg"
+  fields = pretrained.encoder_fields
+  for name, value in (FIXED_IN_SEGMENTERS if is_segmenter else FIXED).items():
+    if fields.get(name, value) != value:
+      raise UserError(
+        f"this {pretrained.kind} cannot be saved as openmmlab, which has no BEiT with {name}={fields[name]!r}"
+      )
+  if is_segmenter and not fields["layer_scale_init"]:
+    raise UserError("this segmenter cannot be saved as openmmlab, whose BEiT always has LayerScale")
+  if getattr(pretrained.module, "pool", "mean") not in ("mean", "cls"):
+    raise UserError(f"this {pretrained.kind} cannot be saved as openmmlab, which has no such way of pooling")
+  if is_segmenter:
+    state, _, facts = mmseg.export_file(pretrained)
+  else:
+    labels = list(pretrained.description.get("labels") or ())
+    state, facts = (
+      unilm.export_beit(pretrained),
+      {"meta": {"dataset_meta": {"classes": labels}} if labels else {}},
+    )
+  return {_export_name(name): value for name, value in state.items()}, "state_dict", facts
+
+
+def _export_name(name: str) -> str:
+  rule = next(rule for rule in EXPORT_NAMES if re.match(rule[0], name))
+  return lazy.rename(lazy.rename(name, [rule]), ENCODER_NAMES)
 
 
 def is_openmmlab(state: lazy.State) -> bool:

@@ -102,7 +102,7 @@ KINDS: dict[str, ModelKind] = {
   "backbone": ModelKind(
     module=Beit,
     forward=_features,
-    formats=("orbax", "unilm", "timm", "hf"),
+    formats=("orbax", "unilm", "timm", "hf", "openmmlab"),
     encoder_path="",
     takes_mask=True,
     hf_class="BeitModel",
@@ -111,7 +111,7 @@ KINDS: dict[str, ModelKind] = {
   "mim": ModelKind(
     module=BeitForMaskedImageModeling,
     forward=_token_logits,
-    formats=("orbax", "unilm", "hf"),
+    formats=("orbax", "unilm", "hf", "openmmlab"),
     takes_mask=True,
     head="lm_head",
     head_size="vocab_size",
@@ -121,7 +121,7 @@ KINDS: dict[str, ModelKind] = {
   "classifier": ModelKind(
     module=BeitForImageClassification,
     forward=_class_logits,
-    formats=("orbax", "unilm", "timm", "hf"),
+    formats=("orbax", "unilm", "timm", "hf", "openmmlab"),
     has_classes=True,
     has_pool=True,
     head="head",
@@ -132,7 +132,7 @@ KINDS: dict[str, ModelKind] = {
   "segmenter": ModelKind(
     module=BeitForSemanticSegmentation,
     forward=_pixel_logits,
-    formats=("orbax", "unilm", "hf"),
+    formats=("orbax", "unilm", "hf", "openmmlab"),
     has_classes=True,
     has_batch_stats=True,
     tensor_names="mmseg",

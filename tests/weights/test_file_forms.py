@@ -224,6 +224,44 @@ def test_form_of_mmpretrain(kind, tmp_path):
   assert loaded.description["labels"] == (names if kind == "classifier" else [])
 
 
+@pytest.mark.parametrize("kind", ["classifier", "mim", "backbone", "segmenter"])
+def test_openmmlab_files_are_written(kind, tmp_path):
+  """The names are those of mmpretrain's `BEiTViT` and mmsegmentation's `BEiT`; reading gives the same model."""
+  model = _segmenter() if kind == "segmenter" else _model(kind)
+  weights_io.save(model, tmp_path / "x.pth", format="openmmlab")
+  names = set(torchfile.load(tmp_path / "x.pth")["state_dict"])
+  block = "backbone.layers.0."
+  wanted = {
+    "backbone.cls_token",
+    "backbone.patch_embed.projection.weight",
+    "ln1.bias",
+    "ffn.layers.0.0.weight",
+  }
+  wanted |= {"attn.qkv.weight", "attn.q_bias", "ffn.layers.1.bias", "gamma_2"}
+  assert {name if "backbone" in name else block + name for name in wanted} <= names
+  heads = {
+    "classifier": {"head.fc.weight", "backbone.ln2.weight"},
+    "mim": {"head.cls_head.weight", "backbone.ln1.weight", "backbone.mask_token"},
+    "backbone": {"backbone.ln1.weight"},
+    "segmenter": {"neck.upsample_4x.3.weight", "neck.upsample_2x.0.bias", "decode_head.conv_seg.weight"},
+  }
+  assert heads[kind] <= names and not any(re.search(r"blocks|norm\d|mlp|fpn\d\.", name) for name in names)
+  loaded = weights_io.load(tmp_path / "x.pth")
+  assert loaded.kind == kind and loaded.preprocessing == model.preprocessing
+  assert loaded.encoder_fields == model.encoder_fields
+  _assert_same(loaded.params, model.params)
+
+
+def test_models_that_openmmlab_lacks_are_refused(tmp_path):
+  for model in (
+    _segmenter(rel_pos="none", abs_pos=True),
+    _segmenter(layer_scale_init=0.0),
+    _model(norm_eps=1e-5),
+  ):
+    with pytest.raises(UserError, match="cannot be saved as openmmlab"):
+      weights_io.save(model, tmp_path / "x.pth", format="openmmlab")
+
+
 def test_mmpretrain_with_two_norms_is_refused(tmp_path):
   state = _openmmlab(_state()) | {"ln1.weight": np.ones(8, np.float32), "ln1.bias": np.ones(8, np.float32)}
   with pytest.raises(UserError, match="two layer norms in a row"):

@@ -471,7 +471,7 @@ def test_missing_auxiliary_head_starts_from_random_values(tmp_path, caplog):
   [
     (dict(head="setr_pup"), "hf", "head 'setr_pup' cannot be saved as hf.*Its formats are orbax, unilm"),
     (dict(channels=6), "hf", "channels=6 cannot be saved as hf.*as wide as its encoder, 8.*orbax, unilm"),
-    (dict(), "timm", "a segmenter cannot be saved as timm.*its formats are orbax, unilm, hf"),
+    (dict(), "timm", "a segmenter cannot be saved as timm.*its formats are orbax, unilm, hf, openmmlab"),
   ],
 )
 def test_impossible_formats_are_refused(fields, format, message, tmp_path):
