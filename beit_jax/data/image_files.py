@@ -1,7 +1,9 @@
 """Finds and reads the image files that a user names on a command line."""
 
+import fnmatch
 import glob
 import os
+import re
 import warnings
 from pathlib import Path
 
@@ -37,13 +39,22 @@ def find_images(names: list[str]) -> list[Path]:
 
 
 def _matches(pattern: str) -> list[str]:
-  """The paths that a pattern matches, without metadata that it does not name. (`glob` leaves hidden names out.)"""
-  named = Path(pattern).parts
-  return [
-    path
-    for path in sorted(glob.glob(pattern, recursive=True))
-    if not any(part in METADATA_FOLDERS and part not in named for part in Path(path).parts)
-  ]
+  """The paths that a pattern matches; with `**`, the images. Metadata counts only if the pattern names it."""
+  recursive = re.fullmatch(r"(|.*/)\*\*(?:/(.*))?", pattern)
+  if recursive is None:
+    named = Path(pattern).parts
+    found = glob.glob(pattern)  # leaves hidden names out
+    return sorted(path for path in found if not (METADATA_FOLDERS - {*named}).intersection(Path(path).parts))
+  above, wanted = recursive[1], (recursive[2] or "*").split("/")
+  paths = []
+  for folder in sorted(glob.glob(above)) if above else [""]:
+    listing = list_images(folder or ".", pattern)  # `glob` does not end at a loop of links
+    listing.log_report()
+    for file in listing.files:
+      last = file.split("/")[-len(wanted) :]
+      if len(last) == len(wanted) and all(map(fnmatch.fnmatchcase, last, wanted)):
+        paths.append(os.path.join(folder, file))
+  return paths
 
 
 def _files_in(path: Path, name: str, named: bool) -> list[Path]:

@@ -21,6 +21,7 @@ from beit_jax.data.images import RGB, PixelRule
 from beit_jax.data.listing import Listing, list_images
 from beit_jax.errors import BadImage, UserError
 from beit_jax.runtime import bucket
+from beit_jax.runtime.logs import log
 
 SLICE = re.compile(r"(.*)\[(\d+%?)?:(\d+%?)?\]")  # "train[10%:]", as in TFDS
 MAP_ENDINGS = (".png", ".bmp", ".tif", ".tiff")  # of label maps; other formats do not keep every value
@@ -236,6 +237,9 @@ class FolderSource(Source):
     else:
       parents = [path.rpartition("/")[0].partition("/")[0] for path in self._files]
       self.has_labels = "" not in parents
+      if not self.has_labels and any(parents):
+        text = "%s: %d of %d images lie outside of subfolders, so the subfolders are no classes"
+        log.info(text, folder, parents.count(""), len(parents))
       self._class_names_of = [[parent] for parent in parents]
     listing.log_report()
     if self.has_labels:  # the numbers are those of all classes, also in a part of the folder
@@ -248,7 +252,9 @@ class FolderSource(Source):
   def _read_label_file(self, listing: Listing, table: Path) -> None:
     self.has_labels = self.multi_label = True
     try:
-      with table.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+      is_utf16 = table.read_bytes()[:2] in (b"\xff\xfe", b"\xfe\xff")  # as spreadsheets write it
+      encoding = "utf-16" if is_utf16 else "utf-8-sig"
+      with table.open(newline="", encoding=encoding, errors="surrogateescape") as file:
         rows = [row for row in csv.reader(file) if row]
     except (OSError, ValueError, csv.Error) as error:
       raise UserError(f"data.label_file: {table} cannot be read ({error})") from None

@@ -13,7 +13,7 @@ from beit_jax.predict import __main__ as predict
 from tests import tiny
 from tests.commands.test_main import _config_file
 
-LATIN = os.fsdecode(b"k\xe4fer")  # a class whose name is not UTF-8
+LATIN = os.fsdecode(b"k\xe4fer")  # not UTF-8
 
 
 def _pixels(rng, mode):
@@ -80,13 +80,14 @@ def make_folder(root):
 
 def _left_out(text, folder):
   """Adds up the lines of one listing in a log, apart from that of folders without an image."""
-  lines = dict.fromkeys(re.findall(rf"{re.escape(str(folder))}: (\d+ .*?) left out", text))
+  name = str(folder).encode(errors="backslashreplace").decode()
+  lines = dict.fromkeys(re.findall(rf"{re.escape(name)}: (\d+ .*?) left out", text))
   return sum(int(line.split()[0]) for line in lines if "folders without" not in line)
 
 
 @pytest.mark.slow
 def test_a_folder_of_everything_trains_evaluates_and_predicts(tmp_path, capsys):
-  root, run = tmp_path / "data" / "images", tmp_path / "run"
+  root, run = tmp_path / LATIN / "images", tmp_path / "run"
   count, others = make_folder(root)
   changes = {
     "data.source": "folder",

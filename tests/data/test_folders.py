@@ -122,6 +122,20 @@ def test_loops_and_broken_links_are_named(tmp_path, caplog):
     assert words in caplog.text, caplog.text
 
 
+def test_patterns_follow_links_and_end_at_loops(tmp_path, monkeypatch):
+  monkeypatch.chdir(
+    _tree(tmp_path, "a/1.png", "a/up -> ..", "a/too -> ../b", "b/2.png", "b/up -> ..", "b/n.txt")
+  )
+  for pattern, wanted in (
+    ("**/*.png", ["a/1.png", "a/too/2.png", "b/2.png"]),
+    ("a/**", ["a/1.png", "a/too/2.png"]),
+    ("?/**/2.*", ["a/too/2.png", "b/2.png"]),
+    (f"{tmp_path}/**/b/*", [f"{tmp_path}/b/2.png"]),
+    ("b/*.png", ["b/2.png"]),
+  ):
+    assert [str(path) for path in find_images([pattern])] == wanted
+
+
 def test_every_ending_that_can_be_read_is_used(tmp_path, caplog):
   names = ["1.jfif", "2.jpe", "3.JPG", "4.apng", "5.pnm", "without_ending"]
   if features.check("avif"):
@@ -230,6 +244,18 @@ def test_label_files_in_another_encoding(tmp_path):
   (tmp_path / "labels.csv").write_bytes(b"K\xe4se.png,K\xe4se\n")
   source = _folder(tmp_path, label_file="labels.csv")
   assert _used(source) == [name] and source.class_names == (os.fsdecode(b"K\xe4se"),)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig", "utf-8"])
+def test_label_files_of_spreadsheets(tmp_path, encoding):
+  _tree(tmp_path, "ä.png")
+  (tmp_path / "labels.csv").write_text("ä.png,Käse\r\n", encoding=encoding)
+  assert _folder(tmp_path, label_file="labels.csv").class_names == ("Käse",)
+
+
+def test_images_beside_class_folders_are_named(tmp_path, caplog):
+  assert not _folder(_tree(tmp_path, "a/1.png", "b/2.png", "logo.png")).has_labels
+  assert "1 of 3 images lie outside of subfolders, so the subfolders are no classes" in caplog.text
 
 
 # Parts of a folder.
