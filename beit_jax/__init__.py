@@ -22,6 +22,8 @@ def load(
   step: int | None = None,
   ema: bool = False,
   out_indices: tuple[int, ...] | None = None,
+  pool: str | None = None,
+  activation: str | None = None,
 ) -> Pretrained:
   """Loads a model with its weights. The format is detected, and nothing in the file is executed.
 
@@ -40,6 +42,9 @@ def load(
     out_indices: the four blocks, counted from 0, that the decoder of a foreign segmentation model taps, instead of
       those that its file states. With `(3, 5, 7, 11)` a base model of transformers gets unilm's blocks
       (docs/weights.md).
+    pool: what the head of a ViT's classifier sees, if its file does not say it: "cls", "mean" or another of
+      `models.beit.POOLS`.
+    activation: "gelu", "quick_gelu" or "gelu_tanh", if the file of a ViT does not say it.
 
   Returns:
     The model: `model(images)` prepares images and runs it; `model.params` and `model.module` are the Flax parts.
@@ -55,7 +60,14 @@ def load(
   from beit_jax.weights import io as weights_io
 
   return weights_io.load(
-    path, num_heads=num_heads, image_size=image_size, step=step, ema=ema, out_indices=out_indices
+    path,
+    num_heads=num_heads,
+    image_size=image_size,
+    step=step,
+    ema=ema,
+    out_indices=out_indices,
+    pool=pool,
+    activation=activation,
   )
 
 

@@ -5,6 +5,8 @@ import logging
 import sys
 
 from beit_jax.errors import UserError
+from beit_jax.models.beit import POOLS
+from beit_jax.models.layers import ACTIVATIONS
 from beit_jax.runtime import logs
 from beit_jax.weights import io as weights_io
 
@@ -35,6 +37,10 @@ def _parser() -> argparse.ArgumentParser:
     metavar="A,B,C,D",
     help="blocks that a segmentation decoder taps, counted from 0, instead of those that the source states",
   )
+  parser.add_argument("--pool", choices=tuple(POOLS), help="of a ViT, if the source does not state it")
+  parser.add_argument(
+    "--activation", choices=tuple(ACTIVATIONS), help="of a ViT, if the source does not state it"
+  )
   parser.add_argument("--step", type=int, help="the checkpoint of a run; the default is the newest")
   parser.add_argument("--ema", action="store_true", help="convert the averaged weights")
   parser.add_argument("-v", "--verbose", action="store_true", help="print a table of every tensor")
@@ -55,6 +61,8 @@ def main(argv: list[str]) -> int:
       step=args.step,
       ema=args.ema,
       out_indices=args.out_indices,
+      pool=args.pool,
+      activation=args.activation,
     )
     weights_io.save(model, args.dst, format=args.format)
   except UserError as error:

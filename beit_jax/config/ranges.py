@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from beit_jax.errors import UserError
+from beit_jax.models.beit import POOLS
+from beit_jax.models.layers import ACTIVATIONS
 from beit_jax.optim import OPTIMIZERS
 
 Rule = tuple[Callable[[Any], bool], str]  # whether a value is allowed, and what the message says otherwise
@@ -178,7 +180,9 @@ MODEL: Table = (
   (r"model\.attention", one_of("auto", "xla", "cudnn")),
   (r"model\.preset", one_of("plus", "paper")),
   (r"model\.rel_pos", one_of("shared", "per_block", "none")),
-  (r"model\.pool", one_of("mean", "cls")),
+  (r"model\.pool", one_of(*POOLS)),
+  (r"model\.activation", one_of(*ACTIVATIONS)),
+  (r"model\.register_tokens", integer(0, 64)),
   (r"model\.vocab_size", integer(2, 2**20)),
   (r"model\.n_hid", integer(4, 8192)),
   (r"model\.(n_init|channels|aux_channels)", integer(1, 8192)),

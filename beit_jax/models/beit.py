@@ -69,6 +69,10 @@ class Beit(nn.Module):
   remat: bool = False  # recompute the activations of the blocks in the backward pass
   scan: bool = False  # compile one block for all; the parameters stay one tree per block
   attention: str = "auto"  # "auto" | "xla" | "cudnn"; see attention.py
+  # Of other ViTs, whose weights can be loaded:
+  activation: str = "gelu"  # see layers.ACTIVATIONS
+  pre_norm: bool = False  # CLIP: a norm before the first block
+  register_tokens: int = 0  # DINOv2, DeiT's distillation token: tokens that are neither cls token nor patches
 
   @property
   def grid_size(self) -> tuple[int, int]:
@@ -87,12 +91,13 @@ class Beit(nn.Module):
       train: Turns on stochastic depth, which draws from the "drop_path" rng.
 
     Returns:
-      Tokens [B, 1 + N, D], cls token first, after `norm` (before it if `final_norm` is off); and the residual stream
-      after each block, not normalized, in `residual_dtype`: `{"block_00": [B, 1 + N, D], ...}`.
+      Tokens [B, 1 + N, D], cls token first and without register tokens, after `norm` (before it if `final_norm` is
+      off); and the residual stream after each block, not normalized, in `residual_dtype`:
+      `{"block_00": [B, 1 + N, D], ...}`.
 
     Raises:
-      ValueError: The image has another size or other channels than the encoder, the mask is not on the grid, or there
-        is a mask and no mask token.
+      ValueError: The image has another size or other channels than the encoder, the mask is not on the grid, there is a
+        mask and no mask token, or there are register tokens beside relative positions.
     """
     dtype, residual_dtype = jnp.dtype(self.dtype), jnp.dtype(self.residual_dtype)
     init = INITS[self.weight_init]
@@ -113,6 +118,13 @@ class Beit(nn.Module):
     x = jnp.concatenate([jnp.broadcast_to(cls_token, (len(x), 1, self.width)), x], 1)  # [B, T, D]
     if self.abs_pos:
       x += self.param("pos_embed", init, (1, x.shape[1], self.width)).astype(residual_dtype)
+    if self.register_tokens:  # at the end; without positions, attention does not depend on the order
+      if self.rel_pos != "none":
+        raise ValueError("register tokens have no relative positions; use rel_pos='none'")
+      registers = self.param("register_tokens", init, (1, self.register_tokens, self.width)).astype(x.dtype)
+      x = jnp.concatenate([x, jnp.broadcast_to(registers, (len(x), *registers.shape[1:]))], 1)
+    if self.pre_norm:
+      x = LayerNorm(self.norm_eps, dtype=dtype, name="norm_pre")(x).astype(residual_dtype)
     bias = None
     if self.rel_pos == "shared":
       bias = RelPosBias(self.grid_size, self.num_heads, name="rel_pos_bias")()
@@ -131,6 +143,10 @@ class Beit(nn.Module):
         x = out[f"block_{i:02d}"] = block(x, bias, rates[i], None if keys is None else keys[i])
     if self.final_norm:
       x = LayerNorm(self.norm_eps, dtype=dtype, name="norm")(x)
+    if self.register_tokens:
+      count = x.shape[1] - self.register_tokens
+      out = {name: tokens[:, :count] for name, tokens in out.items()} | {"registers": x[:, count:]}
+      x = x[:, :count]
     return x, out
 
   def _block_fields(self, i: int) -> dict[str, Any]:
@@ -145,6 +161,7 @@ class Beit(nn.Module):
       dtype=jnp.dtype(self.dtype),
       grid_size=self.grid_size if self.rel_pos == "per_block" else None,
       attention=self.attention,
+      activation=self.activation,
     )
 
   def _scan_blocks(
@@ -219,23 +236,37 @@ class BeitForMaskedImageModeling(nn.Module):
     return head(x).astype(jnp.float32)
 
 
+# Which tokens the classifier's head sees, concatenated. "mean" is the mean of the patch tokens.
+POOLS: dict[str, tuple[str, ...]] = {
+  "mean": ("mean",),  # of tokens without a norm; then `fc_norm`
+  "plain_mean": ("mean",),  # without any norm (transformers' CLIPForImageClassification)
+  # The others are tokens after `norm`:
+  "cls": ("cls",),
+  "norm_mean": ("mean",),  # some of timm's ViTs
+  "cls_mean": ("cls", "mean"),  # DINOv2
+  "cls_registers": ("cls", "registers"),  # DeiT with a distillation token
+}
+
+
 class BeitForImageClassification(nn.Module):
   """Encoder and classifier: [B, H, W, 3] -> logits float32 [B, C]."""
 
   encoder: dict[str, Any]
   num_classes: int = 1000
-  pool: str = "mean"  # "mean" of the patch tokens, then `fc_norm` | "cls" token after `norm`
+  pool: str = "mean"  # one of `POOLS`
   head_init_scale: float = 0.001  # factor of the head's initial kernel (unilm --init_scale)
 
   @nn.compact
   def __call__(self, image: jax.Array, *, train: bool = False) -> jax.Array:
-    fields = {**self.encoder, "use_mask_token": False, "final_norm": self.pool == "cls"}
+    fields = {**self.encoder, "use_mask_token": False, "final_norm": self.pool not in ("mean", "plain_mean")}
     encoder = Beit(**fields, name="encoder")
-    x, _ = encoder(image, train=train)
+    x, out = encoder(image, train=train)
+    x = x.astype(jnp.float32)  # bfloat16 would lose digits of the mean of 196 tokens
+    parts = {"cls": x[:, 0], "mean": x[:, 1:].mean(1)}
+    if encoder.register_tokens:
+      parts["registers"] = out["registers"].astype(jnp.float32).reshape(len(x), -1)
+    x = jnp.concatenate([parts[part] for part in POOLS[self.pool]], -1)
     if self.pool == "mean":
-      # The mean of 196 tokens is taken in float32, since bfloat16 would lose digits.
-      x = LayerNorm(encoder.norm_eps, name="fc_norm")(x[:, 1:].astype(jnp.float32).mean(1))
-    else:
-      x = x[:, 0].astype(jnp.float32)
+      x = LayerNorm(encoder.norm_eps, name="fc_norm")(x)
     init = scaled_init(INITS[encoder.weight_init], self.head_init_scale)
     return nn.Dense(self.num_classes, kernel_init=init, name="head")(x)

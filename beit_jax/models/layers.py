@@ -145,19 +145,28 @@ class Attention(nn.Module):
     return nn.Dense(width, kernel_init=self.proj_init, dtype=self.dtype, name="proj")(x)
 
 
+# "gelu" is exact (erf). CLIP was trained with "quick_gelu", SigLIP and some others with "gelu_tanh".
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+  "gelu": functools.partial(nn.gelu, approximate=False),
+  "gelu_tanh": functools.partial(nn.gelu, approximate=True),
+  "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
+}
+
+
 class Mlp(nn.Module):
-  """fc1, exact (erf) GELU and fc2, without dropout between them: [B, T, D] -> [B, T, D]."""
+  """fc1, a key of `ACTIVATIONS` and fc2, without dropout between them: [B, T, D] -> [B, T, D]."""
 
   hidden: int
   weight_init: Initializer
   fc2_init: Initializer
   dtype: jnp.dtype
+  activation: str = "gelu"
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     width = x.shape[-1]
     x = nn.Dense(self.hidden, kernel_init=self.weight_init, dtype=self.dtype, name="fc1")(x)
-    x = nn.gelu(x, approximate=False)
+    x = ACTIVATIONS[self.activation](x)
     return nn.Dense(width, kernel_init=self.fc2_init, dtype=self.dtype, name="fc2")(x)
 
 
@@ -194,6 +203,7 @@ class Block(nn.Module):
   dtype: jnp.dtype
   grid_size: tuple[int, int] | None = None  # set: the block has a bias table of its own
   attention: str = "auto"
+  activation: str = "gelu"
 
   @nn.compact
   def __call__(
@@ -222,7 +232,7 @@ class Block(nn.Module):
       attention=self.attention,
       name="attn",
     )
-    mlp = Mlp(int(self.width * self.mlp_ratio), init, output_init, self.dtype, name="mlp")
+    mlp = Mlp(int(self.width * self.mlp_ratio), init, output_init, self.dtype, self.activation, name="mlp")
     norm1 = LayerNorm(self.norm_eps, dtype=self.dtype, name="norm1")
     norm2 = LayerNorm(self.norm_eps, dtype=self.dtype, name="norm2")
     keys = (None, None) if drop_key is None else jax.random.split(drop_key)

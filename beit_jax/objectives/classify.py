@@ -15,7 +15,7 @@ from beit_jax.data import drawing, views
 from beit_jax.data.labels import check_order
 from beit_jax.data.sources import Source
 from beit_jax.errors import UserError
-from beit_jax.models.beit import BeitForImageClassification
+from beit_jax.models.beit import POOLS, BeitForImageClassification
 from beit_jax.objectives import base
 from beit_jax.objectives.base import Array, Batch, EvalOutput, Loader, LossOutput, Metric, PyTree, Variables
 from beit_jax.objectives.encoder import EncoderObjective, encoder_fields, head_schema
@@ -69,6 +69,8 @@ class Classification(EncoderObjective):
     cls, model: ConfigDict, image_size: tuple[int, int], outputs: int
   ) -> BeitForImageClassification:
     encoder = {**encoder_fields(model, image_size, pretrain=False), "weight_init": "finetune"}
+    if "registers" in POOLS[model.pool] and not encoder["register_tokens"]:
+      raise UserError(f"config key 'model.pool': {model.pool!r} needs model.register_tokens, found 0")
     return BeitForImageClassification(encoder, outputs, model.pool, model.head_init_scale)
 
   @classmethod

@@ -37,6 +37,19 @@ DECIDED = dict(width=int, depth=int, num_heads=int, rel_pos=str, abs_pos=bool, l
 INTERNAL = ("image_size", "use_mask_token", "final_norm", "weight_init", "init")
 
 
+# Fields in which a checkpoint must agree with the run that starts from it.
+SHARED_FIELDS = (
+  "patch_size",
+  "width",
+  "depth",
+  "num_heads",
+  "mlp_ratio",
+  "abs_pos",
+  "pre_norm",
+  "register_tokens",
+)
+
+
 class EncoderObjective(Objective):
   """Base class of objectives whose `module` has an encoder and sees images of `data.image_size`."""
 
@@ -142,6 +155,11 @@ def _check_sizes(fields: dict[str, Any]) -> None:
       f"config key 'data.image_size': {image_size} has {patches:,} patches of model.patch_size={patch}; with relative "
       f"positions at most {MAX_PATCHES:,} are possible (model.rel_pos='none' has no such limit)"
     )
+  if fields["register_tokens"] and fields["rel_pos"] != "none":
+    raise UserError(
+      f"config key 'model.register_tokens': {fields['register_tokens']} register tokens need model.rel_pos='none', "
+      f"found {fields['rel_pos']!r}"
+    )
   if int(fields["width"] * fields["mlp_ratio"]) < 1:
     raise UserError(
       f"config key 'model.mlp_ratio': {fields['mlp_ratio']} of model.width={fields['width']} is less than one unit"
@@ -179,9 +197,15 @@ def adapt_encoder(
   found = pretrained.encoder_fields
   problems = [
     f"model.{key}: the checkpoint has {found[key]!r}, this run {encoder[key]!r}"
-    for key in ("patch_size", "width", "depth", "num_heads", "mlp_ratio", "abs_pos")
+    for key in SHARED_FIELDS
     if found[key] != encoder[key]
   ]
+  if found["activation"] != encoder["activation"] and "activation" not in pretrained.description.get(
+    "assumed", ()
+  ):
+    problems.append(
+      f"model.activation: the checkpoint has {found['activation']!r}, this run {encoder['activation']!r}"
+    )
   for key, off in (("rel_pos", "none"), ("layer_scale_init", 0)):
     if (found[key] == off) != (encoder[key] == off):
       problems.append(f"model.{key}: the checkpoint has {found[key]!r}, this run {encoder[key]!r}")

@@ -1,11 +1,12 @@
 """Reads and writes folders of Hugging Face transformers, without that library.
 
-The classes are `BeitModel`, `BeitForMaskedImageModeling` and `BeitForImageClassification`. mmseg.py handles the heads
-of `BeitForSemanticSegmentation`, and dalle.py handles `FlavaImageCodebook`. Two generations of names are read: those
-of transformers 4, which 5.23 still writes, and those that 5.23 uses in memory.
+The model types are those of `families.MODEL_TYPES`. mmseg.py handles the heads of `BeitForSemanticSegmentation`, and
+dalle.py handles `FlavaImageCodebook`. Two generations of names are read: those of transformers 4, which 5.24 still
+writes, and those that 5.24 uses in memory.
 """
 
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,8 @@ import numpy as np
 
 from beit_jax.errors import UserError
 from beit_jax.runtime.logs import log
+from beit_jax.weights import families
+from beit_jax.weights.families import MODEL_TYPES
 from beit_jax.weights.files import lazy
 from beit_jax.weights.pretrained import KINDS, Pretrained, module_fields
 from beit_jax.weights.unilm import TABLE, export_beit
@@ -23,29 +26,42 @@ RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 # transformers' names, both generations -> unilm's.
 IMPORT_NAMES = (
-  (r"^beit\.", ""),
+  (rf"^({'|'.join(re.escape(row.prefix) for row in MODEL_TYPES.values())})", ""),
   (r"^embeddings\.(cls_token|mask_token)$", r"\1"),
-  (r"^embeddings\.position_embeddings$", "pos_embed"),
-  (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+  (r"^embeddings\.class_embedding$", "cls_token"),
+  (r"^embeddings\.(register_tokens|distillation_token)$", "register_tokens"),
+  (r"^embeddings\.(position_embeddings|position_embedding\.weight)$", "pos_embed"),
+  (r"^embeddings\.(patch_embeddings\.projection|patch_embedding)\.", "patch_embed.proj."),
+  (r"^pre_layrnorm\.", "norm_pre."),
+  (r"^post_layernorm\.", "norm."),
   (rf"^(encoder\.relative_position_bias|shared_position_bias)\.{TABLE}$", f"rel_pos_bias.{TABLE}"),
-  (r"^(encoder\.layer|layers)\.(\d+)\.", r"blocks.\2."),
-  (r"\.lambda_([12])$", r".gamma_\1"),
-  (r"\.layernorm_before\.", ".norm1."),
-  (r"\.layernorm_after\.", ".norm2."),
+  (r"^(encoder\.layers?|layers)\.(\d+)\.", r"blocks.\2."),
+  (r"\.(lambda_|layer_scale)([12])(\.lambda1)?$", r".gamma_\2"),
+  (r"\.(layernorm_before|layer_norm1)\.", ".norm1."),
+  (r"\.(layernorm_after|layer_norm2)\.", ".norm2."),
   (rf"\.(attention\.attention\.|attention\.|)relative_position_bias\.{TABLE}$", f".attn.{TABLE}"),
-  (r"\.attention\.(attention\.query|q_proj)\.", ".attn.q."),
-  (r"\.attention\.(attention\.key|k_proj)\.", ".attn.k."),
-  (r"\.attention\.(attention\.value|v_proj)\.", ".attn.v."),
-  (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),
+  (r"\.(attention|self_attn)\.(attention\.query|q_proj)\.", ".attn.q."),
+  (r"\.(attention|self_attn)\.(attention\.key|k_proj)\.", ".attn.k."),
+  (r"\.(attention|self_attn)\.(attention\.value|v_proj)\.", ".attn.v."),
+  (r"\.(attention|self_attn)\.(output\.dense|o_proj|out_proj)\.", ".attn.proj."),
   (r"\.(intermediate\.dense|mlp\.fc1)\.", ".mlp.fc1."),
   (r"\.(output\.dense|mlp\.fc2)\.", ".mlp.fc2."),
   (r"^pooler\.layernorm\.", "fc_norm."),
   (r"^layernorm\.", "norm."),
   (r"^classifier\.", "head."),
 )
-# unilm's names -> those of transformers 4, without the prefix "beit.".
+# Of other towers, of decoders, and of a layer behind the features: not part of any model of ours.
+LEFT_OUT = "|".join(
+  (
+    r"^(text_model|text_projection|visual_projection|decoder|(\w+\.)?pooler\.dense)\.",
+    r"^logit_scale$",
+    r"\.position_ids$",
+  )
+)
+# unilm's names -> those of transformers 4, without the prefix.
 EXPORT_NAMES = (
   (r"^(cls_token|mask_token)$", r"embeddings.\1"),
+  (r"^register_tokens$", "embeddings.distillation_token"),
   (r"^pos_embed$", "embeddings.position_embeddings"),
   (r"^patch_embed\.proj\.", "embeddings.patch_embeddings.projection."),
   (r"^rel_pos_bias\.", "encoder.relative_position_bias."),
@@ -55,6 +71,7 @@ EXPORT_NAMES = (
   (r"\.norm2\.", ".layernorm_after."),
   (rf"\.attn\.{TABLE}$", rf".attention.attention.relative_position_bias.{TABLE}"),
   (r"\.attn\.q\.", ".attention.attention.query."),
+  (r"\.attn\.k\.", ".attention.attention.key."),
   (r"\.attn\.v\.", ".attention.attention.value."),
   (r"\.attn\.proj\.", ".attention.output.dense."),
   (r"\.mlp\.fc1\.", ".intermediate.dense."),
@@ -63,6 +80,42 @@ EXPORT_NAMES = (
   (r"^norm\.", "layernorm."),
   (r"^head\.", "classifier."),
 )
+# The names of DINOv2 and of CLIP, made of those above.
+DINOV2_NAMES = (
+  (r"\.distillation_token$", ".register_tokens"),
+  (r"\.lambda_([12])$", r".layer_scale\1.lambda1"),
+  (r"\.layernorm_before\.", ".norm1."),
+  (r"\.layernorm_after\.", ".norm2."),
+  (r"\.intermediate\.dense\.", ".mlp.fc1."),
+  (r"(?<!attention)\.output\.dense\.", ".mlp.fc2."),
+)
+CLIP_NAMES = (
+  (r"^embeddings\.cls_token$", "embeddings.class_embedding"),
+  (r"^embeddings\.position_embeddings$", "embeddings.position_embedding.weight"),
+  (r"^embeddings\.patch_embeddings\.projection\.", "embeddings.patch_embedding."),
+  (r"^norm_pre\.", "pre_layrnorm."),
+  (r"^layernorm\.", "post_layernorm."),
+  (r"^encoder\.layer\.", "encoder.layers."),
+  (r"\.attention\.attention\.(q|k|v)\w+\.", r".self_attn.\1_proj."),
+  (r"\.attention\.output\.dense\.", ".self_attn.out_proj."),
+  (r"\.layernorm_before\.", ".layer_norm1."),
+  (r"\.layernorm_after\.", ".layer_norm2."),
+  *DINOV2_NAMES[-2:],
+)
+OWN_NAMES = {
+  "dinov2": DINOV2_NAMES,
+  "dinov2_with_registers": DINOV2_NAMES,
+  "clip_vision_model": CLIP_NAMES,
+  "clip": CLIP_NAMES,
+}
+# transformers' `hidden_act` -> ours; it is written under the last of several names.
+HIDDEN_ACTS = {
+  "gelu": "gelu",
+  "quick_gelu": "quick_gelu",
+  "gelu_new": "gelu_tanh",
+  "gelu_fast": "gelu_tanh",
+  "gelu_pytorch_tanh": "gelu_tanh",
+}
 
 
 class Folder(NamedTuple):
@@ -74,9 +127,9 @@ class Folder(NamedTuple):
   decoder: lazy.Arrays | None = None
 
 
-def is_beit(state: lazy.State) -> bool:
-  """Whether a state dict has transformers' names of a BEiT."""
-  return any(name.endswith("embeddings.cls_token") for name in state)
+def is_vit(state: lazy.State) -> bool:
+  """Whether a state dict has transformers' names of a BEiT or another ViT."""
+  return any(name.endswith(("embeddings.cls_token", "embeddings.class_embedding")) for name in state)
 
 
 def to_unilm(state: lazy.State, path: Path) -> tuple[lazy.State, list[str]]:
@@ -93,8 +146,8 @@ def to_unilm(state: lazy.State, path: Path) -> tuple[lazy.State, list[str]]:
       f"{path}: this masked image model has use_mean_pooling=false. transformers then applies two layer norms in a row "
       "before the head, which no other BEiT does and this version does not implement"
     )
-  result = {lazy.rename(name, IMPORT_NAMES): value for name, value in state.items()}
-  left_out = []
+  left_out = [name for name in state if re.search(LEFT_OUT, name)]
+  result = {lazy.rename(name, IMPORT_NAMES): value for name, value in state.items() if name not in left_out}
   for stem in [name.removesuffix("q.weight") for name in result if name.endswith("attn.q.weight")]:
     parts = [result.pop(f"{stem}{x}.weight") for x in "qkv" if f"{stem}{x}.weight" in result]
     if len(parts) == 3:
@@ -104,6 +157,15 @@ def to_unilm(state: lazy.State, path: Path) -> tuple[lazy.State, list[str]]:
         result[f"{stem}{x}_bias"] = result.pop(f"{stem}{x}.bias")
     if result.pop(f"{stem}k.bias", None) is not None:
       left_out.append(f"{stem}k.bias")
+  for name in ("cls_token", "mask_token", "pos_embed"):  # CLIP has fewer axes, DINOv2's mask token too
+    if name in result and len(result[name].shape) < 3:
+      result[name] = lazy.reshape(
+        result[name], (1, math.prod(result[name].shape[:-1]), result[name].shape[-1])
+      )
+  if any(name.endswith("embeddings.distillation_token") for name in state) and "pos_embed" in result:
+    result = dict(families.fold_register_positions(result))
+  if "cls_classifier.weight" in result:
+    result = dict(families.join_heads(result, "cls_classifier", "distillation_classifier"))
   return result, left_out
 
 
@@ -148,8 +210,15 @@ def read_config(folder: Path) -> dict[str, Any]:
   """
   config, processor = read_files(folder)
   path = folder / "config.json"
-  if config.get("hidden_act", "gelu") != "gelu":
-    raise UserError(f"{path}: hidden_act is {config['hidden_act']!r}; BEiT has the exact 'gelu'")
+  name = config.get("model_type", "beit")
+  if name not in MODEL_TYPES:
+    raise UserError(f"{path}: model_type is {name!r}; this version reads {', '.join(MODEL_TYPES)}")
+  model_type = MODEL_TYPES[name]
+  if isinstance(config.get("vision_config"), dict):
+    config = {**config, **config["vision_config"]}
+  activation = config.get("hidden_act", model_type.activation)
+  if activation not in HIDDEN_ACTS:
+    raise UserError(f"{path}: hidden_act is {activation!r}; this version has {', '.join(HIDDEN_ACTS)}")
 
   def value(key: str, default: Any, is_valid: Callable[[Any], bool], expected: str) -> Any:
     found = config.get(key, default)
@@ -159,10 +228,18 @@ def read_config(folder: Path) -> dict[str, Any]:
 
   size = value("image_size", 224, _is_size, "a number of pixels or [height, width]")
   fields = dict(
-    norm_eps=value("layer_norm_eps", 1e-12, lambda v: isinstance(v, float) and 0 < v < 1, "a small number"),
+    norm_eps=value(
+      "layer_norm_eps", model_type.norm_eps, lambda v: isinstance(v, float) and 0 < v < 1, "a small number"
+    ),
     num_heads=value("num_attention_heads", 12, _is_positive, "a positive number"),
     image_size=(size, size) if _is_positive(size) else tuple(size),
+    model_type=name,
   )
+  if HIDDEN_ACTS[activation] != "gelu":
+    fields["activation"] = HIDDEN_ACTS[activation]
+  if model_type.pools[0] != "mean":
+    teacher = config.get("architectures") == ["DeiTForImageClassificationWithTeacher"]
+    fields["pool"] = "cls_registers" if teacher else model_type.pools[0]
   described = json.loads(config.get("beit_jax") or "{}")
   own = described.get("preprocessing")
   # Our description is exact if the processor's file is still the one that we wrote.
@@ -216,6 +293,11 @@ def _preprocessing(p: dict[str, Any], image_size: tuple[int, int], folder: Path)
     return None
   try:
     size = p.get("size", image_size)
+    # The processors of CLIP and DINOv2 take one number for the short side, those of ViT and DeiT for both.
+    if type(size) is int and re.match(
+      "CLIP|Bit", str(p.get("image_processor_type", p.get("feature_extractor_type")))
+    ):
+      size = {"shortest_edge": size}
     uses_short_side = isinstance(size, dict) and "shortest_edge" in size
     resized = _first_side(size, "shortest_edge" if uses_short_side else "height")
     crop = _first_side(p.get("crop_size", image_size), "height") if p.get("do_center_crop") else None
@@ -274,21 +356,40 @@ def _bilinear(source: int, target: int) -> np.ndarray:
 
 
 def export(pretrained: Pretrained) -> Folder:
-  """Translates a backbone, a masked image model or a classifier."""
+  """Translates a backbone, a masked image model or a classifier.
+
+  Raises:
+    UserError: transformers has no such model.
+  """
   spec, fields = pretrained.spec, pretrained.encoder_fields
   own = module_fields(pretrained.module)
-  state = to_hf_names(export_beit(pretrained, buffers=False), pretrained.kind)
-  uses_mean = own["pool"] == "mean" if spec.has_pool else True
+  name = choose_model_type(pretrained)
+  pool = own["pool"] if spec.has_pool else "mean"
   if spec.is_encoder:
-    uses_mean = not fields["final_norm"]  # only with mean pooling is there no norm over the tokens
-    if uses_mean:  # the norm of the pooler, as the identity
-      state["pooler.layernorm.weight"] = np.ones(fields["width"], np.float32)
-      state["pooler.layernorm.bias"] = np.zeros(fields["width"], np.float32)
-  config = encoder_config(fields) | dict(
-    architectures=[spec.hf_class],
-    use_mask_token=spec.takes_mask and fields["use_mask_token"],
-    use_mean_pooling=uses_mean,
-  )
+    pool = (
+      "cls" if fields["final_norm"] else "mean"
+    )  # only with mean pooling is there no norm over the tokens
+  arrays = export_beit(pretrained, buffers=False)
+  if pool == "cls_registers":
+    arrays = families.split_heads(arrays, "cls_classifier", "distillation_classifier")
+  state = to_hf_names(arrays, pretrained.kind, name)
+  hf_class = MODEL_TYPES[name].classes[pretrained.kind] + "WithTeacher" * (pool == "cls_registers")
+  config = encoder_config(fields, name) | dict(architectures=[hf_class])
+  if "use_mean_pooling" in config:
+    config["use_mean_pooling"] = pool == "mean"
+  unused = {"beit": "pooler.layernorm"}.get(name) if spec.is_encoder and pool == "mean" else None
+  unused = "vision_model.post_layernorm" if name == "clip" else unused
+  if unused:  # a norm that the class has but that does not touch the outputs, as the identity
+    state[f"{unused}.weight"] = np.ones(fields["width"], np.float32)
+    state[f"{unused}.bias"] = np.zeros(fields["width"], np.float32)
+  has_mask_token = any(key.endswith("mask_token") for key in state)
+  if "use_mask_token" in config:
+    config["use_mask_token"] = has_mask_token
+  elif has_mask_token and name != "dinov2_with_registers":
+    log.info("left out, since %s has no place for it: mask_token", hf_class)
+    state = {key: value for key, value in state.items() if not key.endswith("mask_token")}
+  if name == "clip":
+    config = dict(model_type=name, architectures=[hf_class], vision_config=config, text_config={})
   if spec.has_classes:
     config |= class_names(pretrained)
   elif spec.head_size:
@@ -296,22 +397,66 @@ def export(pretrained: Pretrained) -> Folder:
   return Folder(state, config, processor=processor_config(pretrained.preprocessing, "BeitImageProcessor"))
 
 
-def to_hf_names(state: lazy.Arrays, kind: str) -> lazy.Arrays:
+def choose_model_type(pretrained: Pretrained) -> str:
+  """The key of `MODEL_TYPES` as which a model is saved.
+
+  Raises:
+    UserError: none fits.
+  """
+  kind, fields = pretrained.kind, pretrained.encoder_fields
+  found = families.traits(fields)
+  pool = module_fields(pretrained.module).get("pool")
+  for name in (pretrained.description.get("model_type"), *MODEL_TYPES):
+    row = MODEL_TYPES.get(str(name))
+    if row is None or kind not in row.classes or not row.has <= found <= row.has | row.may_have:
+      continue
+    needs_norm = pretrained.spec.is_encoder and "mean" not in row.pools
+    if (pool is None or pool in row.pools) and (fields["final_norm"] or not needs_norm):
+      return str(name)
+  shown = ", ".join(sorted(found)) + (f" and pool={pool!r}" if pool else "")
+  raise UserError(
+    f"a {kind} with {shown} cannot be saved as hf: transformers has no such class. Its other formats are "
+    + ", ".join(name for name in pretrained.spec.formats if name != "hf")
+  )
+
+
+def to_hf_names(state: lazy.Arrays, kind: str, model_type: str = "beit") -> lazy.Arrays:
   """Translates unilm's names into those of transformers and splits fused tensors, as views."""
+  prefix, names = MODEL_TYPES[model_type].prefix, EXPORT_NAMES + OWN_NAMES.get(model_type, ())
+  key_has_bias = prefix not in ("beit.", "data2vec_vision.")
   result = {}
-  for name, value in state.items():
-    name = lazy.rename(re.sub(r"attn\.([qv])_bias$", r"attn.\1.bias", name), EXPORT_NAMES)
-    name = name if name.startswith(KINDS[kind].hf_outside) else f"beit.{name}"
+
+  def add(name: str, value: np.ndarray) -> None:
+    name = lazy.rename(name, names)
+    result[name if name.startswith(KINDS[kind].hf_outside) else prefix + name] = value
+
+  for name, value in _with_unusual_tensors(state, model_type).items():
     if name.endswith("attn.qkv.weight"):
-      stem = name.removesuffix("attn.qkv.weight") + "attention.attention."
-      for part, third in zip(("query", "key", "value"), np.split(value, 3), strict=True):
-        result[f"{stem}{part}.weight"] = third
+      stem = name.removesuffix("qkv.weight")
+      for part, third in zip("qkv", np.split(value, 3), strict=True):
+        add(f"{stem}{part}.weight", third)
+      if key_has_bias:
+        add(f"{stem}k.bias", np.zeros(len(third), np.float32))
     else:
-      result[name] = value
+      add(re.sub(r"attn\.([qv])_bias$", r"attn.\1.bias", name), value)
   return result
 
 
-def encoder_config(fields: dict[str, Any]) -> dict[str, Any]:
+def _with_unusual_tensors(state: lazy.Arrays, model_type: str) -> lazy.Arrays:
+  """Brings the few tensors that some types have in another shape, or not at all, into theirs."""
+  if model_type == "deit":
+    return {**state, "pos_embed": families.with_register_positions(state["pos_embed"], 1)}
+  if model_type.startswith("dinov2") and "mask_token" in state:
+    return {**state, "mask_token": state["mask_token"][0]}
+  if model_type == "dinov2_with_registers":
+    return {**state, "mask_token": np.zeros((1, state["cls_token"].shape[-1]), np.float32)}
+  if model_type.startswith("clip"):
+    result = {name: value for name, value in families.fold_patch_bias(state).items() if name != "mask_token"}
+    return {**result, "pos_embed": result["pos_embed"][0], "cls_token": state["cls_token"][0, 0]}
+  return state
+
+
+def encoder_config(fields: dict[str, Any], model_type: str = "beit") -> dict[str, Any]:
   """The part of config.json that describes the encoder; warns if the grid is rectangular."""
   size = fields["image_size"]
   if size[0] != size[1] and fields["rel_pos"] != "none":
@@ -320,14 +465,14 @@ def encoder_config(fields: dict[str, Any]) -> dict[str, Any]:
       "other outputs with these weights than beit_jax",
       tuple(side // fields["patch_size"] for side in size),
     )
-  return dict(
+  config = dict(
     architectures=[],
-    model_type="beit",
+    model_type="clip_vision_model" if model_type == "clip" else model_type,
     hidden_size=fields["width"],
     num_hidden_layers=fields["depth"],
     num_attention_heads=fields["num_heads"],
     intermediate_size=int(fields["width"] * fields["mlp_ratio"]),
-    hidden_act="gelu",
+    hidden_act={ours: theirs for theirs, ours in HIDDEN_ACTS.items()}[fields["activation"]],
     hidden_dropout_prob=0.0,
     attention_probs_dropout_prob=0.0,
     drop_path_rate=fields["drop_path_rate"],
@@ -335,6 +480,24 @@ def encoder_config(fields: dict[str, Any]) -> dict[str, Any]:
     image_size=size[0] if size[0] == size[1] else list(size),
     patch_size=fields["patch_size"],
     num_channels=3,
+  )
+  if model_type.startswith("dinov2"):
+    if fields["mlp_ratio"] != int(fields["mlp_ratio"]):
+      raise UserError(f"mlp_ratio={fields['mlp_ratio']}: transformers' {model_type} has whole numbers only")
+    own = dict(
+      mlp_ratio=int(fields["mlp_ratio"]), layerscale_value=fields["layer_scale_init"], use_swiglu_ffn=False
+    )
+    own |= (
+      dict(use_mask_token=True)
+      if model_type == "dinov2"
+      else dict(num_register_tokens=fields["register_tokens"])
+    )
+    return config | own
+  if "beit" not in model_type and "data2vec" not in model_type:
+    return config
+  return config | dict(
+    use_mask_token=False,
+    use_mean_pooling=True,
     use_absolute_position_embeddings=fields["abs_pos"],
     use_relative_position_bias=fields["rel_pos"] == "per_block",
     use_shared_relative_position_bias=fields["rel_pos"] == "shared",

@@ -8,13 +8,15 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 from flax.errors import FlaxError
 
 from beit_jax.errors import UserError
+from beit_jax.models.beit import POOLS
+from beit_jax.models.layers import ACTIVATIONS
 from beit_jax.run import checkpoint
 from beit_jax.runtime import bucket
 from beit_jax.runtime.logs import log
@@ -59,6 +61,8 @@ def load(
   step: int | None = None,
   ema: bool = False,
   out_indices: tuple[int, ...] | None = None,
+  pool: str | None = None,
+  activation: str | None = None,
 ) -> Pretrained:
   """Loads a model; see `beit_jax.load`."""
   location = bucket.path(path)
@@ -69,9 +73,12 @@ def load(
   if num_heads is not None and not _is_positive(num_heads):
     raise UserError(f"num_heads={num_heads!r}: expected a positive integer")
   size = _check_size(image_size)
+  choices = dict(pool=pool, activation=activation)
+  _check_choices(choices)
   weights = [location / name for name in HF_FILES if (location / name).is_file()]
   if location.is_dir() and (checkpoint.is_run(location) or not (weights or list(location.glob("*.pkl")))):
-    for name, value in (("num_heads", num_heads), ("image_size", image_size), ("out_indices", out_indices)):
+    given = dict(num_heads=num_heads, image_size=image_size, out_indices=out_indices, **choices)
+    for name, value in given.items():
       if value is not None:
         raise UserError(f"{name}={value!r}: a beit_jax checkpoint states this itself; omit it")
     if not checkpoint.is_run(location):
@@ -82,13 +89,14 @@ def load(
     raise UserError(f"step={step}: only a run of beit_jax has steps, and {location} is none")
   with _as_user_errors(location):
     try:
-      model = _load_foreign(weights[0] if weights else location, num_heads, size, ema, out_indices)
+      model = _load_foreign(weights[0] if weights else location, num_heads, size, ema, out_indices, choices)
     except OSError as error:
       raise UserError(f"{error.filename or location}: cannot be read ({error.strerror or error})") from None
   if out_indices is not None and "out_indices" not in module_fields(model.module):
     raise UserError(
       f"out_indices={out_indices!r}: only a segmentation model taps blocks, and {location} holds a {model.kind}"
     )
+  _check_contradictions(model, choices, location)
   return model
 
 
@@ -99,6 +107,23 @@ def _check_is_no_other_folder(folder: Path) -> None:
     found = [name for name in names if re.fullmatch(pattern, name)]
     if found:
       raise UserError(f"{folder}: " + text.format(", ".join(found[:6]) + (", ..." if found[6:] else "")))
+
+
+def _check_choices(choices: dict[str, str | None]) -> None:
+  known: dict[str, Collection[str]] = dict(pool=POOLS, activation=ACTIVATIONS)
+  for name, value in choices.items():
+    if value is not None and value not in known[name]:
+      raise UserError(f"{name}={value!r}: expected one of {', '.join(known[name])}")
+
+
+def _check_contradictions(model: Pretrained, choices: dict[str, str | None], path: Path) -> None:
+  """Compares what was given with what the file says."""
+  found = {**(model.encoder_fields if model.has_encoder else {}), **module_fields(model.module)}
+  for name, given in choices.items():
+    if given is not None and name not in found:
+      raise UserError(f"{name}={given!r}: a {model.kind} has no {name}, and {path} holds one")
+    if given is not None and found[name] != given and (given, found[name]) != ("mean", "norm_mean"):
+      raise UserError(f"{path}: {name}={given!r} was given, but the file says {found[name]!r}; omit it")
 
 
 @contextlib.contextmanager
@@ -124,7 +149,12 @@ def _check_size(image_size: Any) -> Size | None:
 
 
 def _load_foreign(
-  path: Path, num_heads: int | None, image_size: Size | None, ema: bool, out_indices: tuple[int, ...] | None
+  path: Path,
+  num_heads: int | None,
+  image_size: Size | None,
+  ema: bool,
+  out_indices: tuple[int, ...] | None,
+  choices: dict[str, str | None],
 ) -> Pretrained:
   if path.is_dir():
     return _load_openai(path, {file: contents.read(file).state for file in sorted(path.glob("*.pkl"))})
@@ -135,26 +165,22 @@ def _load_foreign(
     return _load_flava(path, state)
   if dalle.is_openai(state):
     return _load_openai(path, {path: state})
-  if "dist_token" in state:
-    raise UserError(
-      f"{path}: a distilled DeiT, with a distillation token (dist_token) and a second head, which this version does "
-      "not implement; use the model of the same size without 'distilled' in its name"
-    )
   is_segmenter = mmseg.is_segmenter(state)
   stated = mmseg.read_meta(found.facts.get("meta"))
   facts = stated if is_segmenter else {key: stated[key] for key in ("labels",) if key in stated}
   facts |= _own_facts(found.facts, path)
-  if hf.is_beit(state):
+  if hf.is_vit(state):
     source = _hf_source(path, state)
   else:
     if openmmlab.is_openmmlab(state):
       state, unused = openmmlab.to_unilm(state, path)
       left_out += unused
-    source = (
-      lazy.Source(state, path, "unilm", **facts)
-      if is_segmenter
-      else _timm_or_unilm_source(path, state, facts, image_size)
-    )
+    if is_segmenter:
+      source = lazy.Source(state, path, "unilm", **facts)
+    else:
+      source = _timm_or_unilm_source(path, state, facts, image_size)
+      if timm.is_vit(state):
+        source = timm.with_choices(source, **choices)
   source.left_out = left_out + source.left_out
   if mmseg.is_segmenter(source.state):
     return mmseg.import_segmenter(source, num_heads, image_size, out_indices)
@@ -189,7 +215,8 @@ def _hf_source(path: Path, state: lazy.State) -> lazy.Source:
 def _timm_or_unilm_source(
   path: Path, state: lazy.State, facts: dict[str, Any], image_size: Size | None
 ) -> lazy.Source:
-  facts = {**timm.read_config(path.parent, state), **facts}
+  stated = timm.read_config(path.parent, state)
+  facts = {**stated, **facts, "fields": {**stated.get("fields", {}), **facts.get("fields", {})}}
   if timm.is_vit(state):
     size = image_size or facts.get("fields", {}).get("image_size")
     state, left_out = timm.vit_to_unilm(state, path, size)
@@ -243,7 +270,8 @@ def _own_facts(facts: dict[str, Any], path: Path) -> dict[str, Any]:
     described = json.loads(facts[OWN_KEY])
     module = described["module"]
     encoder = module.get("encoder", module)
-    fields = {name: encoder[name] for name in ("num_heads", "norm_eps") if name in encoder}
+    fields = {name: encoder[name] for name in ("num_heads", "norm_eps", "activation") if name in encoder}
+    fields |= {"pool": module["pool"]} if "pool" in module else {}
     if "image_size" in encoder:
       fields["image_size"] = tuple(encoder["image_size"])
     return dict(
@@ -356,7 +384,7 @@ def _save_hf(pretrained: Pretrained, path: Path, target: Path) -> None:
   if folder.processor is not None:
     _write_json(path / "preprocessor_config.json", folder.processor)
   _write_json(path / "config.json", {**folder.config, **_own_text(pretrained)})
-  log.info('in PyTorch: transformers.%s.from_pretrained("%s")', pretrained.spec.hf_class, target)
+  log.info('in PyTorch: transformers.%s.from_pretrained("%s")', folder.config["architectures"][0], target)
 
 
 WRITERS: dict[str, Callable[[Pretrained, Path, Path], None]] = {

@@ -68,13 +68,14 @@ class ModelKind:
     takes_mask: the model accepts masked patches (and so has a mask token).
     can_tokenize: the model turns images into visual tokens.
     has_classes: the model predicts named classes, which its description lists as `labels`.
-    has_pool: the module has the field `pool`, "mean" or "cls".
+    has_pool: the module has the field `pool`, a key of `models.beit.POOLS`.
     has_batch_stats: the model has the Linen collection `batch_stats` besides its parameters.
     head: name of the output layer in unilm's checkpoints, or None.
     head_size: the module field that holds the number of outputs of `head`.
     tensor_names: the naming scheme of the model's tensors in foreign formats: "unilm", "mmseg" or "dalle".
-    hf_class: name of the class in Hugging Face transformers.
-    hf_outside: beginnings of the names that do not start with "beit." in that class.
+    hf_class: name of the class in Hugging Face transformers, if the model type does not decide it
+      (`families.MODEL_TYPES`).
+    hf_outside: beginnings of the names that are not inside the encoder in that class.
   """
 
   module: type[nn.Module]
@@ -105,7 +106,6 @@ KINDS: dict[str, ModelKind] = {
     formats=("orbax", "unilm", "timm", "hf", "openmmlab"),
     encoder_path="",
     takes_mask=True,
-    hf_class="BeitModel",
     hf_outside=("",),
   ),
   "mim": ModelKind(
@@ -115,7 +115,6 @@ KINDS: dict[str, ModelKind] = {
     takes_mask=True,
     head="lm_head",
     head_size="vocab_size",
-    hf_class="BeitForMaskedImageModeling",
     hf_outside=("layernorm.", "lm_head."),
   ),
   "classifier": ModelKind(
@@ -126,8 +125,7 @@ KINDS: dict[str, ModelKind] = {
     has_pool=True,
     head="head",
     head_size="num_classes",
-    hf_class="BeitForImageClassification",
-    hf_outside=("classifier.",),
+    hf_outside=("classifier.", "cls_classifier.", "distillation_classifier."),
   ),
   "segmenter": ModelKind(
     module=BeitForSemanticSegmentation,

@@ -5,6 +5,7 @@ Every other format is translated into unilm's names first. They are those of `be
 these names and infers the module's fields from the shapes.
 """
 
+import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -19,10 +20,12 @@ from beit_jax.errors import UserError
 from beit_jax.models.beit import LAYER_SCALE_INIT, VARIANTS
 from beit_jax.models.layers import relative_position_index
 from beit_jax.runtime.logs import log
+from beit_jax.weights import families
 from beit_jax.weights.files import lazy
 from beit_jax.weights.pretrained import KINDS, Pretrained, fingerprint, make_module, variable_shapes
 
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+CLIP = dict(mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))
 HALF = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 MAX_SIDE = (
   64  # patches, so 1024 pixels for patches of 16; bounds what a file of a few kilobytes can make us allocate
@@ -79,7 +82,9 @@ def _grid_size(
     rows = _shape(state, name, 3, path)[1] - 1
     side = math.isqrt(max(rows, 0))
   else:
-    raise UserError(f"{path}: neither a relative-position table nor pos_embed, so its positions are unknown")
+    raise UserError(
+      f"{path}: neither a relative-position table nor pos_embed, so its positions are unknown (rotary ones, say)"
+    )
 
   def fits(h: int, w: int) -> bool:
     return rows == ((2 * h - 1) * (2 * w - 1) if tables else h * w)
@@ -139,6 +144,7 @@ def infer(
     UserError: the state dict is not a BEiT or ViT, or leaves something open; the message names the argument.
   """
   state, path = source.state, source.path
+  families.check_family(state, path)
   width = _shape(state, "cls_token", 3, path)[-1]
   out, channels, patch, patch_w = _shape(state, "patch_embed.proj.weight", 4, path)
   if channels != 3 or patch != patch_w or out != width:
@@ -172,11 +178,17 @@ def infer(
     norm_eps=source.fields.get("norm_eps", 1e-6),
     weight_init="finetune" if spec.has_classes else "pretrain",
   )
+  if "activation" in source.fields:
+    fields["activation"] = source.fields["activation"]
+  if "norm_pre.weight" in state:
+    fields["pre_norm"] = True
+  if "register_tokens" in state:
+    fields["register_tokens"] = _shape(state, "register_tokens", 3, path)[1]
   if spec.head is None or spec.head_size is None:
     return kind, dict(fields, use_mask_token="mask_token" in state, final_norm="norm.weight" in state)
   fields = {"encoder": fields, spec.head_size: _shape(state, f"{spec.head}.weight", 2, path)[0]}
   if spec.has_pool:
-    fields["pool"] = "mean" if "fc_norm.weight" in state else "cls"
+    fields["pool"] = source.fields.get("pool", "mean" if "fc_norm.weight" in state else "cls")
   return kind, fields
 
 
@@ -237,11 +249,12 @@ def import_beit(source: lazy.Source, num_heads: int | None, image_size: tuple[in
     UserError: lists every tensor that is missing, unexpected or mis-shaped, or asks for what cannot be inferred.
   """
   kind, fields = infer(source, num_heads, image_size)
+  source = dataclasses.replace(source, state=families.with_zero_biases(source.state))
   spec, pattern = KINDS[kind], LEFT_OUT
   if not spec.takes_mask:
     pattern += r"|^mask_token$"
   if spec.has_pool:
-    pattern += r"|^norm\." if fields["pool"] == "mean" else r"|^fc_norm\."
+    pattern += r"|^norm\." if fields["pool"] in ("mean", "plain_mean") else r"|^fc_norm\."
   if spec.is_encoder:
     pattern += r"|^fc_norm\."
   state, left_out = drop(source, pattern)
@@ -310,6 +323,8 @@ def finish(
     "left_out": left_out,
     "sha256": fingerprint(params, collections),
   }
+  if source.fields.get("model_type", "beit") != "beit":  # to save it as the same class of transformers
+    description["model_type"] = source.fields["model_type"]
   return Pretrained(kind, params, make_module(kind, fields), stated, description, collections)
 
 
@@ -330,9 +345,10 @@ def add_described_fields(source: lazy.Source, kind: str, fields: dict[str, Any])
 
 def _assumed_preprocessing(source: lazy.Source, image_size: tuple[int, int]) -> dict[str, Any]:
   """unilm's preprocessing, with ImageNet's statistics if the file's name is of a family that uses them."""
-  name = source.path.name.lower()
+  name = f"{source.path.name} {source.fields.get('model_type', '')}".lower()
   uses_imagenet = any(word in name for word in ("beitv2", "beit2", "deit", "dino", "mae", "ibot", "moco"))
-  return usual_preprocessing(IMAGENET if uses_imagenet else HALF, image_size)
+  statistics = CLIP if "norm_pre.weight" in source.state else IMAGENET if uses_imagenet else HALF
+  return usual_preprocessing(statistics, image_size)
 
 
 def usual_preprocessing(statistics: dict[str, Any], image_size: tuple[int, int]) -> dict[str, Any]:
@@ -368,7 +384,16 @@ def index_buffers(pretrained: Pretrained, state: lazy.Arrays) -> lazy.Arrays:
 
 def order(name: str) -> tuple[int, int]:
   """A sort key that gives roughly PyTorch's order: embedding, positions, blocks, heads."""
-  stem = ("cls_token", "mask_token", "pos_embed", "patch_embed", "rel_pos_bias", "blocks", "norm", "fc_norm")
+  stem = [
+    "cls_token",
+    "mask_token",
+    "register_tokens",
+    "pos_embed",
+    "patch_embed",
+    "norm_pre",
+    "rel_pos_bias",
+  ]
+  stem += ["blocks", "norm", "fc_norm"]
   parts = name.split(".")
   number = int(parts[1]) if parts[0] == "blocks" else 0
   return (stem.index(parts[0]) if parts[0] in stem else len(stem), number)

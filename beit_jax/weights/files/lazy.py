@@ -89,6 +89,11 @@ def rows(part: Readable, start: int, stop: int) -> LazyTensor:
   return LazyTensor((stop - start, *part.shape[1:]), lambda: part.read()[start:stop])
 
 
+def reshape(tensor: Readable, shape: tuple[int, ...]) -> LazyTensor:
+  """The tensor with another shape and the same number of values."""
+  return LazyTensor(shape, lambda: tensor.read().reshape(shape))
+
+
 def to_params(array: np.ndarray, name: str) -> np.ndarray:
   """Converts a tensor from PyTorch's layout to ours, in float32.
 
