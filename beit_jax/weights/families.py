@@ -63,8 +63,6 @@ def check_family(state: lazy.State, path: Path) -> None:
       f"{path}: this model has a gated feed-forward layer (SwiGLU), which this version does not implement (tensor "
       f"blocks.0.mlp.fc1.weight has shape {first.shape})"
     )
-  if "blocks.0.attn.qkv.weight" in state and "cls_token" not in state:
-    raise UserError(f"{path}: this model has no class token, which this version does not implement")
 
 
 def with_zero_biases(state: lazy.State) -> lazy.State:

@@ -216,7 +216,7 @@ def _timm_or_unilm_source(
   path: Path, state: lazy.State, facts: dict[str, Any], image_size: Size | None
 ) -> lazy.Source:
   stated = timm.read_config(path.parent, state)
-  facts = {**stated, **facts, "fields": {**stated.get("fields", {}), **facts.get("fields", {})}}
+  facts = {**stated, **facts, "fields": {**facts.get("fields", {}), **stated.get("fields", {})}}
   if timm.is_vit(state):
     size = image_size or facts.get("fields", {}).get("image_size")
     state, left_out = timm.vit_to_unilm(state, path, size)

@@ -77,6 +77,24 @@ def vit_to_unilm(
       left_out.append(f"{stem}qkv.bias[k]")
     else:
       result[lazy.rename(name, IMPORT_NAMES)] = value
+  tokens = result.pop("register_tokens", None)
+  if tokens is not None and "cls_token" not in result:
+    if len(tokens.shape) != 3 or 0 in tokens.shape:
+      raise UserError(f"{path}: its register tokens have shape {tokens.shape}, expected (1, count, width)")
+    log.info("%s: no class token; the first of %d register tokens takes that place", path, tokens.shape[1])
+    result["cls_token"], tokens = _columns(tokens, 0, 1), _columns(tokens, 1, tokens.shape[1])
+  if tokens is not None and tokens.shape[1] > 0:
+    result["register_tokens"] = tokens
+  _check_vit(result, path)
+  if "head_dist.weight" in result:
+    result = dict(families.join_heads(result, "head", "head_dist"))
+  return _with_usual_positions(result, image_size), left_out
+
+
+def _check_vit(state: lazy.State, path: Path) -> None:
+  families.check_family(state, path)
+  if "cls_token" not in state:
+    raise UserError(f"{path}: this ViT has no class token, which this version does not implement")
   if {"head.weight", "norm.weight", "fc_norm.weight"} <= state.keys():
     raise UserError(
       f"{path}: this model has both norm and fc_norm before its head, which this version does not implement"
@@ -85,24 +103,11 @@ def vit_to_unilm(
     raise UserError(
       f"{path}: this ViT has no norm after its blocks (PE, RADIO), which this version does not implement"
     )
-  if "blocks.0.attn.qkv.bias" in state and "blocks.0.gamma_1" in state:
+  if "blocks.0.attn.q_bias" in state and "blocks.0.gamma_1" in state:
     log.warning(
       "%s is taken for a DeiT III: timm's vit_*_rope_ape have the same tensors, but rotary positions in addition",
       path,
     )
-  tokens = result.get("register_tokens")
-  if tokens is not None and len(tokens.shape) == 3 and "cls_token" not in result:
-    log.info(
-      "%s: it has no class token; the first of its %d register tokens takes that place", path, tokens.shape[1]
-    )
-    result["cls_token"], rest = _columns(tokens, 0, 1), _columns(tokens, 1, tokens.shape[1])
-    result |= {"register_tokens": rest} if tokens.shape[1] > 1 else {}
-    if tokens.shape[1] == 1:
-      del result["register_tokens"]
-  families.check_family(result, path)
-  if "head_dist.weight" in result:
-    result = dict(families.join_heads(result, "head", "head_dist"))
-  return _with_usual_positions(result, image_size), left_out
 
 
 def check_names(name: str, path: Path) -> None:

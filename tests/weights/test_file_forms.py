@@ -443,15 +443,6 @@ def test_empty_tensors_are_named(tmp_path):
     weights_io.load(_save(tmp_path / "x.pth", {"module": empty}))
 
 
-def test_distilled_models_are_refused_by_name(tmp_path):
-  state = _vit() | {
-    "dist_token": np.zeros((1, 1, 8), np.float32),
-    "pos_embed": np.zeros((1, 6, 8), np.float32),
-  }
-  with pytest.raises(UserError, match="a distilled DeiT.*without 'distilled'"):
-    weights_io.load(_save(tmp_path / "x.pth", {"model": state}), num_heads=2)
-
-
 def test_resume_on_weights_names_init_from(tmp_path):
   torchfile.save(tmp_path / "x.pth", _state(), {})
   weights_io.save(_model(), tmp_path / "hf", format="hf")

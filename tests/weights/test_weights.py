@@ -372,7 +372,7 @@ def test_edited_hf_files_override_our_description(tmp_path):
     ("config.json", dict(image_size=[32, 32, 3]), "image_size is"),
     ("config.json", dict(layer_norm_eps="1e-6"), "layer_norm_eps is '1e-6'"),
     ("config.json", dict(num_attention_heads=0), "num_attention_heads is 0"),
-    ("config.json", dict(hidden_act="quick_gelu"), "hidden_act is 'quick_gelu'"),
+    ("config.json", dict(hidden_act="silu"), "hidden_act is 'silu'"),
     ("config.json", dict(beit_jax="{"), "damaged, or of a form"),
     ("preprocessor_config.json", dict(size={}), "of a form this version does not know"),
     ("preprocessor_config.json", dict(size=0), "of a form this version does not know"),
@@ -418,11 +418,11 @@ def test_unsupported_timm_configs_are_refused(tmp_path):
     _random("classifier", rel_pos="none", abs_pos=True, pool="cls"), tmp_path / "x", format="timm"
   )
   config = json.loads((tmp_path / "x" / "config.json").read_text())
-  _edit(tmp_path / "x" / "config.json", model_args={**config["model_args"], "act_layer": "quick_gelu"})
-  with pytest.raises(UserError, match="act_layer='quick_gelu'"):
+  _edit(tmp_path / "x" / "config.json", model_args={**config["model_args"], "act_layer": "silu"})
+  with pytest.raises(UserError, match="act_layer='silu'"):
     weights_io.load(tmp_path / "x")
-  _edit(tmp_path / "x" / "config.json", model_args=config["model_args"], global_pool="avg")
-  with pytest.raises(UserError, match="global_pool='avg' without fc_norm"):
+  _edit(tmp_path / "x" / "config.json", model_args=config["model_args"], global_pool="max")
+  with pytest.raises(UserError, match="global_pool='max'"):
     weights_io.load(tmp_path / "x")
 
 
