@@ -9,6 +9,7 @@ import numpy as np
 
 from beit_jax.data import images
 from beit_jax.data.label_maps import decode_labels
+from beit_jax.data.pixels import RGB, PixelRule
 from beit_jax.data.sources import Example, Source
 from beit_jax.errors import BadImage
 
@@ -38,7 +39,7 @@ class Reader(Protocol):
     ...
 
 
-def decode(example: Example, index: int, rule: images.PixelRule = images.RGB) -> images.LazyImage:
+def decode(example: Example, index: int, rule: PixelRule = RGB) -> images.LazyImage:
   """Returns the image of an example. Decoding is lazy: corruption may only surface when the pixels are read.
 
   Args:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from beit_jax.data import images
 from beit_jax.data.listing import METADATA_FOLDERS, list_images
+from beit_jax.data.pixels import RGB, PixelRule
 from beit_jax.errors import UserError
 
 MAX_ASPECT = 1000  # models resize the short side: a narrower image would fill the memory
@@ -67,7 +68,7 @@ def _files_in(path: Path, name: str, named: bool) -> list[Path]:
   return [path / file for file in listing.files]
 
 
-def read_image(path: Path, rule: images.PixelRule = images.RGB) -> np.ndarray:
+def read_image(path: Path, rule: PixelRule = RGB) -> np.ndarray:
   """Reads an image file of any supported format: uint8 [H, W, C], turned upright.
 
   Args:

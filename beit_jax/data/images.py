@@ -10,23 +10,20 @@ import functools
 import io
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image
 
 from beit_jax.data import jpeg
+from beit_jax.data import pixels as pixels_lib
+from beit_jax.data.pixels import MAX_VALUES, NPY, RGB, PixelRule, to_channels, to_uint8
 from beit_jax.data.resize import Box, View, mirrored, resize, resize_with_pillow
 from beit_jax.errors import BadImage
 
 MAX_PIXELS = 2**26  # of an encoded image, checked before it is decoded: 8,192 x 8,192
 MAX_WEBP_PIXELS = 3 * 2**24  # the WebP decoder holds four copies
-NPY = b"\x93NUMPY"  # how a .npy file begins
-MIN_LEVELS = 32  # gray levels that must remain of a deep image if nobody says what its range is
-SET_RANGE = "set data.value_range=(low, high), which holds for the whole data set"
-BITS_PER_SAMPLE, SMIN_SAMPLE_VALUE, SMAX_SAMPLE_VALUE = 258, 340, 341  # TIFF tags
 MAX_ASPECT = 64  # of an image that is resized without a crop; of a narrower one only the central part is used
-STRIP_PIXELS = 2**20  # pixels of a deep image that are scaled at a time
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # not EPS, which runs a program
 RESIZES = ("short_side", "squash")
 CROPS = ("random_resized", "pad", "center")
@@ -43,106 +40,6 @@ TRANSPOSE = {
 ViewSizes = dict[str, View]  # name -> ((height, width), interpolation)
 
 
-class PixelRule(NamedTuple):
-  """How the stored values of all images of a data set become uint8 pixels.
-
-  Attributes:
-    channels: of the pixels. With 3, gray images become RGB and transparency is dropped. With 1, color images become
-      gray. With another number, the file must have exactly so many channels or, as a TIFF, pages.
-    value_range: stored values (low, high) that become 0 and 255; values between them are mapped linearly, others are
-      clipped. None: the full range of 8-bit and of 16-bit images, and the range that a TIFF states in its tags.
-  """
-
-  channels: int = 3
-  value_range: tuple[float, float] | None = None
-
-
-RGB = PixelRule()
-
-
-def to_channels(array: np.ndarray, channels: int) -> np.ndarray:
-  """Returns an array [H, W] or [H, W, 1 or C] as [H, W, C]; gray becomes RGB.
-
-  Raises:
-    ValueError: the array has another shape, or holds no numbers.
-  """
-  found = f"{array.dtype} {list(array.shape)}"
-  array = array[..., None] if array.ndim == 2 else array
-  fits = array.ndim == 3 and (array.shape[2] == channels or (array.shape[2] == 1 and channels == 3))
-  if not fits or not array.size or array.dtype.kind not in "buif":
-    raise ValueError(f"found an array {found}, expected numbers [height, width, {channels}]")
-  if array.size > 3 * MAX_PIXELS:
-    raise ValueError(f"an array {found} has more than {3 * MAX_PIXELS:,} values")
-  return array if array.shape[2] == channels else np.repeat(array, channels, 2)
-
-
-def to_uint8(
-  image: Image.Image | np.ndarray, value_range: tuple[float, float] | None, usual_range: tuple[float, float]
-) -> np.ndarray:
-  """Maps the values of an image linearly to 0 to 255; NaN counts as 0.
-
-  Args:
-    image: [H, W] or [H, W, C].
-    value_range: see `PixelRule`.
-    usual_range: takes its place if it is None. Then no value may lie outside, and the gray levels must remain.
-
-  Returns:
-    uint8, of the same shape.
-
-  Raises:
-    BadImage: `value_range` is None, and the usual range is not that of the image.
-  """
-  low, high = value_range or usual_range
-  lowest, highest, levels, parts = math.inf, -math.inf, np.zeros(256, bool), []
-  for part in _strips(image):
-    lowest, highest = min(lowest, float(part.min())), max(highest, float(part.max()))
-    parts.append(((part - low) * (255 / (high - low))).clip(0, 255).round().astype(np.uint8))
-    levels |= np.bincount(parts[-1].ravel(), minlength=256) > 0
-  if value_range is None:
-    count, found = int(levels.sum()), f"its values run from {lowest:g} to {highest:g}"
-    if lowest < low or highest > high:
-      raise BadImage(f"{found}, which exceeds the range from {low:g} to {high:g} of such files; {SET_RANGE}")
-    stored = _count_levels(image) if count < MIN_LEVELS else count
-    if stored >= min(2 * count, MIN_LEVELS) > count:  # an image of few values may keep most of them
-      raise BadImage(f"{found}, of which only {count} of 256 gray levels would remain; {SET_RANGE}")
-  return np.concatenate(parts)
-
-
-def _count_levels(image: Image.Image | np.ndarray) -> int:
-  """The number of distinct values; at least `MIN_LEVELS` if there are so many."""
-  found: set[float] = set()
-  for part in _strips(image):
-    found.update(np.unique(part).tolist())
-    if len(found) >= MIN_LEVELS:
-      break
-  return len(found)
-
-
-def _strips(image: Image.Image | np.ndarray) -> Iterator[np.ndarray]:
-  """Yields an image in strips of float64 rows, which bounds the memory; NaN becomes 0."""
-  if isinstance(image, np.ndarray):
-    height, values = image.shape[0], math.prod(image.shape[1:])
-  else:
-    height, values = image.height, image.width
-  rows = max(STRIP_PIXELS // values, 1)
-  for top in range(0, height, rows):
-    end = min(top + rows, height)
-    part = image[top:end] if isinstance(image, np.ndarray) else image.crop((0, top, image.width, end))
-    yield np.nan_to_num(np.asarray(part).astype(np.float64), posinf=np.inf, neginf=-np.inf)
-
-
-def _usual_range(image: Image.Image) -> tuple[float, float]:
-  """The range of values of a one-channel image of more than 8 bits, as its TIFF tags or its format say."""
-  tags = getattr(image, "tag_v2", {})
-  ends = [tags.get(tag) for tag in (SMIN_SAMPLE_VALUE, SMAX_SAMPLE_VALUE)]
-  low, high = (end[0] if isinstance(end, tuple) and end else end for end in ends)
-  if isinstance(low, int | float) and isinstance(high, int | float) and low < high:
-    return float(low), float(high)
-  if image.mode.startswith("I;16"):
-    return 0, 2 ** tags.get(BITS_PER_SAMPLE, (16,))[0] - 1
-  return 0, 65535 if image.mode == "I" and image.format in ("PNG", "PPM") else 255
-
-
 def _from_pillow(image: Image.Image, rule: PixelRule) -> np.ndarray:
   """Decodes an image that Pillow has opened: uint8 [H, W, C], upright."""
   pages = getattr(image, "n_frames", 1) if image.format == "TIFF" and rule.channels != 3 else 1
@@ -150,8 +47,10 @@ def _from_pillow(image: Image.Image, rule: PixelRule) -> np.ndarray:
     return _page(image, rule)
   if pages != rule.channels:
     raise BadImage(f"it has {pages} pages, but the model has model.in_channels={rule.channels}")
-  if image.width * image.height * pages > 3 * MAX_PIXELS:
-    raise ValueError(f"{image.width}x{image.height} pixels of {pages} pages are more than {3 * MAX_PIXELS:,}")
+  if image.width * image.height * pages > MAX_VALUES:
+    raise ValueError(
+      f"{image.width}x{image.height} pixels of {pages} pages are more than {MAX_VALUES:,} values"
+    )
   result = []
   for page in range(pages):
     image.seek(page)
@@ -163,7 +62,7 @@ def _from_pillow(image: Image.Image, rule: PixelRule) -> np.ndarray:
 
 def _page(image: Image.Image, rule: PixelRule) -> np.ndarray:
   has_deep_colors = len(image.getbands()) > 1 and ";16" in str(getattr(image, "tile", ""))
-  usual_range = _usual_range(image)
+  usual_range = pixels_lib.usual_range(image)
   image.load()  # before the EXIF block is read, which may follow the pixels
   image = _upright(image, _orientation(image))
   if image.mode.startswith("I") or image.mode == "F":
@@ -176,37 +75,8 @@ def _page(image: Image.Image, rule: PixelRule) -> np.ndarray:
     raise BadImage(f"it has mode {image.mode}, but the model has model.in_channels={rule.channels}")
   pixels = to_channels(np.asarray(image), rule.channels)
   if has_deep_colors:
-    pixels = _deep_colors(pixels, rule.value_range)
+    pixels = pixels_lib.deep_colors(pixels, rule.value_range)
   return pixels if rule.value_range is None else to_uint8(pixels, rule.value_range, (0, 255))
-
-
-def _deep_colors(pixels: np.ndarray, value_range: tuple[float, float] | None) -> np.ndarray:
-  """Checks 16-bit colors, of which Pillow keeps the upper 8 bits; with a range, returns them as 16-bit values."""
-  low, high = value_range or (0, 65535)
-  if high - low < 256 * MIN_LEVELS or (value_range is None and pixels.min() < pixels.max() < MIN_LEVELS):
-    raise BadImage(
-      f"its 16-bit colors are at most {256 * int(pixels.max()) + 255}, and Pillow reads the upper 8 bits only; convert "
-      f"it to .npy and set data.value_range, or set data.value_range=(0, 65535) if it is as dark as that"
-    )
-  return pixels if value_range is None else pixels * np.uint16(257)
-
-
-def _from_array(array: np.ndarray, rule: PixelRule) -> np.ndarray:
-  array = to_channels(array, rule.channels)
-  if array.dtype == np.uint8 and rule.value_range is None:
-    return array
-  usual_range = (0, {"bool": 1, "uint16": 65535}.get(array.dtype.name, 255))
-  return to_uint8(array, rule.value_range, usual_range)
-
-
-def _read_npy(encoded: bytes) -> np.ndarray:
-  """Reads an array without copying; the file may be damaged."""
-  file = io.BytesIO(encoded)
-  version = np.lib.format.read_magic(file)
-  header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-  shape, is_fortran, dtype = header(file)
-  array = np.frombuffer(encoded, dtype, math.prod(shape), file.tell())  # refuses objects
-  return array.reshape(shape, order="F" if is_fortran else "C")
 
 
 @functools.cache
@@ -227,11 +97,20 @@ def open_image(encoded: bytes) -> Image.Image:
 
   Raises:
     ValueError: the file is empty, or the image has too many pixels.
+    BadImage: it is a TIFF of a form that Pillow does not read.
     Exception: any error of Pillow's readers.
   """
   if not encoded:
     raise ValueError("the file is empty")
-  image = Image.open(io.BytesIO(encoded), formats=formats())
+  try:
+    image = Image.open(io.BytesIO(encoded), formats=formats())
+  except Image.UnidentifiedImageError:
+    if encoded.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
+      raise BadImage(
+        "Pillow does not read this TIFF, which is damaged or has many channels in one page; save it with one page for "
+        "each channel, or as .npy"
+      ) from None
+    raise
   limit = MAX_WEBP_PIXELS if image.format == "WEBP" else MAX_PIXELS
   if image.width * image.height > limit:
     raise ValueError(f"{image.width}x{image.height} pixels are more than {limit:,}")
@@ -267,8 +146,12 @@ def decode(image: Any, rule: PixelRule = RGB) -> np.ndarray:
   if isinstance(image, LazyImage):
     return image.pixels()
   if isinstance(image, bytes):
-    image = _read_npy(image) if image.startswith(NPY) else open_image(image)
-  return _from_pillow(image, rule) if isinstance(image, Image.Image) else _from_array(np.asarray(image), rule)
+    image = pixels_lib.read_npy(image) if image.startswith(NPY) else open_image(image)
+  return (
+    _from_pillow(image, rule)
+    if isinstance(image, Image.Image)
+    else pixels_lib.from_array(np.asarray(image), rule)
+  )
 
 
 @contextlib.contextmanager

@@ -17,8 +17,8 @@ import numpy as np
 
 from beit_jax import trees
 from beit_jax.data import shapes, tfds_info
-from beit_jax.data.images import RGB, PixelRule
 from beit_jax.data.listing import Listing, list_images
+from beit_jax.data.pixels import RGB, PixelRule
 from beit_jax.errors import BadImage, UserError
 from beit_jax.runtime import bucket
 from beit_jax.runtime.logs import log

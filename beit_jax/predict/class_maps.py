@@ -13,7 +13,7 @@ from PIL import Image
 
 from beit_jax.data import drawing
 from beit_jax.data.image_files import check_aspect, read_image
-from beit_jax.data.images import RGB, PixelRule
+from beit_jax.data.pixels import RGB, PixelRule
 from beit_jax.errors import UserError
 from beit_jax.objectives.sliding import MODES, Geometry, Size, Sliding, buckets
 from beit_jax.predict.batches import Facts, save, skipping

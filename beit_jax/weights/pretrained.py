@@ -21,6 +21,7 @@ from beit_jax import trees
 from beit_jax.config import ranges
 from beit_jax.data import image_files
 from beit_jax.data import images as images_lib
+from beit_jax.data.pixels import PixelRule, to_channels
 from beit_jax.data.resize import resize_with_pillow
 from beit_jax.errors import BadImage, UserError
 from beit_jax.models.beit import Beit, BeitForImageClassification, BeitForMaskedImageModeling
@@ -346,9 +347,9 @@ class Pretrained:
     return jax.jit(run)
 
   @property
-  def pixels(self) -> images_lib.PixelRule:
+  def pixels(self) -> PixelRule:
     """How the stored values of images become pixels."""
-    return images_lib.PixelRule(len(self.preprocessing["mean"]), self.preprocessing.get("value_range"))
+    return PixelRule(len(self.preprocessing["mean"]), self.preprocessing.get("value_range"))
 
   def preprocess(self, images: Any) -> jax.Array:
     """Prepares images as the checkpoint's `preprocessing` says.
@@ -356,7 +357,7 @@ class Pretrained:
     Args:
       images: an array [B, H, W, C], or one image, or a list of images. An image is an array [H, W, C], an image of
         Pillow or the path of a file, of any size. Arrays are uint8, or float in [0, 1], or deeper integers as
-        `data.images.PixelRule` says. With a `value_range` in the preprocessing, all arrays hold stored values.
+        `data.pixels.PixelRule` says. With a `value_range` in the preprocessing, all arrays hold stored values.
 
     Returns:
       float32 [B, h, w, C], normalized, of the model's image size.
@@ -374,7 +375,7 @@ class Pretrained:
         return image_files.read_image(Path(image), self.pixels)
       image = image if isinstance(image, Image.Image) else np.asarray(image)
       if isinstance(image, np.ndarray) and image.dtype.kind not in "bui":
-        image = images_lib.to_channels(image, self.pixels.channels)
+        image = to_channels(image, self.pixels.channels)
         low, high = float(image.min()), float(image.max())
         if self.pixels.value_range is None:
           if not (low >= 0 and high <= 1):

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image, TiffImagePlugin
 
 from beit_jax.data import examples, images, resize, segmentation
-from beit_jax.data.images import PixelRule
+from beit_jax.data.pixels import PixelRule
 from beit_jax.data.views import ViewReader
 from beit_jax.errors import BadImage
 from tests.data.test_pipeline import OPTIONS
@@ -173,6 +173,17 @@ def test_images_of_other_channels(data, stored):
   image = images.LazyImage(data, rule=PixelRule(stored.shape[2]))
   assert image.size == (30, 20)
   np.testing.assert_array_equal(image.pixels(), stored)
+
+
+def test_tiff_of_many_bands_in_a_page_is_refused_with_the_way_out():
+  """Pillow reads up to four channels of a page."""
+  size = 4 * 2 * 6
+  tags = _tags(
+    t256=4, t257=2, t258=(8,) * 6, t259=1, t262=1, t273=0, t277=6, t278=2, t279=size, t338=(0,) * 5
+  )
+  data = b"II*\0" + (8).to_bytes(4, "little") + tags.tobytes(8) + bytes(size)
+  with pytest.raises(BadImage, match=r"one page for each channel, or as \.npy$"):
+    images.LazyImage(data, "x.tif", PixelRule(6))
 
 
 def test_pages_may_be_deep_and_are_turned_upright():
