@@ -75,9 +75,7 @@ DEFAULTS: dict[str, Any] = dict(
     color_jitter=0.0,
     rand_augment="",  # "rand-m9-mstd0.5-inc1"; color jitter is then off, as in timm
     random_erasing=0.0,  # probability
-    value_range=OptionalOf(
-      tuple
-    ),  # (low, high) of stored values that become black and white; None: docs/own_data.md
+    value_range=OptionalOf(tuple),  # (low, high): stored values that become 0 and 255 (docs/own_data.md)
     mean=(0.5, 0.5, 0.5),  # as many numbers as the images have channels (model.in_channels)
     std=(0.5, 0.5, 0.5),
     interpolation="bicubic",
