@@ -6,6 +6,9 @@ finishes and a checkpoint is saved; the exit status is then 143 or 130.
 
 Several processes find each other from the environment, or by `--coordinator=HOST:PORT --num_processes=N
 --process_id=I`, with `--initialization_timeout` and `--heartbeat_timeout` in seconds (docs/scaling.md).
+
+The keys of a config with their defaults are in beit_jax/config/defaults.py and beside each objective
+(beit_jax/objectives/), ready-made configs in configs/.
 """
 
 import fnmatch
@@ -25,10 +28,13 @@ from beit_jax.errors import UserError
 from beit_jax.objectives import stages
 from beit_jax.run import files, record
 from beit_jax.runtime import bucket, distributed, logs, preemption
+from beit_jax.runtime.flags import print_help
 
 
 def main(argv: list[str]) -> int:
   """Runs the command and returns its exit status."""
+  if print_help(argv, __doc__):
+    return 0
   try:
     return _main(argv)
   finally:

@@ -38,7 +38,7 @@ from beit_jax.objectives import stages
 from beit_jax.objectives.beit import MaskedImageModeling
 from beit_jax.run import record
 from beit_jax.runtime import bucket, distributed, logs, sharding
-from beit_jax.runtime.flags import Parser, number
+from beit_jax.runtime.flags import Parser, number, print_help
 from beit_jax.runtime.lock import exclusive_lock
 from beit_jax.runtime.logs import log
 
@@ -213,6 +213,8 @@ def _choose_run(config: ConfigDict, name: str, workdir: Path) -> stages.Stage:
 
 def main(argv: list[str]) -> int:
   """Runs the command and returns its exit status."""
+  if print_help(argv, __doc__):
+    return 0
   logs.setup()
   try:
     process_flags, argv = distributed.take_flags(argv)

@@ -28,9 +28,11 @@ from beit_jax.config import ranges
 from beit_jax.config.defaults import DEFAULTS, EitherOf, OptionalOf
 from beit_jax.config.ranges import show
 from beit_jax.errors import UserError
+from beit_jax.runtime.logs import log
 
 USAGE = "usage: python -m beit_jax.main --config=FILE[:variant] [--workdir=DIR] [--config.key=value ...]"
 Overrides = Sequence[tuple[str, Any]]
+MAX_HINTS = 2  # keys that a message about an unknown key names
 
 
 class Schema(NamedTuple):
@@ -54,11 +56,11 @@ def load(spec: str, overrides: Overrides, schemas: Mapping[str, Schema]) -> Conf
   """Combines a config file, the defaults and command-line overrides into a complete config.
 
   In a staged config `--config.STAGE.key=value` sets a key of one stage, and `--config.key=value` sets it in every
-  stage. `--config.seed=1` is added to the seed of each stage.
+  stage that has it. `--config.seed=1` is added to the seed of each stage.
 
   Args:
     spec: `FILE[:variant]`.
-    overrides: (dotted key, value) pairs.
+    overrides: (dotted key, value) pairs; a value is a Python value, or text as on the command line (`parse_value`).
     schemas: objective -> its schema.
 
   Returns:
@@ -102,8 +104,7 @@ def _load_stages(
     if dotted.split(".")[0] in config:
       set_dotted(config, dotted, value, keys)
     else:
-      for name in names:
-        set_dotted(config, f"{name}.{dotted}", value, keys)
+      _set_in_stages(config, dotted, value, keys)
   for name in config.stages:
     if name not in names:
       raise UserError(f"config key 'stages': {show(name)} is none of the stages {', '.join(names)}")
@@ -112,6 +113,20 @@ def _load_stages(
     config[name].seed += config.seed
     ranges.check(config[name].to_dict(), name, table=tables[name])
   return config
+
+
+def _set_in_stages(config: ConfigDict, dotted: str, value: Any, keys: Mapping[str, Any]) -> None:
+  """Sets a key in every stage that has it."""
+  stages = [name for name in keys if isinstance(config[name], ConfigDict)]
+  having = [name for name in stages if dotted in _leaves(config[name]) or dotted in config[name]]
+  if not having:
+    leaves = [leaf for name in stages for leaf in _leaves(config[name])]
+    hint = _hint(dotted, leaves) or _similar(dotted, [*leaves, *_leaves(config)])
+    raise UserError(f"config key {show(dotted)} is in none of the stages {', '.join(stages)}{hint}")
+  if len(having) < len(stages):
+    log.info("--config.%s: set in %s, the other stages have no such key", dotted, ", ".join(having))
+  for name in having:
+    set_dotted(config, f"{name}.{dotted}", value, keys)
 
 
 def complete(run: Mapping[str, Any], schemas: Mapping[str, Schema], stage: str = "") -> ConfigDict:
@@ -159,7 +174,13 @@ def _initial_values(keys: Mapping[str, Any]) -> dict[str, Any]:
   return {key: value(default) for key, default in keys.items()}
 
 
-def overlay(config: ConfigDict, changes: Mapping[str, Any], keys: Mapping[str, Any], where: str = "") -> None:
+def overlay(
+  config: ConfigDict,
+  changes: Mapping[str, Any],
+  keys: Mapping[str, Any],
+  where: str = "",
+  root: ConfigDict | None = None,
+) -> None:
   """Writes nested `changes` into `config`.
 
   Args:
@@ -167,12 +188,13 @@ def overlay(config: ConfigDict, changes: Mapping[str, Any], keys: Mapping[str, A
     changes: new values, nested like the config.
     keys: the defaults of `config` (see `Schema.keys`), which tell each key's type.
     where: dotted name of the section, for messages.
+    root: the whole config, in which messages look for an unknown key; default: `config`.
 
   Raises:
     UserError: a key is unknown or a value has another type.
   """
   for key, value in changes.items():
-    _set(config, key, value, keys, where)
+    _set(config, key, value, keys, where, root or config)
 
 
 def set_dotted(config: ConfigDict, dotted: str, value: Any, keys: Mapping[str, Any]) -> None:
@@ -181,20 +203,37 @@ def set_dotted(config: ConfigDict, dotted: str, value: Any, keys: Mapping[str, A
   node, where = config, ""
   for parent in parents:
     if parent not in node or not isinstance(node[parent], ConfigDict):
-      _set(node, parent, {}, keys, where)  # raises: the key is unknown or no section
+      _set(node, parent, {}, keys, where, config, last)  # raises: the key is unknown or no section
     node, keys, where = node[parent], keys[parent], f"{where}.{parent}" if where else parent
   if isinstance(node.get(last), ConfigDict):
     raise UserError(
       f"config key {dotted!r} is a section; set one of its keys: {', '.join(sorted(node[last]))}"
     )
-  _set(node, last, value, keys, where)
+  if isinstance(value, str) and last in keys:
+    value = _value_of_text(value, keys[last])
+  _set(node, last, value, keys, where, config)
 
 
-def _set(config: ConfigDict, key: str, value: Any, keys: Mapping[str, Any], where: str) -> None:
+def _value_of_text(text: str, default: Any) -> Any:
+  """`parse_value`; a key of type str takes a number as its text (`--config.data.split=2017`)."""
+  value = parse_value(text)
+  is_number = isinstance(value, int | float) and not isinstance(value, bool)
+  return text if is_number and isinstance(default, str) else value
+
+
+def _set(
+  config: ConfigDict,
+  key: str,
+  value: Any,
+  keys: Mapping[str, Any],
+  where: str,
+  root: ConfigDict,
+  last: str = "",
+) -> None:
+  """Sets a key of a section. `where`: name of the section; `root`: the whole config; `last`: of a longer dotted key."""
   name = f"{where}.{key}" if where else key
   if not isinstance(key, str) or key not in config:
-    near = difflib.get_close_matches(str(key)[:100], list(config), 1, 0.5)
-    hint = f", did you mean {near[0]!r}?" if near else ""
+    hint = _hint(last or key, _leaves(root)) or _similar(key, list(config))
     raise UserError(
       f"config key {show(name)} is unknown{hint}; the keys here are: {', '.join(sorted(config))}"
     )
@@ -203,10 +242,31 @@ def _set(config: ConfigDict, key: str, value: Any, keys: Mapping[str, Any], wher
       raise UserError(
         f"config key {name!r} is a section with the keys {', '.join(sorted(config[key]))}, got {show(value)}"
       )
-    overlay(config[key], dict(value.items()), keys[key], name)
+    overlay(config[key], dict(value.items()), keys[key], name, root)
     return
   with config.ignore_type():
     config[key] = _convert(value, keys[key], name)
+
+
+def _hint(key: Any, leaves: Sequence[str]) -> str:
+  """The keys of other sections that have the name of an unknown key."""
+  last = str(key).rpartition(".")[2]
+  names = dict.fromkeys(repr(name) for name in leaves if name.rpartition(".")[2] == last)
+  return f", did you mean {' or '.join(list(names)[:MAX_HINTS])}?" if names else ""
+
+
+def _similar(key: Any, names: Sequence[str]) -> str:
+  near = difflib.get_close_matches(str(key)[:100], names, 1, 0.5)
+  return f", did you mean {near[0]!r}?" if near else ""
+
+
+def _leaves(config: ConfigDict, prefix: str = "") -> list[str]:
+  """The dotted names of all keys that are no sections."""
+  return [
+    name
+    for key, value in config.items()
+    for name in (_leaves(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else [f"{prefix}{key}"])
+  ]
 
 
 def _convert(value: Any, default: Any, name: str) -> Any:
@@ -300,7 +360,7 @@ def parse_args(argv: Sequence[str], usage: str = USAGE) -> tuple[str, str, list[
   """Reads `--config=FILE[:variant] [--workdir=DIR] [--config.key=value ...]`.
 
   Returns:
-    (spec, workdir, overrides).
+    (spec, workdir, overrides); the values of overrides are text.
 
   Raises:
     UserError: a flag is unknown or has no value; ends with `usage`.
@@ -321,7 +381,7 @@ def parse_args(argv: Sequence[str], usage: str = USAGE) -> tuple[str, str, list[
     elif name == "--workdir":
       workdir = value
     elif name.startswith("--config."):
-      overrides.append((name.removeprefix("--config."), parse_value(value)))
+      overrides.append((name.removeprefix("--config."), value))
     else:
       raise UserError(f"unknown flag {name}; {usage}")
   if not spec:

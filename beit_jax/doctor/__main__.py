@@ -18,6 +18,7 @@ from typing import Any
 from beit_jax.doctor.findings import FAIL, Found, Line, guarded
 from beit_jax.doctor.versions import versions
 from beit_jax.errors import UserError
+from beit_jax.runtime.flags import print_help
 
 BROKEN: Exception | None = None
 try:
@@ -49,6 +50,8 @@ def checks() -> dict[str, Callable[[Any], Found]]:
 
 
 def main(argv: list[str]) -> int:
+  if print_help(argv, __doc__):
+    return 0
   as_json, argv = "--json" in argv, [word for word in argv if word != "--json"]
   if BROKEN is not None:
     _print((Line("versions", *found) for found in guarded(versions())), as_json)

@@ -1,7 +1,7 @@
 """Command lines: argparse, with a `UserError` for every mistake."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from beit_jax.errors import UserError
@@ -12,6 +12,14 @@ class Parser(argparse.ArgumentParser):
 
   def error(self, message: str) -> NoReturn:
     raise UserError(f"{message.removeprefix('argument ')}; {' '.join(self.format_usage().split())}")
+
+
+def print_help(argv: Sequence[str], text: str | None) -> bool:
+  """Prints `text`, a command's docstring, if its command line asks for help; returns whether it does."""
+  asked = not {"-h", "--help"}.isdisjoint(argv)
+  if asked:
+    print(text)
+  return asked
 
 
 def number(kind: type, least: float, most: float = 1e12) -> Callable[[str], Any]:
