@@ -3,7 +3,7 @@
     python -m beit_jax.main --config=configs/finetune_imagenet22k.py:base --config.data.root=/data/imagenet22k \
       --config.init_from=beit_base_patch16_224_pt22k.pth
 
-Variants: `base`, `large` (21,841 classes, folders named by class), and `base_p`, `large_p` for ImageNet-21K-P (11,221
+Variants: `base`, `large` (21,841 classes, folders named by class; 50,000 images are held out for evaluation), and `base_p`, `large_p` for ImageNet-21K-P (11,221
 classes of the fall release, with a `val` folder). Data with another number of classes is refused. Continue with
 configs/finetune_imagenet.py:base_ft22k.
 Source: unilm beit/README.md (batch, learning rate, 90 epochs, warm-up 5, layer decay, drop path, clipping). It does
@@ -13,19 +13,20 @@ not state mixup and label smoothing; here they are 0 and 0.1. Expected after Ima
 
 from ml_collections import ConfigDict
 
-# size, classes, batch, learning rate, layer decay, clipping norm, evaluation split
+HELD_OUT = ("train[50000:]", "train[:50000]")  # of 14 million images without a split for evaluation
+# size, classes, batch, learning rate, layer decay, clipping norm, splits of training and evaluation
 VARIANTS = {
-  "base": ("base", 21841, 4096, 3e-3, 0.65, 3.0, ""),
-  "large": ("large", 21841, 2048, 2e-3, 0.75, 1.0, ""),
-  "base_p": ("base", 11221, 4096, 3e-3, 0.65, 3.0, "val"),
-  "large_p": ("large", 11221, 2048, 2e-3, 0.75, 1.0, "val"),
+  "base": ("base", 21841, 4096, 3e-3, 0.65, 3.0, HELD_OUT),
+  "large": ("large", 21841, 2048, 2e-3, 0.75, 1.0, HELD_OUT),
+  "base_p": ("base", 11221, 4096, 3e-3, 0.65, 3.0, ("train", "val")),
+  "large_p": ("large", 11221, 2048, 2e-3, 0.75, 1.0, ("train", "val")),
 }
 
 
 def get_config(variant="base"):
   if variant not in VARIANTS:
     raise ValueError(f"variant {variant!r} is unknown; there are {', '.join(VARIANTS)}")
-  size, classes, batch_size, learning_rate, layer_decay, clip_norm, eval_split = VARIANTS[variant]
+  size, classes, batch_size, learning_rate, layer_decay, clip_norm, (split, eval_split) = VARIANTS[variant]
   return ConfigDict(
     dict(
       objective="classify",
@@ -45,6 +46,7 @@ def get_config(variant="base"):
       data=dict(
         source="folder",
         root="imagenet22k",
+        split=split,
         num_classes=classes,
         image_size=224,
         rand_augment="rand-m9-mstd0.5-inc1",

@@ -239,7 +239,7 @@ def _examples_until_stop(source, order, batch_size=16, **options):
 
 @pytest.fixture
 def quiet(monkeypatch):
-  monkeypatch.setattr(bad_images, "read_error", lambda source, index: "broken")
+  monkeypatch.setattr(bad_images, "read_error", lambda *_: "broken")
 
 
 @pytest.mark.parametrize("share, batch_size", [(0.02, 16), (0.04, 16), (0.04, 64)])
