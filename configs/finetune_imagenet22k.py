@@ -3,9 +3,9 @@
     python -m beit_jax.main --config=configs/finetune_imagenet22k.py:base --config.data.root=/data/imagenet22k \
       --config.init_from=beit_base_patch16_224_pt22k.pth
 
-Variants: `base`, `large` (21,841 classes, folders named by class; 50,000 images are held out for evaluation), and `base_p`, `large_p` for ImageNet-21K-P (11,221
-classes of the fall release, with a `val` folder). Data with another number of classes is refused. Continue with
-configs/finetune_imagenet.py:base_ft22k.
+Variants: `base`, `large` (21,841 classes, folders named by class; 50,000 images are held out for evaluation), and
+`base_p`, `large_p` for ImageNet-21K-P (11,221 classes of the fall release, with a `val` folder). Data with another
+number of classes is refused. Continue with configs/finetune_imagenet.py:base_ft22k.
 Source: unilm beit/README.md (batch, learning rate, 90 epochs, warm-up 5, layer decay, drop path, clipping). It does
 not state mixup and label smoothing; here they are 0 and 0.1. Expected after ImageNet-1K: 85.2 % (base), 87.4 %
 (large) at 224 (unilm README). Not run here; built and traced in the tests.
