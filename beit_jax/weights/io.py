@@ -217,6 +217,8 @@ def _timm_or_unilm_source(
 ) -> lazy.Source:
   stated = timm.read_config(path.parent, state)
   facts = {**stated, **facts, "fields": {**facts.get("fields", {}), **stated.get("fields", {})}}
+  if not any(name.endswith(unilm.TABLE) for name in state):
+    timm.check_names(path.name, path)
   if timm.is_vit(state):
     size = image_size or facts.get("fields", {}).get("image_size")
     state, left_out = timm.vit_to_unilm(state, path, size)

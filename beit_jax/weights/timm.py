@@ -64,7 +64,6 @@ def vit_to_unilm(
   Raises:
     UserError: the model has what ours lacks.
   """
-  check_names(path.name, path)
   result: dict[str, lazy.Readable] = {}
   left_out = []
   for name, value in state.items():
