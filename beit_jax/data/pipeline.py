@@ -15,7 +15,9 @@ import gc
 import itertools
 import multiprocessing
 import os
+import re
 import signal
+import sys
 import threading
 import weakref
 from collections.abc import Generator, Iterator
@@ -136,6 +138,13 @@ def _clear_errors(workers: int) -> Iterator[None]:
   except RuntimeError as error:
     if "Worker process was terminated" not in str(error):
       raise
+    code = re.search(r"exit code (\d+)", str(error))  # a signal has a negative one
+    if code:
+      raise UserError(
+        f"one of the {workers} data workers ended with status {code[1]}, for the reason that it printed above. A "
+        "worker imports the main module anew: a script needs `if __name__ == '__main__':` around what it runs, or "
+        "data.workers=0"
+      ) from None
     raise TransientError(
       f"one of the {workers} data workers was killed; if the machine ran out of memory, decrease data.workers or "
       "data.threads"
@@ -211,6 +220,11 @@ def _generate(
   if workers:
     from absl import flags
 
+    main = sys.modules["__main__"]
+    if (
+      getattr(main, "__file__", "") == "<stdin>"
+    ):  # `python - < script`: workers would look for a file of this name
+      del main.__file__
     flags.FLAGS.mark_as_parsed()  # grain's workers do not start otherwise; we use no absl flags
     processes = grain.multiprocessing.MultiprocessingOptions(num_workers=workers)
     dataset = dataset.mp_prefetch(processes, worker_init_fn=_init_worker)

@@ -91,8 +91,11 @@ def exclusive_lock(workdir: Path) -> Iterator[None]:
       file.truncate(0)
       file.write(json.dumps(_this_process()) + "\n")
       file.flush()
-      yield
-      file.truncate(0)  # says that the run ended by itself
+      try:
+        yield
+      finally:
+        with contextlib.suppress(OSError):
+          file.truncate(0)  # says that the run ended by itself, be it with an error or as a signal asked
 
 
 def _this_process() -> dict[str, Any]:
