@@ -1,5 +1,6 @@
 """Folders of images with four channels: training, evaluation and prediction, from the tokenizer to label maps."""
 
+import dataclasses
 import json
 
 import jax
@@ -9,7 +10,9 @@ from PIL import Image
 
 import beit_jax
 from beit_jax import train, transfer
-from beit_jax.data import sources
+from beit_jax.data import pipeline, sources
+from beit_jax.data.bad_images import BadImageTracker
+from beit_jax.data.views import ViewReader
 from beit_jax.errors import UserError
 from beit_jax.objectives import OBJECTIVES
 from beit_jax.predict import __main__ as predict
@@ -38,11 +41,19 @@ def _write(folder, name, image):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-  """Two classes, two splits; every second image is a TIFF of four pages, the others are `.npy` files."""
+  """Two classes, two splits; every second image is a TIFF of four pages, the others are `.npy` files.
+
+  Four files of the training split are no images. One image is a link.
+  """
   root = tmp_path_factory.mktemp("four")
   for i in range(32):
     split = "train" if i < 20 else "val"
     _write(root / split / f"class_{i % 2}", f"{i}.{'tif' if i // 2 % 2 else 'npy'}", _image(i))
+  for name in (".ipynb_checkpoints/0.npy", "__MACOSX/0.tif", "class_0/._0.npy", "class_0/notes.txt"):
+    path = root / "train" / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("no image")
+  (root / "train" / "class_0" / "32.npy").symlink_to("0.npy")
   return root
 
 
@@ -61,7 +72,9 @@ def test_classifier_trains_evaluates_and_predicts(folder, tmp_path, capsys, capl
   model = beit_jax.load(tmp_path / "run")
   assert model.preprocessing["value_range"] == RANGE and len(model.preprocessing["mean"]) == 4
   result = json.loads((tmp_path / "run" / "result.json").read_text())
-  assert result["eval"]["acc1"] == 1.0
+  assert result["eval"]["acc1"] == 1.0 and result["examples"] == 21 and result["bad_images"] == 0
+  assert "3 hidden files and files of operating systems left out" in caplog.text
+  assert "1 files with other endings left out: .txt (1)" in caplog.text
   files = sorted((folder / "val").rglob("*.*"))
   assert predict.main([str(tmp_path / "run"), str(folder / "val"), "--json", "--top=1"]) == 0
   found = json.loads(capsys.readouterr().out)
@@ -126,6 +139,29 @@ def test_start_from_a_checkpoint_of_three_channels(channels, caplog):
   np.testing.assert_array_equal(adapted, transfer.adapt_channels(kernel, channels))
   with pytest.raises(UserError, match=f"model.in_channels=3, this run has {channels}"):
     objective.fit_params(pretrained, shapes)
+  ranged = dataclasses.replace(
+    pretrained, preprocessing={**pretrained.preprocessing, "value_range": [0, 4095]}
+  )
+  with pytest.raises(UserError, match=r"data.value_range=\(0, 4095\), this run has None"):
+    three.fit_params(ranged, shapes)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_data_set_of_deep_images_without_a_range_is_refused(train, tmp_path):
+  for i in range(20):
+    _write(tmp_path, f"{i}.npy", _image(i)[..., 0])
+  config = tiny.config("classify", **{"data.source": "folder", "data.root": str(tmp_path)})
+  source = sources.make_source(config.data.to_dict())
+  reader = ViewReader({"image": ((16, 16), "bicubic")}, config.data.to_dict())
+  bad_images = BadImageTracker(source, config.data.max_bad, shuffled=train)
+  options = dict(rows=np.arange(4), batch_size=4, bad_images=bad_images)
+  more = dict(total_steps=9, start_step=0, seed=0) if train else {}
+  make = pipeline.train_batches if train else pipeline.eval_batches
+  with pytest.raises(
+    UserError, match=r"its values run from \d+ to \d+, of which only \d+ .* set data.value_range="
+  ):
+    for _ in make(source, reader, **options, **more):
+      pass
 
 
 @pytest.mark.parametrize(
