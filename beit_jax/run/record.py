@@ -1,6 +1,7 @@
 """What a run records about itself and checks when it continues: environment, description, config, metrics, result."""
 
 import collections
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -20,6 +21,8 @@ import beit_jax
 from beit_jax import trees
 from beit_jax.config import defaults
 from beit_jax.errors import UserError
+from beit_jax.models.beit import Beit
+from beit_jax.models.dvae import Dvae
 from beit_jax.run import checkpoint, files
 from beit_jax.runtime import bucket, distributed
 from beit_jax.runtime.logs import log
@@ -146,6 +149,11 @@ def check_length(start_step: int, total_steps: int) -> None:
 def check_same_model(folder: Path, description: dict[str, Any]) -> None:
   """Raises a UserError if a checkpoint has another architecture, pixel statistics or frozen model than the config."""
 
+  # What a field is in a checkpoint of a version that did not have it.
+  defaults_of_fields = {
+    field.name: field.default for kind in (Beit, Dvae) for field in dataclasses.fields(kind)
+  }
+
   def facts(text: dict[str, Any]) -> dict[str, Any]:
     model = {f"model.{name}": value for name, value in trees.flatten(text["module"]).items()}
     data = {f"data.{key}": text["preprocessing"].get(key) for key in ("mean", "std")}
@@ -155,11 +163,12 @@ def check_same_model(folder: Path, description: dict[str, Any]) -> None:
   old, new = facts(checkpoint.read_description(folder)), facts(description)
   # None of these changes the parameters.
   free = ("remat", "scan", "dtype", "residual_dtype", "attention", "drop_path_rate")
-  lines = [
-    f"{name.replace('encoder/', '')}: {old.get(name)!r} in the checkpoint, {new.get(name)!r} in the config"
-    for name in sorted(old.keys() | new.keys())
-    if old.get(name) != new.get(name) and re.split("[./]", name)[-1] not in free
-  ]
+  lines = []
+  for name in sorted(old.keys() | new.keys()):
+    last = re.split("[./]", name)[-1]
+    before, now = (found.get(name, defaults_of_fields.get(last)) for found in (old, new))
+    if before != now and last not in free:
+      lines.append(f"{name.replace('encoder/', '')}: {before!r} in the checkpoint, {now!r} in the config")
   if lines:
     raise UserError(
       f"{folder} holds a different model than this config:\n  "

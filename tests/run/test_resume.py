@@ -179,7 +179,8 @@ def _without_added_keys(path):
     section, name = key.split(".")
     del text.get("config", text)[section][name]
   if "module" in text:
-    del text["module"]["encoder"]["residual_dtype"]
+    for name in ("residual_dtype", "in_channels", "activation", "pre_norm", "register_tokens"):
+      del text["module"]["encoder"][name]
   path.write_text(json.dumps(text))
 
 
