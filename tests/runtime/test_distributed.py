@@ -737,3 +737,21 @@ def test_a_run_ends_when_one_of_its_processes_is_killed(tmp_path):
       process.communicate()
   assert both[0].returncode == rendezvous.LOST_STATUS
   assert f"error: process 1 ({socket.gethostname()}) died" in error
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="Linux only")
+@pytest.mark.parametrize("heartbeat", [12, 60, 300])
+def test_a_dead_host_is_found_before_jax_finds_it(heartbeat):
+  """JAX may find it after half of its timeout; this process then needs the time to end by itself."""
+  with (
+    socket.create_server(("localhost", 0)) as server,
+    socket.create_connection(server.getsockname()) as sock,
+  ):
+    rendezvous._Channel(sock, heartbeat)
+    names = ("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT", "TCP_USER_TIMEOUT")
+    idle, every, count, timeout = (
+      sock.getsockopt(socket.IPPROTO_TCP, getattr(socket, name)) for name in names
+    )
+    assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+  assert 0 < idle + count * every <= heartbeat / 3  # an idle connection
+  assert 0 < timeout / 1000 <= heartbeat / 3  # one that sends
