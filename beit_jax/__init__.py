@@ -80,7 +80,8 @@ def save(pretrained: Pretrained, path: str | Path, *, format: str) -> None:
       in `.safetensors`, otherwise in PyTorch's format. For "timm", a name without a suffix is a folder that
       `timm.create_model("local-dir:...")` reads.
       "openmmlab" is always PyTorch's format.
-    format: "orbax" (ours), "unilm", "timm", "hf" (Hugging Face transformers) or "openmmlab" (mmpretrain, mmsegmentation).
+    format: "orbax" (ours), "unilm", "timm", "hf" (Hugging Face transformers) or "openmmlab" (mmpretrain and
+      mmsegmentation 1).
 
   Raises:
     UserError: the format has no such kind of model, `path` exists, or it cannot be written.

@@ -19,14 +19,15 @@ from beit_jax.weights.files import lazy, safetensors, torchfile
 WRAPPERS = re.compile(
   r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_fpw_module|_checkpoint_wrapped_module|_forward_module)\.(?=.)"
 )
-# Two names that show where an encoder lies: of unilm and timm, of OpenMMLab, of transformers.
+# Two names that show where an encoder lies: of unilm and timm, of OpenMMLab, of transformers and of its CLIP.
 ANCHORS = (
   ("cls_token", "patch_embed.proj.weight"),
   ("cls_token", "patch_embed.projection.weight"),
   ("embeddings.cls_token", "embeddings.patch_embeddings.projection.weight"),
+  ("embeddings.class_embedding", "embeddings.patch_embedding.weight"),
 )
 # In front of an encoder, with the head beside it: transformers' names of the encoder; OpenMMLab's, with its head.
-INNER = re.compile(r"(?<![^.])(beit|vit|deit|dinov2|dinov2_with_registers|data2vec_vision)\.$")
+INNER = re.compile(r"(?<![^.])(beit|vit|deit|dinov2|dinov2_with_registers|data2vec_vision|vision_model)\.$")
 BACKBONE = re.compile(r"(?<![^.])backbone\.$")
 AVERAGED = re.compile(r"(?<![^._])ema(?![^._])")
 # Of several copies of a model these are not taken: DINO and iBOT evaluate the teacher, MoCo the base encoder.
@@ -130,8 +131,8 @@ def _choose(content: Any, facts: dict[str, Any], path: Path, ema: bool) -> Conte
     raise UserError(f"{path}: no state dict in it; found {str(found)[:200]}; nothing was executed")
   models = [_Candidate(label + p, tensors, p) for label, tensors in dicts for p in _prefixes(tensors)]
   if not models:  # not a model that is known by these names; other modules look at all its tensors
-    label, tensors = max(dicts, key=lambda item: len(item[1]))
-    models = [_Candidate(label, tensors, "")]
+    most = max(len(tensors) for _, tensors in dicts)
+    models = [_Candidate(label, tensors, "") for label, tensors in dicts if len(tensors) == most]
   chosen = _the_one(models, facts, path, ema)
   inside = {
     n.removeprefix(chosen.prefix): v for n, v in chosen.tensors.items() if n.startswith(chosen.prefix)

@@ -165,22 +165,21 @@ def _load_foreign(
     return _load_flava(path, state)
   if dalle.is_openai(state):
     return _load_openai(path, {path: state})
+  if openmmlab.is_openmmlab(state):
+    state, unused = openmmlab.to_unilm(state, path)
+    left_out += unused
   is_segmenter = mmseg.is_segmenter(state)
   stated = mmseg.read_meta(found.facts.get("meta"))
   facts = stated if is_segmenter else {key: stated[key] for key in ("labels",) if key in stated}
   facts |= _own_facts(found.facts, path)
   if hf.is_vit(state):
     source = _hf_source(path, state)
+  elif is_segmenter:
+    source = lazy.Source(state, path, "unilm", **facts)
   else:
-    if openmmlab.is_openmmlab(state):
-      state, unused = openmmlab.to_unilm(state, path)
-      left_out += unused
-    if is_segmenter:
-      source = lazy.Source(state, path, "unilm", **facts)
-    else:
-      source = _timm_or_unilm_source(path, state, facts, image_size)
-      if timm.is_vit(state):
-        source = timm.with_choices(source, **choices)
+    source = _timm_or_unilm_source(path, state, facts, image_size)
+    if timm.is_vit(state):
+      source = timm.with_choices(source, **choices)
   source.left_out = left_out + source.left_out
   if mmseg.is_segmenter(source.state):
     return mmseg.import_segmenter(source, num_heads, image_size, out_indices)

@@ -64,8 +64,12 @@ HF_FIXED = dict(pool_scales=list(upernet.POOL_SCALES), auxiliary_num_convs=1, au
 
 
 def is_segmenter(state: lazy.State) -> bool:
-  """Whether a state dict of mmseg or transformers has a decoder of UPerNet or SETR-PUP."""
-  return any(re.match(r"decode_head\.(psp_modules|up_convs)\.", name) for name in state)
+  """Whether a state dict of mmseg or transformers has a decoder of UPerNet or SETR-PUP; PSPNet and SETR-MLA do not."""
+  has_laterals = any(name.startswith("decode_head.lateral_convs.") for name in state)
+  convs = {
+    match[1] for match in (re.match(r"decode_head\.up_convs\.\d\.(\d)\.", name) for name in state) if match
+  }
+  return has_laterals or convs == {"0"}
 
 
 def mmseg_name(name: str) -> str:

@@ -13,13 +13,15 @@ from beit_jax.weights.files import lazy
 from beit_jax.weights.pretrained import Pretrained
 
 PATCHES = "patch_embed.projection.weight"
-# Names of an encoder -> unilm's and, for LayerScale and the bias of q, k and v of a plain ViT, timm's.
+# Names of an encoder -> unilm's and, for the bias of q, k and v of a plain ViT, timm's.
 NAMES = (
   (r"^patch_embed\.projection\.", "patch_embed.proj."),
   (r"^layers\.", "blocks."),
   (r"^(blocks\.\d+\.)ln([12])\.", r"\1norm\2."),
   (r"^(blocks\.\d+\.)ffn\.layers\.0\.0\.", r"\1mlp.fc1."),
   (r"^(blocks\.\d+\.)ffn\.layers\.1\.", r"\1mlp.fc2."),
+  (r"^(blocks\.\d+\.attn\.)attn\.in_proj_(weight|bias)$", r"\1qkv.\2"),
+  (r"^(blocks\.\d+\.attn\.)attn\.out_proj\.", r"\1proj."),
   (r"^(blocks\.\d+\.)(attn|ffn)\.gamma([12])\.weight$", r"\1gamma_\3"),
   (r"^ln1\.", "norm."),
   (r"^ln2\.", "fc_norm."),
@@ -102,7 +104,9 @@ def to_unilm(state: lazy.State, path: Path) -> tuple[dict[str, Any], list[str]]:
     UserError: the model has two layer norms in a row.
   """
   prefix = mmseg.BACKBONE if mmseg.BACKBONE + PATCHES in state else ""
-  outer = mmseg.BACKBONE if prefix and mmseg.is_segmenter(state) else ""
+  # Only one of the pyramids is that of unilm.
+  has_pyramid = any(re.match(r"neck\.upsample_4x\.|decode_head\.up_convs\.", name) for name in state)
+  outer = mmseg.BACKBONE if prefix and has_pyramid and mmseg.is_segmenter(state) else ""
   result, left_out = {}, []
   for name, value in state.items():
     inner = name.removeprefix(prefix)

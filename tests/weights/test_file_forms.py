@@ -15,8 +15,8 @@ import beit_jax
 from beit_jax import trees
 from beit_jax.errors import UserError
 from beit_jax.run import checkpoint
+from beit_jax.weights import contents, mmseg, unilm
 from beit_jax.weights import io as weights_io
-from beit_jax.weights import mmseg, unilm
 from beit_jax.weights.files import safetensors, torchfile
 from beit_jax.weights.pretrained import Pretrained, make_module
 from tests.weights.test_segmentation_weights import _random as _segmenter
@@ -139,6 +139,17 @@ ENCODERS = {
     | _under("decode_head.pixel_decoder.", NOTHING)
     | _under("auxiliary_head.conv_seg.", NOTHING)
   },
+  "PSPNet": lambda s, _: _under("backbone.", s) | _under("decode_head.psp_modules.0.1.conv.", NOTHING),
+  "SETR-MLA": lambda s, _: (
+    _under("backbone.", s)
+    | _under("decode_head.up_convs.0.0.conv.", NOTHING)
+    | _under("decode_head.up_convs.0.1.conv.", NOTHING)
+  ),
+  "UPerNet of mmsegmentation 1 with another pyramid": lambda s, _: {
+    "state_dict": _under("backbone.", _openmmlab(s))
+    | _under("neck.lateral_convs.0.conv.", NOTHING)
+    | _under("decode_head.lateral_convs.0.conv.", NOTHING)
+  },
   "detector": lambda s, _: {
     "model": _under("backbone.bottom_up.backbone.", s | _under("fpn3.0.", NOTHING))
     | _under("backbone.fpn_lateral2.", NOTHING)
@@ -154,6 +165,12 @@ LEFT_OUT = {
   "iBOT": ["masked_embed", "head.mlp.0.w"],
   "MoCo v3": ["head.0.w", "predictor.0.w"],
   "another decoder": ["fpn1.0.w", "fpn2.0.w", "decode_head.pixel_decoder.w", "auxiliary_head.conv_seg.w"],
+  "PSPNet": ["decode_head.psp_modules.0.1.conv.w"],
+  "SETR-MLA": ["decode_head.up_convs.0.0.conv.w", "decode_head.up_convs.0.1.conv.w"],
+  "UPerNet of mmsegmentation 1 with another pyramid": [
+    "neck.lateral_convs.0.conv.w",
+    "decode_head.lateral_convs.0.conv.w",
+  ],
   "detector": ["fpn3.0.w", "backbone.fpn_lateral2.w", "roi_heads.box_head.fc1.w"],
   "mmdetection": ["neck.lateral_convs.0.conv.w"],
 }
@@ -222,6 +239,17 @@ def test_form_of_mmpretrain(kind, tmp_path):
   assert loaded.kind == kind
   _assert_same(loaded.params, _model(kind).params)
   assert loaded.description["labels"] == (names if kind == "classifier" else [])
+
+
+def test_form_of_a_plain_vit_of_mmsegmentation(tmp_path):
+  """The names that PyTorch's attention has."""
+  state = _vit()
+  content = _renamed(
+    _openmmlab(state), (r"\.attn\.qkv\.", ".attn.attn.in_proj_"), (r"\.attn\.proj\.", ".attn.attn.out_proj.")
+  )
+  plain = weights_io.load(_save(tmp_path / "plain.pth", state), num_heads=2)
+  loaded = weights_io.load(_save(tmp_path / "x.pth", _under("backbone.", content)), num_heads=2)
+  _assert_same(loaded.params, plain.params)
 
 
 @pytest.mark.parametrize("kind", ["classifier", "mim", "backbone", "segmenter"])
@@ -326,6 +354,17 @@ def test_averaged_weights_are_taken_on_request(key, tmp_path):
   path = _save(tmp_path / "x.pth", {"state_dict": _state(), key: _under("module.", _state(seed=1))})
   _assert_same(weights_io.load(path).params, _model().params)
   _assert_same(weights_io.load(path, ema=True).params, _model(seed=1).params)
+
+
+def test_copies_of_models_with_other_names_are_told_apart(tmp_path):
+  """The order of the copies in the file does not matter, also where the names of the tensors are unknown."""
+  content = {
+    "ema": {"a": np.ones(3), **NOTHING},
+    "state_dict": {"a": np.zeros(3), **NOTHING},
+    "optimizer": {"state": {"a": NOTHING}},
+  }
+  path = _save(tmp_path / "x.pth", content)
+  assert [contents.read(path, ema).state["a"].read()[0] for ema in (False, True)] == [0, 1]
 
 
 def test_averaged_weights_of_mmengine_are_in_the_state_dict(tmp_path):

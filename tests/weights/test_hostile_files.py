@@ -17,6 +17,7 @@ import pytest
 from beit_jax.errors import UserError
 from beit_jax.run import checkpoint, files
 from beit_jax.weights import io as weights_io
+from beit_jax.weights import unilm
 from beit_jax.weights.files import pickles, safetensors, torchfile
 from tests import reference
 from tests.limits import Limits
@@ -517,8 +518,8 @@ def _header(model, path):
   return damage
 
 
-def _inner_pickle(_, path):
-  with zipfile.ZipFile(GOLDEN / "mim_plus.pth") as archive:
+def _inner_pickle(_, path, source=GOLDEN / "mim_plus.pth"):
+  with zipfile.ZipFile(source) as archive:
     entries = {info.filename: archive.read(info) for info in archive.infolist()}
 
   def damage(rng):
@@ -537,7 +538,24 @@ def _inner_pickle(_, path):
   return damage
 
 
-@pytest.mark.parametrize("make", [_own_folder, _hf_folder, _header, _inner_pickle])
+def _training_checkpoint(model, path):
+  """As `_inner_pickle`, for a file of PyTorch with objects of many classes beside the state dict."""
+  torch = pytest.importorskip("torch")
+  state = {name: torch.from_numpy(np.array(value)) for name, value in unilm.export_beit(model).items()}
+  objects = [
+    random.getstate(),
+    np.random.get_state(),
+    {1, 2},
+    frozenset("a"),
+    np.float64(1),
+    random.Random(0),
+  ]
+  content = {"net": state, "objects": objects, "module": torch.nn.Linear(2, 2), (1, 2): 3, "x": torch.Tensor}
+  torch.save(content, path / "source.pth", pickle_protocol=4)
+  return _inner_pickle(model, path, path / "source.pth")
+
+
+@pytest.mark.parametrize("make", [_own_folder, _hf_folder, _header, _inner_pickle, _training_checkpoint])
 def test_random_contents_give_a_model_or_a_user_error(make, tmp_path):
   """Files with correct checksums, lengths and digests but wrong contents give a model or a UserError."""
   weights_io.load(GOLDEN / "mim_plus.pth")
