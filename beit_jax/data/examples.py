@@ -45,7 +45,7 @@ def decode(example: Example, index: int, rule: PixelRule = RGB) -> images.LazyIm
   Args:
     example: what a source returns.
     index: of the example, which names it in errors.
-    rule: the source's `pixels`.
+    rule: the source's `pixel_rule`.
 
   Raises:
     BadImage: the image cannot be decoded; names the file, or the example.
@@ -87,7 +87,7 @@ def check_first(source: Source, reader: Reader) -> None:
   for index in range(min(len(source), MAX_FIRST)):
     with contextlib.suppress(BadImage):
       example = {**read(source, index), "index": index}
-      reader.eval(decode(example, index, source.pixels), example)
+      reader.eval(decode(example, index, source.pixel_rule), example)
       return
 
 
@@ -100,7 +100,7 @@ def read_error(source: Source, index: int, reader: Reader | None = None) -> str:
   """Returns the reason why an example cannot be read, or not by `reader`; it names the file or the example."""
   try:
     example = {**source[index], "index": index}
-    image = decode(example, index, source.pixels)
+    image = decode(example, index, source.pixel_rule)
     image.pixels()
     if "label_map" in example:
       decode_labels(example["label_map"], label_map_name(example, index))

@@ -98,7 +98,7 @@ class _Rows:
     for other in itertools.islice(candidates(index, len(self.source)), attempts):
       try:
         example = {**read(self.source, other), "index": other, "replaces": problem}
-        image = decode(example, other, self.source.pixels)
+        image = decode(example, other, self.source.pixel_rule)
         reader = self.reader
         arrays = reader.train(image, example, key) if self.train else reader.eval(image, example)
         return arrays, other != index

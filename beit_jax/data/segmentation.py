@@ -250,5 +250,5 @@ def read_full_size(source: Source, reader: LabelMapReader, index: int) -> tuple[
     BadImage: one of the two cannot be read.
   """
   example = read(source, index)
-  image = decode(example, index, source.pixels)
+  image = decode(example, index, source.pixel_rule)
   return image.pixels(), reader.labels(example, image, index)

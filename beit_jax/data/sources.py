@@ -43,7 +43,7 @@ class Source(Protocol):
     map_class_names: name of each class of `label_map`; () if unknown.
     has_labels: whether examples have a `label`.
     multi_label: whether a `label` is a vector of 0 and 1 instead of one class id.
-    pixels: how stored values become pixels; `make_source` sets it from the config.
+    pixel_rule: how stored values become pixels; `make_source` sets it from the config.
     description: JSON values that identify the data; checkpoints and token caches record them. Caches ignore `root`
       and `label_file`, since data may move.
   """
@@ -53,7 +53,7 @@ class Source(Protocol):
   map_class_names: tuple[str, ...] = ()
   has_labels: bool = False
   multi_label: bool = False
-  pixels: PixelRule = RGB
+  pixel_rule: PixelRule = RGB
   description: dict[str, Any]
 
   def __len__(self) -> int: ...
@@ -471,5 +471,5 @@ def make_source(data: dict[str, Any]) -> Source:
   if not 0 < data["fraction"] <= 1:
     raise UserError(f"data.fraction={data['fraction']} must lie in (0, 1]")
   source = source if data["fraction"] == 1 else Subset(source, data["fraction"])
-  source.pixels = PixelRule(len(data["mean"]), data["value_range"])
+  source.pixel_rule = PixelRule(len(data["mean"]), data["value_range"])
   return source

@@ -62,7 +62,7 @@ def problem_of(
   labels = {"none": "", "class": "label", "map": "label_map"}[run.objective.labels]
   try:
     example = {**source[index], "index": index}
-    image = examples.decode(example, index, source.pixels)
+    image = examples.decode(example, index, source.pixel_rule)
     image.pixels()
     if labels and labels not in example:
       objective = run.config.objective

@@ -155,7 +155,7 @@ def _predict(
     for position, file in enumerate(files[start : start + size], start):
       results.append({"file": str(file)})
       with skipping(results[-1]):
-        image = read_image(file, models[0].pixels)
+        image = read_image(file, models[0].pixel_rule)
         prepared.append([np.asarray(model.normalize([image]))[0] for model in models])
         readable.append(results[-1])
         positions.append(position)

@@ -48,14 +48,14 @@ def segment(model: Pretrained, files: list[Path], args: argparse.Namespace) -> I
   sizes: dict[int, Size] = {}
   for i, file in enumerate(files):
     with skipping(results[i]):
-      height, width, _ = read(file, sliding, model.pixels).shape
+      height, width, _ = read(file, sliding, model.pixel_rule).shape
       sizes[i] = height, width
   chosen = dict(zip(sizes, geometries(sliding, list(sizes.values())), strict=True))
   variables = jax.device_put({"params": model.params, **model.collections})
   for i, facts in enumerate(results):
     if i in chosen:
       with skipping(facts):  # the file may have changed since its size was read
-        image = read(files[i], sliding, model.pixels)
+        image = read(files[i], sliding, model.pixel_rule)
         batch = {name: jnp.asarray(array[None]) for name, array in sliding.inputs(image, chosen[i]).items()}
     if "error" not in facts:
       classes = np.asarray(sliding.class_map(variables, batch))[0, : image.shape[0], : image.shape[1]]

@@ -347,7 +347,7 @@ class Pretrained:
     return jax.jit(run)
 
   @property
-  def pixels(self) -> PixelRule:
+  def pixel_rule(self) -> PixelRule:
     """How the stored values of images become pixels."""
     return PixelRule(len(self.preprocessing["mean"]), self.preprocessing.get("value_range"))
 
@@ -372,18 +372,20 @@ class Pretrained:
     """The pixels of an image: uint8 [H, W, C], or float32 in [0, 1]."""
     try:
       if isinstance(image, str | os.PathLike):
-        return image_files.read_image(Path(image), self.pixels)
+        return image_files.read_image(Path(image), self.pixel_rule)
       image = image if isinstance(image, Image.Image) else np.asarray(image)
       if isinstance(image, np.ndarray) and image.dtype.kind not in "bui":
-        image = to_channels(image, self.pixels.channels)
+        image = to_channels(image, self.pixel_rule.channels)
         low, high = float(image.min()), float(image.max())
-        if self.pixels.value_range is None:
+        if self.pixel_rule.value_range is None:
           if not (low >= 0 and high <= 1):
             raise ValueError(f"float values from {low:g} to {high:g}; expected [0, 1], or uint8")
           return image.astype(np.float32)
-        if low >= 0 and 0 < high <= 1 and self.pixels.value_range[1] > 2:
-          raise ValueError(f"float values from {low:g} to {high:g}; expected stored values, {self.pixels}")
-      return images_lib.decode(image, self.pixels)
+        if low >= 0 and 0 < high <= 1 and self.pixel_rule.value_range[1] > 2:
+          raise ValueError(
+            f"float values from {low:g} to {high:g}; expected stored values, {self.pixel_rule}"
+          )
+      return images_lib.decode(image, self.pixel_rule)
     except (ValueError, BadImage) as error:
       raise UserError(f"{image if isinstance(image, str | os.PathLike) else 'images'}: {error}") from None
 

@@ -164,6 +164,17 @@ def test_data_set_of_deep_images_without_a_range_is_refused(train, tmp_path):
       pass
 
 
+@pytest.mark.parametrize("name", ["dvae", "classify", "linear_probe", "knn", "segment"])
+def test_objectives_take_images_of_four_channels(name):
+  config = tiny.config(name, **FOUR)
+  objective = OBJECTIVES[name](config, sources.make_source(config.data.to_dict()))
+  jax.eval_shape(objective.init, jax.random.key(0))
+  view = next(iter(objective.views()))
+  assert objective.batch_shapes(8)[view].shape == (8, 16, 16, 4)
+  preprocessing = objective.describe()["preprocessing"]
+  assert len(preprocessing["mean"]) == 4 and preprocessing["value_range"] == RANGE
+
+
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
