@@ -101,7 +101,7 @@ class TfdsSource(Source):
     folder = tfds_info.version_folder(root, name)
     import tensorflow_datasets as tfds  # slow to import; only this source needs it
 
-    builder = tfds.builder_from_directory(str(folder))
+    builder = tfds_info.open_builder(folder)
     features = builder.info.features
     image, repeated = tfds_info.find_feature(features, image_key, "data.image_key")
     tfds_info.check_image_feature(image, repeated, image_key, value_range is not None)

@@ -54,6 +54,23 @@ def version_folder(root: Path, name: str) -> Path:
   )
 
 
+def open_builder(folder: Path) -> Any:
+  """Opens a prepared version; the result has its features and splits.
+
+  Raises:
+    UserError: the files that describe it are damaged.
+  """
+  import tensorflow_datasets as tfds
+
+  try:
+    return tfds.builder_from_directory(str(folder))
+  except Exception as error:  # TFDS raises errors of many types
+    reason = " ".join(str(error).split())
+    raise UserError(
+      f"data.name: {folder} is no complete TFDS data set ({reason}); copy or build it again"
+    ) from None
+
+
 def _parts(feature: Any) -> dict[str, Any]:
   """The features in a dictionary of features, or in a sequence of dictionaries; {} of any other feature."""
   import tensorflow_datasets as tfds

@@ -127,6 +127,18 @@ def test_nested_features_are_named_by_a_path(tmp_path):
     _source(tmp_path, image_key="views/left", label_key="objects/name")
 
 
+@pytest.mark.parametrize(
+  "file, text", [("dataset_info.json", "{}"), ("features.json", "{"), ("features.json", None)]
+)
+def test_damaged_data_sets_are_refused(tmp_path, file, text):
+  path = _image_and_label(tmp_path / "toy" / "1.0.0") / file
+  path.unlink()
+  if text:
+    path.write_text(text)
+  with pytest.raises(UserError, match="toy/1.0.0 is no complete TFDS data set .*; copy or build it again"):
+    _source(tmp_path)
+
+
 ARRAYS = {
   "rgb": (features.Tensor(shape=(4, 5, 3), dtype=np.uint8), list(range(60))),
   "gray": (features.Tensor(shape=(4, 5), dtype=np.uint8), list(range(20))),
