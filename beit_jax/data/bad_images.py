@@ -106,7 +106,8 @@ class BadImageTracker:
       )
 
   def _add(self, index: int) -> None:
-    reason = read_error(self._source, index, self._reader)
+    more = {} if self._reader is None else {"reader": self._reader}
+    reason = read_error(self._source, index, **more)
     self.reasons[index] = reason
     if len(self.reasons) <= MAX_LOGGED:
       log.warning("replaced by another example: %s", reason)

@@ -40,10 +40,7 @@ def decode_labels(
   """
   array, kind = encoded, "an array"
   if isinstance(encoded, bytes):
-    with images.decoding(f"{name}: the label map"):
-      image = images.open_image(encoded)
-    _check_size(image.size, size, name)
-    array, kind = _read(image, name, as_colors=colors is not None), f"mode {image.mode}"
+    array, kind = _read(encoded, name, size, as_colors=colors is not None)
   array = np.asarray(array)
   if array.ndim not in (2, 3) or array.dtype.kind not in "biuf":
     raise UserError(f"{name}: the label map is an array of {array.dtype} {array.shape}; {ADVICE}")
@@ -58,11 +55,15 @@ def _check_size(found: tuple[int, ...], size: tuple[int, int] | None, name: str)
     raise UserError(f"{name}: the label map is {found[0]}x{found[1]} pixels, its image {size[0]}x{size[1]}")
 
 
-def _read(image: Any, name: str, *, as_colors: bool) -> np.ndarray:
-  """The pixels of an opened label map. What the header shows to be no label map is refused before it is decoded."""
+def _read(
+  encoded: bytes, name: str, size: tuple[int, int] | None, *, as_colors: bool
+) -> tuple[np.ndarray, str]:
+  """(pixels, mode) of a file. What the header shows to be no label map is refused before it is decoded."""
   with images.decoding(f"{name}: the label map"):
+    image: Any = images.open_image(encoded)
     arguments = [tile[3] if isinstance(tile[3], str) else tile[3][0] for tile in image.tile]
     stored, pages = str(arguments[0]), getattr(image, "n_frames", 1)
+  _check_size(image.size, size, name)
   is_deep = any(";16" in str(argument) for argument in arguments)
   several = image.mode in SEVERAL and not is_deep  # Pillow keeps 8 of 16 bits of each channel
   what = f"{name}: the label map is a {image.format} of mode {image.mode}"
@@ -76,8 +77,10 @@ def _read(image: Any, name: str, *, as_colors: bool) -> np.ndarray:
   with images.decoding(f"{name}: the label map"):
     image.load()
     if as_colors:
-      return np.asarray(image.convert("RGBA" if image.mode.endswith("A") else "RGB"))
-    return np.asarray(image) // SCALE[stored] if stored in SCALE else np.asarray(image)
+      image = image.convert("RGBA" if image.mode.endswith("A") else "RGB")
+    pixels = np.asarray(image)
+  scale = 1 if as_colors else SCALE.get(stored, 1)
+  return pixels // scale if scale > 1 else pixels, f"mode {image.mode}"
 
 
 def _without_alpha(array: np.ndarray, name: str) -> np.ndarray:
@@ -102,10 +105,13 @@ def _one_channel(array: np.ndarray, name: str, kind: str) -> np.ndarray:
     if not np.array_equal(channels[..., i], first):
       raise UserError(f"{name}: the label map is a color image ({kind}, whose channels differ); {ADVICE}")
   if first.dtype.kind == "f":
-    if not (np.isfinite(first).all() and (first == np.rint(first)).all() and (np.abs(first) < 2**31).all()):
+    with np.errstate(invalid="ignore"):
+      whole = first.astype(np.int32)
+    if not np.array_equal(whole, first):
       raise UserError(f"{name}: the label map has values that are no whole numbers; {ADVICE}")
-    first = first.astype(np.int64)
-  return first.astype(np.uint8) if first.dtype == bool else first
+    return whole
+  small = {"b": np.uint8}.get(first.dtype.kind, np.int32)
+  return first.astype(small) if first.dtype == bool or first.dtype.itemsize == 2 else first
 
 
 def _positions(pixels: np.ndarray, colors: np.ndarray, name: str) -> np.ndarray:

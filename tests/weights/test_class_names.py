@@ -69,7 +69,7 @@ def test_several_labels_have_a_sigmoid_each(tmp_path, image, capsys):
   logits = np.asarray(beit_jax.load(tmp_path / "a")(np.asarray(Image.open(image))[None]))[0]
   found = _predicted(tmp_path / "a", image, capsys)["predictions"]
   wanted = 1 / (1 + np.exp(-logits))
-  assert [entry["probability"] for entry in found] == pytest.approx(sorted(wanted, reverse=True), rel=1e-5)
+  assert [entry["probability"] for entry in found] == pytest.approx(sorted(wanted, reverse=True), rel=1e-3)
 
 
 @pytest.mark.parametrize("outputs, changes", [(1, {}), (2, {"problem_type": "regression"})])
