@@ -19,9 +19,9 @@ from beit_jax import trees
 PyTree = Any
 
 # Whether weight decay applies to a parameter; the first matching rule wins. As in unilm, parameters that are vectors
-# in PyTorch, `pos_embed` and `cls_token` are not decayed; `mask_token` and the relative-position tables are.
+# in PyTorch, positions, cls and register tokens are not decayed; `mask_token` and the relative-position tables are.
 WEIGHT_DECAY_RULES: tuple[tuple[str, bool], ...] = (
-  (r"(^|/)(bias|scale|gamma_1|gamma_2|q_bias|v_bias|pos_embed|cls_token)$", False),
+  (r"(^|/)(bias|scale|gamma_1|gamma_2|q_bias|v_bias|pos_embed|cls_token|register_tokens)$", False),
   (r"(^|/)(kernel|mask_token|relative_position_bias_table)$", True),
 )
 
@@ -76,7 +76,7 @@ def layer_id(name: str, depth: int) -> int:
     0 for the patch embedding, tokens and positions, i + 1 for block i, and `depth + 1` for everything else (final
     norm, heads, the shared relative-position table).
   """
-  if re.search(r"(^|/)encoder/(patch_embed|cls_token|mask_token|pos_embed)", name):
+  if re.search(r"(^|/)encoder/(patch_embed|cls_token|mask_token|register_tokens|pos_embed|norm_pre)", name):
     return 0
   block = re.search(r"(^|/)encoder/block_(\d+)/", name)
   return int(block.group(2)) + 1 if block else depth + 1
