@@ -156,7 +156,7 @@ def test_other_arrays_are_images_if_the_range_of_their_values_is_known(tmp_path)
       "beit", **{f"data.{k}": v for k, v in options.items()}, **{"data.value_range": (-1.0, 1.0)}
     ).data.to_dict()
   )
-  pixels = examples.decode(source[0], 0, source.pixels).pixels()
+  pixels = examples.decode(source[0], 0, source.pixel_rule).pixels()
   np.testing.assert_array_equal(pixels[0, :, 0], [0, 128, 255])
 
 
