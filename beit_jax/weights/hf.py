@@ -211,6 +211,7 @@ def read_config(folder: Path) -> dict[str, Any]:
   config, processor = read_files(folder)
   path = folder / "config.json"
   name = config.get("model_type", "beit")
+  name = "vit" if name == "vit_mae" else name  # a masked autoencoder, whose decoder is left out
   if name not in MODEL_TYPES:
     raise UserError(f"{path}: model_type is {name!r}; this version reads {', '.join(MODEL_TYPES)}")
   model_type = MODEL_TYPES[name]

@@ -57,7 +57,7 @@ HF_NAMES = (
 )
 # Counters and index buffers, and what the encoder of another task has and this one does not use.
 LEFT_OUT = (
-  r"\.num_batches_tracked$|relative_position_index$|attn\.k_bias$"
+  r"\.num_batches_tracked$|^(n_averaged|steps)$|relative_position_index$|attn\.k_bias$"
   r"|^backbone\.(mask_token$|(norm|fc_norm|head|lm_head)\.)"
 )
 HF_FIXED = dict(pool_scales=list(upernet.POOL_SCALES), auxiliary_num_convs=1, auxiliary_concat_input=False)

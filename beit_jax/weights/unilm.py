@@ -33,10 +33,10 @@ MAX_SIDE = (
 TABLE = "relative_position_bias_table"
 # Index buffers are recomputed. A bias on k cancels in the softmax. The patch-aggregation head of BEiT v2 is not used
 # after pre-training (beit2/modeling_pretrain.py). Segmenters and detectors of unilm have a pyramid beside the encoder.
-# MoCo, DINO and iBOT have a projector in place of the head, and iBOT a mask token of its own.
+# MoCo, DINO and iBOT have a projector in place of the head, and iBOT a mask token of its own. Averages have a counter.
 LEFT_OUT = (
   r"relative_position_index$|attn\.k_bias$|^cls_pt_layers\.|^cls_pt_lm_head\.|^fpn\d\."
-  r"|^head\.(\d+|mlp|last_layer)\.|^masked_embed$"
+  r"|^head\.(\d+|mlp|last_layer)\.|^masked_embed$|^(n_averaged|steps)$"
 )
 # Fields that neither shapes nor outputs show, so that they are taken from a description of ours.
 DESCRIBED_FIELDS = (

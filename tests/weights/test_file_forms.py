@@ -110,6 +110,7 @@ CLASSIFIERS = {
   "weights": lambda s, _: {"weights": s},
   "nested": lambda s, _: {"checkpoint": {"model": s, "step": 1}},
   "DeepSpeed": lambda s, _: {"module": s, "optimizer": None, "ds_config": {"zero": 1}},
+  "AveragedModel": lambda s, _: _under("module.", s) | {"n_averaged": np.ones((), np.int64)},
   "averaged beside it": lambda s, other: {"state_dict": s, "state_dict_ema": other},
   "mmengine": lambda s, other: {
     "state_dict": s,
@@ -225,6 +226,33 @@ def test_form_of_a_masked_autoencoder(tmp_path):
   full = weights_io.load(_save(tmp_path / "mae.pth", {"model": state | decoder}), num_heads=2)
   _assert_same(full.params, plain.params)
   assert full.encoder_fields == plain.encoder_fields and decoder.keys() <= set(full.description["left_out"])
+
+
+def test_form_of_a_masked_autoencoder_of_transformers(tmp_path):
+  torch = pytest.importorskip("torch")
+  from tests.peers import transformers
+
+  size = dict(
+    hidden_size=8,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=32,
+    image_size=16,
+    patch_size=8,
+  )
+  size |= dict(decoder_hidden_size=8, decoder_num_hidden_layers=1, decoder_num_attention_heads=2)
+  model = transformers.ViTMAEForPreTraining(transformers.ViTMAEConfig(**size, mask_ratio=0.0)).eval()
+  model.save_pretrained(tmp_path / "x")
+  loaded = weights_io.load(tmp_path / "x")
+  assert loaded.kind == "backbone" and "decoder.mask_token" in loaded.description["left_out"]
+  image = np.random.default_rng(0).standard_normal((1, 16, 16, 3), np.float32)
+  with torch.no_grad():
+    pixels, order = (
+      torch.from_numpy(image.transpose(0, 3, 1, 2).copy()),
+      torch.arange(4.0)[None],
+    )  # not shuffled
+    wanted = model.vit(pixels, noise=order).last_hidden_state.numpy()
+  np.testing.assert_allclose(loaded.forward(image), wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["classifier", "mim", "backbone"])
@@ -449,6 +477,14 @@ def test_an_archive_of_arrays_is_named(tmp_path):
   np.savez(tmp_path / "x.npz", a=np.ones(3))
   with pytest.raises(UserError, match="it holds a.npy"):
     weights_io.load(tmp_path / "x.npz")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_program_is_named(tmp_path):
+  torch = pytest.importorskip("torch")
+  torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)).save(tmp_path / "x.pt")
+  with pytest.raises(UserError, match="a TorchScript program; save its state_dict"):
+    weights_io.load(tmp_path / "x.pt")
 
 
 FOLDERS = {

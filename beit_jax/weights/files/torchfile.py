@@ -98,6 +98,8 @@ def _zip_entries(path: Path) -> dict[str, _Entry]:
   spans = []
   size = path.stat().st_size
   with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+    if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+      raise Refused("it is a TorchScript program; save its state_dict() with torch.save and load that file")
     for info in archive.infolist():
       header = b""
       if 0 <= info.header_offset < size:
