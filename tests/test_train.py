@@ -404,10 +404,11 @@ def test_training_in_float16_is_refused(objective, tmp_path):
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="there is float16 attention on a GPU")
-def test_evaluation_in_float16_on_a_cpu_is_refused(tmp_path):
+@pytest.mark.parametrize("objective", ["classify", "knn"])
+def test_evaluation_in_float16_on_a_cpu_is_refused(objective, tmp_path):
   changes = {"model.dtype": "float16", "eval_only": True}
   with pytest.raises(UserError, match="'model.dtype': JAX has no float16 attention on a CPU"):
-    train.run(tiny.config("classify", **changes), tmp_path)
+    train.run(tiny.config(objective, **changes), tmp_path)
 
 
 def test_a_loss_that_stays_not_finite_ends_the_run(tmp_path):

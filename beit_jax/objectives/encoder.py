@@ -142,6 +142,14 @@ def encoder_fields(model: ConfigDict, image_size: tuple[int, int], *, pretrain: 
   return fields
 
 
+def check_dtype(dtype: str) -> None:
+  """Raises a UserError if attention cannot run here in a dtype."""
+  if dtype == "float16" and jax.default_backend() == "cpu":
+    raise UserError(
+      "config key 'model.dtype': JAX has no float16 attention on a CPU; use 'bfloat16' or 'float32'"
+    )
+
+
 def _check_sizes(fields: dict[str, Any]) -> None:
   image_size, patch = fields["image_size"], fields["patch_size"]
   if any(side % patch for side in image_size):

@@ -33,7 +33,7 @@ from beit_jax.objectives.base import (
   PyTree,
   Variables,
 )
-from beit_jax.objectives.encoder import encoder_fields, encoder_schema, normalization_problems
+from beit_jax.objectives.encoder import check_dtype, encoder_fields, encoder_schema, normalization_problems
 from beit_jax.run import checkpoint
 from beit_jax.runtime import sharding
 from beit_jax.runtime.logs import log
@@ -66,6 +66,7 @@ class Probe(base.Objective):
       fields = self._loaded_encoder.encoder_fields
     fields |= dict(final_norm=False, use_mask_token=False, drop_path_rate=0.0)
     fields |= {name: config.model[name] for name in ("dtype", "residual_dtype")}
+    check_dtype(config.model.dtype)
     self.encoder: Any = Beit(**fields)
     self.blocks = list(range(self.encoder.depth))
     self.eval_metrics = ("loss", "acc1", *(f"acc1_{i:02d}" for i in self.blocks))
