@@ -187,7 +187,12 @@ def read_config(folder: Path, state: lazy.State) -> dict[str, Any]:
     (part[key] for part in (config, cfg) for key in ("label_names", "labels") if part.get(key)), None
   )
   facts: dict[str, Any] = dict(fields=fields, labels=stated_labels(names))
-  size = cfg.get("input_size")
+  size, built = (
+    cfg.get("input_size"),
+    args.get("img_size"),
+  )  # the model was built for the latter, if it is stated
+  if isinstance(size, list) and built:
+    size = [*size[:1], *(built if isinstance(built, list) else [built, built])]
   if not (isinstance(size, list) and len(size) == 3 and all(type(n) is int and n > 0 for n in size)):
     return facts
   fields["image_size"] = tuple(size[-2:])
