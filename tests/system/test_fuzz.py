@@ -40,6 +40,7 @@ from beit_jax.data.image_files import find_images
 from beit_jax.data.resize import RESAMPLE
 from beit_jax.errors import BadImage, UserError
 from beit_jax.objectives.probe import Knn
+from beit_jax.predict import class_maps
 from beit_jax.run import state as train_state
 from beit_jax.runtime import sharding
 from beit_jax.weights import io as weights_io
@@ -429,9 +430,11 @@ def _check_folder(rng, root, caplog):
   source, error = _result(lambda: sources.FolderSource(str(root), ""))
   used = [source[i]["file"] for i in range(len(source))] if source else []
   assert len(used) + _left_out(caplog.text + error) == _count_leaves(root), (caplog.text, error)
-  assert used == [str(path) for path in _result(lambda: find_images([str(root)]))[0] or []]
+  files = _result(lambda: find_images([str(root)]))[0] or []
+  assert used == [str(path) for path in files]
   if source is None:
     return 0
+  assert len(set(class_maps.output_names(files, root / "out"))) == len(files)
   json.dumps([source.description, source.class_names, list(source.listing())])
   for i in range(len(source)):
     with contextlib.suppress(BadImage):
