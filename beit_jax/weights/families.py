@@ -1,4 +1,4 @@
-"""ViTs other than BEiT: what of them is translated, what is refused, and transformers' model types.
+"""ViTs other than BEiT: what of them is translated and what is refused.
 
 All functions work on state dicts in unilm's names, with two more: `register_tokens` [1, R, D], and `norm_pre`, a norm
 before the first block.
@@ -7,7 +7,6 @@ before the first block.
 import functools
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -32,19 +31,6 @@ FOREIGN_TENSORS = (
   (r"rel_pos\.mlp\.", "relative positions from a small network (vit_relpos)"),
   (r"\.rel_pos_[hw]$|^neck\.", "windowed attention with decomposed relative positions (SAM)"),
 )
-
-
-def traits(fields: dict[str, Any]) -> frozenset[str]:
-  """What an encoder with these fields has that not every type of transformers can have."""
-  found = {
-    "absolute positions": fields["abs_pos"],
-    "relative positions": fields["rel_pos"] != "none",
-    "LayerScale": fields["layer_scale_init"] != 0,
-    "register tokens": fields["register_tokens"] > 0,
-    "several register tokens": fields["register_tokens"] > 1,
-    "a norm before the blocks": fields["pre_norm"],
-  }
-  return frozenset(name for name, has in found.items() if has)
 
 
 def check_family(state: lazy.State, path: Path) -> None:
@@ -133,69 +119,3 @@ def fold_patch_bias(state: lazy.Arrays) -> lazy.Arrays:
   positions = np.array(state["pos_embed"])
   positions[:, 1:] += state["patch_embed.proj.bias"]
   return {**{name: v for name, v in state.items() if name != "patch_embed.proj.bias"}, "pos_embed": positions}
-
-
-class ModelType(NamedTuple):
-  """A `model_type` of transformers.
-
-  Attributes:
-    prefix: the beginning of the encoder's names inside a model with a head.
-    classes: the class for each kind of ours.
-    pools: how its classifiers pool; the first is that of files whose tensors do not show it.
-    has: traits of every encoder of this type; see `traits`.
-    may_have: further traits that an encoder of this type can have.
-    norm_eps: the default of config.json.
-    activation: the default of config.json.
-  """
-
-  prefix: str
-  classes: dict[str, str]
-  pools: tuple[str, ...]
-  has: frozenset[str]
-  may_have: frozenset[str] = frozenset()
-  norm_eps: float = 1e-12
-  activation: str = "gelu"
-
-
-def _classes(stem: str, *kinds: str) -> dict[str, str]:
-  ends = dict(backbone="Model", classifier="ForImageClassification", mim="ForMaskedImageModeling")
-  return {kind: f"{stem}{ends[kind]}" for kind in ("backbone", "classifier", *kinds)}
-
-
-_BEIT_TRAITS = frozenset(("absolute positions", "relative positions", "LayerScale"))
-_CLIP = ModelType(
-  "vision_model.",
-  {},
-  ("plain_mean",),
-  frozenset(("absolute positions", "a norm before the blocks")),
-  norm_eps=1e-5,
-  activation="quick_gelu",
-)
-# A model is saved as the type that it came from, or else as the first that has all its traits.
-MODEL_TYPES: dict[str, ModelType] = {
-  "beit": ModelType("beit.", _classes("Beit", "mim"), ("mean", "cls"), frozenset(), _BEIT_TRAITS),
-  "data2vec-vision": ModelType(
-    "data2vec_vision.", _classes("Data2VecVision"), ("mean", "cls"), frozenset(), _BEIT_TRAITS
-  ),
-  "vit": ModelType("vit.", _classes("ViT"), ("cls",), frozenset(("absolute positions",))),
-  "deit": ModelType(
-    "deit.", _classes("DeiT"), ("cls", "cls_registers"), frozenset(("absolute positions", "register tokens"))
-  ),
-  "dinov2": ModelType(
-    "dinov2.",
-    _classes("Dinov2"),
-    ("cls_mean",),
-    frozenset(("absolute positions", "LayerScale")),
-    norm_eps=1e-6,
-  ),
-  "dinov2_with_registers": ModelType(
-    "dinov2_with_registers.",
-    _classes("Dinov2WithRegisters"),
-    ("cls_mean",),
-    frozenset(("absolute positions", "LayerScale", "register tokens")),
-    frozenset(("several register tokens",)),
-    norm_eps=1e-6,
-  ),
-  "clip_vision_model": _CLIP._replace(classes={"backbone": "CLIPVisionModel"}),
-  "clip": _CLIP._replace(classes={"classifier": "CLIPForImageClassification"}),
-}

@@ -1,6 +1,6 @@
 """Reads and writes folders of Hugging Face transformers, without that library.
 
-The model types are those of `families.MODEL_TYPES`. mmseg.py handles the heads of `BeitForSemanticSegmentation`, and
+The model types are those of `hf_types.MODEL_TYPES`. mmseg.py handles the heads of `BeitForSemanticSegmentation`, and
 dalle.py handles `FlavaImageCodebook`. Two generations of names are read: those of transformers 4, which 5.24 still
 writes, and those that 5.24 uses in memory.
 """
@@ -17,105 +17,21 @@ import numpy as np
 from beit_jax.errors import UserError
 from beit_jax.runtime.logs import log
 from beit_jax.weights import families
-from beit_jax.weights.families import MODEL_TYPES
 from beit_jax.weights.files import lazy
+from beit_jax.weights.hf_types import (
+  EXPORT_NAMES,
+  HIDDEN_ACTS,
+  IMPORT_NAMES,
+  LEFT_OUT,
+  MODEL_TYPES,
+  OWN_NAMES,
+  traits,
+)
 from beit_jax.weights.pretrained import KINDS, Pretrained, module_fields
 from beit_jax.weights.unilm import TABLE, export_beit
 
 RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
-# transformers' names, both generations -> unilm's.
-IMPORT_NAMES = (
-  (rf"^({'|'.join(re.escape(row.prefix) for row in MODEL_TYPES.values())})", ""),
-  (r"^embeddings\.(cls_token|mask_token)$", r"\1"),
-  (r"^embeddings\.class_embedding$", "cls_token"),
-  (r"^embeddings\.(register_tokens|distillation_token)$", "register_tokens"),
-  (r"^embeddings\.(position_embeddings|position_embedding\.weight)$", "pos_embed"),
-  (r"^embeddings\.(patch_embeddings\.projection|patch_embedding)\.", "patch_embed.proj."),
-  (r"^pre_layrnorm\.", "norm_pre."),
-  (r"^post_layernorm\.", "norm."),
-  (rf"^(encoder\.relative_position_bias|shared_position_bias)\.{TABLE}$", f"rel_pos_bias.{TABLE}"),
-  (r"^(encoder\.layers?|layers)\.(\d+)\.", r"blocks.\2."),
-  (r"\.(lambda_|layer_scale)([12])(\.lambda1)?$", r".gamma_\2"),
-  (r"\.(layernorm_before|layer_norm1)\.", ".norm1."),
-  (r"\.(layernorm_after|layer_norm2)\.", ".norm2."),
-  (rf"\.(attention\.attention\.|attention\.|)relative_position_bias\.{TABLE}$", f".attn.{TABLE}"),
-  (r"\.(attention|self_attn)\.(attention\.query|q_proj)\.", ".attn.q."),
-  (r"\.(attention|self_attn)\.(attention\.key|k_proj)\.", ".attn.k."),
-  (r"\.(attention|self_attn)\.(attention\.value|v_proj)\.", ".attn.v."),
-  (r"\.(attention|self_attn)\.(output\.dense|o_proj|out_proj)\.", ".attn.proj."),
-  (r"\.(intermediate\.dense|mlp\.fc1)\.", ".mlp.fc1."),
-  (r"\.(output\.dense|mlp\.fc2)\.", ".mlp.fc2."),
-  (r"^pooler\.layernorm\.", "fc_norm."),
-  (r"^layernorm\.", "norm."),
-  (r"^classifier\.", "head."),
-)
-# Of other towers, of decoders, and of a layer behind the features: not part of any model of ours.
-LEFT_OUT = "|".join(
-  (
-    r"^(text_model|text_projection|visual_projection|decoder|(\w+\.)?pooler\.dense)\.",
-    r"^logit_scale$",
-    r"\.position_ids$",
-  )
-)
-# unilm's names -> those of transformers 4, without the prefix.
-EXPORT_NAMES = (
-  (r"^(cls_token|mask_token)$", r"embeddings.\1"),
-  (r"^register_tokens$", "embeddings.distillation_token"),
-  (r"^pos_embed$", "embeddings.position_embeddings"),
-  (r"^patch_embed\.proj\.", "embeddings.patch_embeddings.projection."),
-  (r"^rel_pos_bias\.", "encoder.relative_position_bias."),
-  (r"^blocks\.", "encoder.layer."),
-  (r"\.gamma_([12])$", r".lambda_\1"),
-  (r"\.norm1\.", ".layernorm_before."),
-  (r"\.norm2\.", ".layernorm_after."),
-  (rf"\.attn\.{TABLE}$", rf".attention.attention.relative_position_bias.{TABLE}"),
-  (r"\.attn\.q\.", ".attention.attention.query."),
-  (r"\.attn\.k\.", ".attention.attention.key."),
-  (r"\.attn\.v\.", ".attention.attention.value."),
-  (r"\.attn\.proj\.", ".attention.output.dense."),
-  (r"\.mlp\.fc1\.", ".intermediate.dense."),
-  (r"\.mlp\.fc2\.", ".output.dense."),
-  (r"^fc_norm\.", "pooler.layernorm."),
-  (r"^norm\.", "layernorm."),
-  (r"^head\.", "classifier."),
-)
-# The names of DINOv2 and of CLIP, made of those above.
-DINOV2_NAMES = (
-  (r"\.distillation_token$", ".register_tokens"),
-  (r"\.lambda_([12])$", r".layer_scale\1.lambda1"),
-  (r"\.layernorm_before\.", ".norm1."),
-  (r"\.layernorm_after\.", ".norm2."),
-  (r"\.intermediate\.dense\.", ".mlp.fc1."),
-  (r"(?<!attention)\.output\.dense\.", ".mlp.fc2."),
-)
-CLIP_NAMES = (
-  (r"^embeddings\.cls_token$", "embeddings.class_embedding"),
-  (r"^embeddings\.position_embeddings$", "embeddings.position_embedding.weight"),
-  (r"^embeddings\.patch_embeddings\.projection\.", "embeddings.patch_embedding."),
-  (r"^norm_pre\.", "pre_layrnorm."),
-  (r"^layernorm\.", "post_layernorm."),
-  (r"^encoder\.layer\.", "encoder.layers."),
-  (r"\.attention\.attention\.(q|k|v)\w+\.", r".self_attn.\1_proj."),
-  (r"\.attention\.output\.dense\.", ".self_attn.out_proj."),
-  (r"\.layernorm_before\.", ".layer_norm1."),
-  (r"\.layernorm_after\.", ".layer_norm2."),
-  *DINOV2_NAMES[-2:],
-)
-OWN_NAMES = {
-  "dinov2": DINOV2_NAMES,
-  "dinov2_with_registers": DINOV2_NAMES,
-  "clip_vision_model": CLIP_NAMES,
-  "clip": CLIP_NAMES,
-}
-# transformers' `hidden_act` -> ours; it is written under the last of several names.
-HIDDEN_ACTS = {
-  "gelu": "gelu",
-  "quick_gelu": "quick_gelu",
-  "gelu_new": "gelu_tanh",
-  "gelu_fast": "gelu_tanh",
-  "gelu_pytorch_tanh": "gelu_tanh",
-}
 
 
 class Folder(NamedTuple):
@@ -405,7 +321,7 @@ def choose_model_type(pretrained: Pretrained) -> str:
     UserError: none fits.
   """
   kind, fields = pretrained.kind, pretrained.encoder_fields
-  found = families.traits(fields)
+  found = traits(fields)
   pool = module_fields(pretrained.module).get("pool")
   for name in (pretrained.description.get("model_type"), *MODEL_TYPES):
     row = MODEL_TYPES.get(str(name))

@@ -75,7 +75,7 @@ class ModelKind:
     head_size: the module field that holds the number of outputs of `head`.
     tensor_names: the naming scheme of the model's tensors in foreign formats: "unilm", "mmseg" or "dalle".
     hf_class: name of the class in Hugging Face transformers, if the model type does not decide it
-      (`families.MODEL_TYPES`).
+      (`hf_types.MODEL_TYPES`).
     hf_outside: beginnings of the names that are not inside the encoder in that class.
   """
 
