@@ -131,7 +131,7 @@ def test_resume_does_not_move_the_data_position(changes, run, tmp_path):
   assert not (tmp_path / "checkpoints").exists() or not checkpoint.steps(tmp_path / "checkpoints")
 
 
-def test_resume_with_other_masks_or_files_is_refused(run, tmp_path):
+def test_resume_with_other_masks_or_files_is_refused(run, tmp_path, caplog):
   folder = shutil.copytree(checkpoint.find(run), tmp_path / "6")
   description = checkpoint.read_description(folder)
   changes = {"tokenizer.init_from": "unused"}
@@ -143,6 +143,8 @@ def test_resume_with_other_masks_or_files_is_refused(run, tmp_path):
     other = tiny.config("beit", **changes, **{"mask.num_masked": 24})
     record.check_same_position(folder, description["config"], other, description)
   other = {**description, "dataset": {**description["dataset"], "sha256": "00"}}
+  record.check_same_data(folder, other)  # a run goes on in its own folder, with a warning
+  assert "has other files or classes than before" in caplog.text
   with pytest.raises(UserError, match="other files or classes than before"):
     record.check_same_position(folder, description["config"], config, other)
 
