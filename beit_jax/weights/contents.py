@@ -66,6 +66,11 @@ class _Candidate(NamedTuple):
   tensors: dict[str, Any]
   prefix: str
 
+  @property
+  def place(self) -> str:
+    """Where it lies, for messages."""
+    return self.label.rstrip(".") or "(the top)"
+
 
 def read(path: Path, ema: bool = False) -> Contents:
   """Opens a file, or the shards that an index names, and takes the state dict of its model.
@@ -151,9 +156,9 @@ def _choose(content: Any, facts: dict[str, Any], path: Path, ema: bool) -> Conte
       "one file with the whole state dict"
     )
   left_out = [name for name in chosen.tensors if not name.startswith(chosen.prefix)]
-  others = [model.label or "(the top)" for model in models if model is not chosen]
+  others = ", ".join(model.place for model in models if model is not chosen)
   if others:
-    log.info("%s: took the model under %s; also in the file: %s", path, chosen.label, ", ".join(others)[:500])
+    log.info("%s: took the model under %s; also in the file: %s", path, chosen.place, others[:500])
   return Contents(state, facts, left_out)
 
 
@@ -221,9 +226,9 @@ def _the_one(models: list[_Candidate], facts: dict[str, Any], path: Path, ema: b
   rest = averaged if ema else [model for model in models if model not in averaged] or models
   rest = [model for model in rest if not SECOND.search(model.label)] or rest
   if len(rest) > 1:
-    labels = [model.label or "(the top)" for model in rest]
+    places = ", ".join(model.place for model in rest[:8])
     raise UserError(
-      f"{path}: it holds {len(rest)} models, under {', '.join(labels[:8])[:500]}. Save the one that you mean in "
-      f"PyTorch: the entries whose names start with {labels[0][:100]!r}, without that prefix"
+      f"{path}: it holds {len(rest)} models, under {places[:500]}. Save the state dict of the one that "
+      "you mean as a file of its own"
     )
   return rest[0]

@@ -208,7 +208,7 @@ def test_form_of_an_encoder(name, tmp_path, caplog):
   _assert_same(loaded.params, _model("backbone").params)
   left_out = {n for n in loaded.description["left_out"] if not re.search("_index$|^momentum", n)}
   assert left_out == set(LEFT_OUT[name])
-  copies = {"DINO": "student.backbone.", "iBOT": "student.", "MoCo v3": "state_dict.momentum_encoder."}
+  copies = {"DINO": "student.backbone", "iBOT": "student", "MoCo v3": "state_dict.momentum_encoder"}
   assert f"also in the file: {copies.get(name, '-')}" in caplog.text or name not in copies
 
 
@@ -404,7 +404,7 @@ def test_averaged_weights_of_mmengine_are_in_the_state_dict(tmp_path):
 
 def test_several_models_are_refused_by_name(tmp_path):
   content = {"generator": _under("vit.", _state()), "critic": _state()}
-  with pytest.raises(UserError, match=r"holds 2 models, under critic\., generator\.vit\..*Save the one"):
+  with pytest.raises(UserError, match=r"holds 2 models, under critic, generator\.vit\. Save the state dict"):
     weights_io.load(_save(tmp_path / "x.pth", dict(sorted(content.items()))))
   with pytest.raises(UserError, match="the same names with and without prefixes"):
     weights_io.load(_save(tmp_path / "y.pth", _state() | _under("module.", _state())))
