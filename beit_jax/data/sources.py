@@ -23,7 +23,7 @@ from beit_jax.errors import BadImage, UserError
 from beit_jax.runtime import bucket
 from beit_jax.runtime.logs import log
 
-SLICE = re.compile(r"(.*)\[(\d+%?)?:(\d+%?)?\]")  # "train[10%:]", as in TFDS
+SLICE = re.compile(r"(.*)\[([0-9]{1,12}%?)?:([0-9]{1,12}%?)?\]")  # "train[10%:]", as in TFDS
 MAP_ENDINGS = (".png", ".bmp", ".tif", ".tiff")  # of label maps; other formats do not keep every value
 UNNAMED = "images that the label file does not name"
 
@@ -190,12 +190,12 @@ def _slice(names: list[str], split: str) -> list[int]:
       return default
     return -(-len(names) * int(text[:-1]) // 100) if text.endswith("%") else int(text)
 
-  digests = [hashlib.sha256(name.encode(errors="surrogateescape")).digest() for name in names]
-  order = sorted(range(len(names)), key=digests.__getitem__)
-  part = sorted(order[position(match[2], 0) : position(match[3], len(names))])
-  if not part:
+  digests = (hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=8).digest() for name in names)
+  order = np.argsort(np.frombuffer(b"".join(digests), ">u8"), kind="stable")
+  part = np.sort(order[position(match[2], 0) : position(match[3], len(names))])
+  if not len(part):
     raise UserError(f"data.split or eval.split={split!r}: this part of {len(names)} images is empty")
-  return part
+  return part.tolist()
 
 
 class FolderSource(Source):

@@ -277,6 +277,12 @@ def test_two_parts_make_up_the_folder(tmp_path):
   assert len(_folder(tmp_path, "train[:7]")) == 7 and len(_folder(tmp_path, "train[7:]")) == 113
 
 
+def test_the_parts_of_a_folder_never_change(tmp_path):
+  """A resumed run must hold the same images out."""
+  _tree(tmp_path, *(f"{i:02d}.png" for i in range(20)))
+  assert _used(_folder(tmp_path, "[:15%]")) == ["06.png", "08.png", "19.png"]
+
+
 def test_most_held_out_images_stay_so_when_the_folder_grows(tmp_path):
   before = set(_used(_folder(_classes(tmp_path), "train[:10%]")))
   _tree(tmp_path, *(f"c/new{i}.png" for i in range(6)))
