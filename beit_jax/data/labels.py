@@ -51,10 +51,10 @@ class _Relabeled(Source):
   """A source whose classes have the numbers that their names have in `class_names`."""
 
   def __init__(self, source: Source, class_names: tuple[str, ...]):
+    for name in Source.__annotations__:  # all that is known of the data
+      setattr(self, name, getattr(source, name))
     self._source, self._old_count = source, source.num_classes
     self.class_names, self.num_classes = class_names, len(class_names)
-    self.map_class_names, self.description = source.map_class_names, source.description
-    self.has_labels, self.multi_label = source.has_labels, source.multi_label
     numbers = {name: i for i, name in enumerate(class_names)}
     self._numbers = np.array([numbers[name] for name in source.class_names])
 

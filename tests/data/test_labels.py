@@ -85,6 +85,11 @@ def test_relabeled_by_name(caplog):
   assert source.class_names == tuple("cbad") and source.num_classes == 4
   assert [source[i]["label"] for i in range(3)] == [2, 0, 0]
   assert "2 of the 4 classes of the model; absent: b, d" in caplog.text
+  own = Numbers([0], "ac")
+  own.pixel_rule = own.map_class_names = object()
+  changed = {"class_names", "num_classes"}
+  for name in sources.Source.__annotations__.keys() - changed:
+    assert getattr(labels.relabel(own, "cbad"), name) is getattr(own, name), name
   vectors = np.array([[1, 0], [1, 1]], np.float32)
   many = labels.relabel(Numbers(vectors, "ac", multi_label=True), "cbad")
   assert [many[i]["label"].tolist() for i in range(2)] == [[0, 0, 1, 0], [1, 0, 1, 0]]
