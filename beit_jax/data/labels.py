@@ -53,7 +53,7 @@ class _Relabeled(Source):
   def __init__(self, source: Source, class_names: tuple[str, ...]):
     for name in Source.__annotations__:  # all that is known of the data
       setattr(self, name, getattr(source, name))
-    self._source, self._old_count = source, source.num_classes
+    self._source, self._old_count, self.description = source, source.num_classes, source.description
     self.class_names, self.num_classes = class_names, len(class_names)
     numbers = {name: i for i, name in enumerate(class_names)}
     self._numbers = np.array([numbers[name] for name in source.class_names])
