@@ -146,10 +146,13 @@ def check_stages(runs: Sequence[Stage]) -> dict[str, Data]:
       continue
     names = evaluation.class_names_of_run(config, stage.folder)
     key = json.dumps([config.data.to_dict(), config.eval.to_dict(), config.batch_size, names], default=str)
-    with _user_errors_of_files(stage.folder), jax.set_mesh(mesh):
-      data = made[key] = made.get(key) or make_data(config, stage.folder, stage.name)
-      with silent():
-        _check_stage(stage, mesh, data)
+    try:
+      with _user_errors_of_files(stage.folder), jax.set_mesh(mesh):
+        data = made[key] = made.get(key) or make_data(config, stage.folder, stage.name)
+        with silent():
+          _check_stage(stage, mesh, data)
+    except UserError as error:
+      raise type(error)(f"stage {stage.name!r}: {error}") from error
     if stage.objective.trains:
       found[stage.name] = data
   return found

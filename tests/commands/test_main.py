@@ -186,7 +186,7 @@ def _stages(tmp_path, **data):
 def test_a_mistake_in_a_later_stage_is_found_before_the_first_one_starts(changes, fact, tmp_path, capsys):
   flags = [f"--config={_stages(tmp_path)}", f"--workdir={tmp_path / 'run'}"]
   flags += [f"--config.{key}={value}" for key, value in changes.items()]
-  _fails(capsys, main_lib.main(flags), fact)
+  _fails(capsys, main_lib.main(flags), fact, f"stage {next(iter(changes)).partition('.')[0]!r}: ")
   assert not (tmp_path / "run" / "tokenizer").exists()
   assert doctor.main(flags) == 1
   assert fact in capsys.readouterr().out
