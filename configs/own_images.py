@@ -6,7 +6,8 @@ Images may be color, gray, 16-bit or palette images of any size; sub-folders are
 and cut into patches of 8x8. The tokenizer sees 32x32 and has 512 words. docs/own_data.md says what to change for
 larger runs. A tenth of the images is not trained on but evaluated every 500 steps, which also finds a collapse of the
 tokenizer's codebook.
-Expected: nothing published. Run here: two steps of each stage, in the tests.
+Expected: nothing published. Run here: two steps of each stage, in the tests; 500 steps of the tokenizer on 450
+photographs, after which 21 % of the words were in use on the 50 that were held out.
 """
 
 from ml_collections import ConfigDict
