@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from beit_jax.models.constrain import constrain_batch
-from beit_jax.models.layers import INITS, Block, LayerNorm, PatchEmbed, RelPosBias, scaled_init
+from beit_jax.models.layers import INITS, Block, Dense, PatchEmbed, RelPosBias, scaled_init
 
 # base and large: BEiT paper, Table 12. tiny and small are DeiT's sizes; BEiT was not released in them.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -124,7 +124,7 @@ class Beit(nn.Module):
       registers = self.param("register_tokens", init, (1, self.register_tokens, self.width)).astype(x.dtype)
       x = jnp.concatenate([x, jnp.broadcast_to(registers, (len(x), *registers.shape[1:]))], 1)
     if self.pre_norm:
-      x = LayerNorm(self.norm_eps, dtype=dtype, name="norm_pre")(x).astype(residual_dtype)
+      x = nn.LayerNorm(self.norm_eps, dtype=dtype, name="norm_pre")(x).astype(residual_dtype)
     bias = None
     if self.rel_pos == "shared":
       bias = RelPosBias(self.grid_size, self.num_heads, name="rel_pos_bias")()
@@ -142,7 +142,7 @@ class Beit(nn.Module):
         block = block_class(**self._block_fields(i), name=f"block_{i:02d}")
         x = out[f"block_{i:02d}"] = block(x, bias, rates[i], None if keys is None else keys[i])
     if self.final_norm:
-      x = LayerNorm(self.norm_eps, dtype=dtype, name="norm")(x)
+      x = nn.LayerNorm(self.norm_eps, dtype=dtype, name="norm")(x)
     if self.register_tokens:
       count = x.shape[1] - self.register_tokens
       out = {name: tokens[:, :count] for name, tokens in out.items()} | {"registers": x[:, count:]}
@@ -230,10 +230,9 @@ class BeitForMaskedImageModeling(nn.Module):
     x = x[:, 1:]
     if slots is not None:
       x = jnp.take_along_axis(x, slots[..., None], axis=1)  # [B, M, D]
-    head = nn.Dense(
-      self.vocab_size, kernel_init=INITS[encoder.weight_init], dtype=encoder.dtype, name="lm_head"
-    )
-    return head(x).astype(jnp.float32)
+    init, dtype = INITS[encoder.weight_init], jnp.dtype(encoder.dtype)
+    head = Dense(self.vocab_size, init, dtype, name="lm_head")
+    return constrain_batch(head(x).astype(jnp.float32))
 
 
 # Which tokens the classifier's head sees, concatenated. "mean" is the mean of the patch tokens.
@@ -267,6 +266,6 @@ class BeitForImageClassification(nn.Module):
       parts["registers"] = out["registers"].astype(jnp.float32).reshape(len(x), -1)
     x = jnp.concatenate([parts[part] for part in POOLS[self.pool]], -1)
     if self.pool == "mean":
-      x = LayerNorm(encoder.norm_eps, name="fc_norm")(x)
+      x = nn.LayerNorm(encoder.norm_eps, name="fc_norm")(x)
     init = scaled_init(INITS[encoder.weight_init], self.head_init_scale)
-    return nn.Dense(self.num_classes, kernel_init=init, name="head")(x)
+    return constrain_batch(nn.Dense(self.num_classes, kernel_init=init, name="head")(x))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from beit_jax.models.constrain import constrain_batch
-from beit_jax.models.layers import uniform_init
+from beit_jax.models.layers import Conv, add_bias, product, uniform_init
 
 BN_EPS = 1e-5
 BN_DECAY = 0.9  # PyTorch's momentum 0.1
@@ -62,14 +62,8 @@ class ConvModule(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-    conv = nn.Conv(
-      self.features,
-      (self.kernel_size,) * 2,
-      use_bias=False,
-      kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
-      dtype=self.dtype,
-      name="conv",
-    )
+    init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+    conv = Conv(self.features, self.kernel_size, init, self.dtype, use_bias=False, name="conv")
     return constrain_batch(nn.relu(BatchNorm(name="bn")(conv(x), train=train)))
 
 
@@ -89,11 +83,11 @@ class TransposedConv(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     batch, height, width, channels = x.shape
     init = uniform_init(4 * self.features)
-    kernel = self.param("kernel", init, (2, 2, channels, self.features)).astype(self.dtype)
-    bias = self.param("bias", init, (self.features,)).astype(self.dtype)
-    x = x.astype(self.dtype) @ kernel.transpose(2, 0, 1, 3).reshape(channels, -1)
+    kernel = self.param("kernel", init, (2, 2, channels, self.features))
+    bias = self.param("bias", init, (self.features,))
+    x = product(x.astype(self.dtype), kernel.transpose(2, 0, 1, 3).reshape(channels, -1))
     x = x.reshape(batch, height, width, 2, 2, self.features).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(batch, 2 * height, 2 * width, self.features) + bias
+    return add_bias(x.reshape(batch, 2 * height, 2 * width, self.features), bias)
 
 
 def classify(x: jax.Array, num_classes: int, dtype: jnp.dtype) -> jax.Array:
@@ -110,8 +104,8 @@ def classify(x: jax.Array, num_classes: int, dtype: jnp.dtype) -> jax.Array:
     Logits float32 [B, H, W, num_classes].
   """
   init = nn.initializers.normal(0.01)
-  conv = nn.Conv(num_classes, (1, 1), kernel_init=init, dtype=dtype, name="conv_seg")
-  return conv(x).astype(jnp.float32)
+  conv = Conv(num_classes, 1, init, dtype, name="conv_seg")
+  return constrain_batch(conv(x).astype(jnp.float32))
 
 
 def drop_channels(x: jax.Array, *, train: bool) -> jax.Array:

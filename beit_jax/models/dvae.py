@@ -2,7 +2,8 @@
 
 Has the architecture of openai/DALL-E `dall_e/encoder.py` and `decoder.py` with configurable sizes. Parameter names are
 those of the published files with `/` for `.`, `kernel` for `w` and `bias` for `b`. One deliberate difference: the first
-and the last convolution compute in float32 and all others in `dtype` (OpenAI: float16 on CUDA). The sums of residual
+and the last convolution compute in float32 and all others in `dtype` (OpenAI: float16 on CUDA). Products in float32
+have that precision on every platform, so that an image has the same tokens everywhere. The sums of residual
 blocks are in `residual_dtype`: their branches are small, since `post_gain` is 1/64 in the published model.
 Shapes: B = batch size, H, W = image size in pixels, h, w = token grid (H / stride), N = h * w, V = vocabulary size.
 """
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from beit_jax.models.layers import Conv
 from beit_jax.models.resampling import max_pool_2x2
 
 EPS = 0.1  # distance of mapped pixels from 0 and 1, where the logit is infinite
@@ -29,12 +31,15 @@ def unmap_pixels(x: jax.Array) -> jax.Array:
   return jnp.clip((x - EPS) / (1 - 2 * EPS), 0, 1)
 
 
-def _conv(features: int, size: int, dtype: jnp.dtype, name: str) -> nn.Conv:
+def _conv(features: int, size: int, dtype: Any, name: str) -> Conv:
   # Standard deviation 1/sqrt(fan_in), biases zero (dall_e/utils.py Conv2d).
   def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
     return jax.random.normal(key, shape, dtype) / np.sqrt(np.prod(shape[:-1]))
 
-  return nn.Conv(features, (size, size), padding="SAME", kernel_init=init, dtype=dtype, name=name)
+  dtype = jnp.dtype(dtype)
+  # Without it, JAX computes float32 products in bfloat16 on a TPU and in TF32 on a GPU, and tokens differ.
+  precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+  return Conv(features, size, init, dtype, precision=precision, name=name)
 
 
 class _Residual(nn.Module):

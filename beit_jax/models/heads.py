@@ -19,7 +19,7 @@ def block_features(out: dict[str, jax.Array]) -> jax.Array:
 
 
 class LinearProbes(nn.Module):
-  """One linear classifier per block: features [L, B, 2D] -> logits float32 [L, B, C].
+  """One linear classifier per block: features [L, B, 2D] -> logits float32 [L, B, C], in float32 on every platform.
 
   Initial kernels are drawn from a normal distribution of standard deviation 0.01.
   """
@@ -29,5 +29,8 @@ class LinearProbes(nn.Module):
   @nn.compact
   def __call__(self, features: jax.Array) -> jax.Array:
     init = nn.initializers.normal(0.01)
-    heads = [nn.Dense(self.num_classes, kernel_init=init, name=f"head_{i:02d}") for i in range(len(features))]
+    heads = [
+      nn.Dense(self.num_classes, precision="highest", kernel_init=init, name=f"head_{i:02d}")
+      for i in range(len(features))
+    ]
     return jnp.stack([head(x) for head, x in zip(heads, features, strict=True)])

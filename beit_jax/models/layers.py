@@ -18,9 +18,6 @@ from beit_jax.models.constrain import constrain_batch
 
 Initializer = Callable[..., jax.Array]
 
-# Mean and variance in two passes over the row, in float32: E[x^2] - E[x]^2 cancels where the mean is large.
-LayerNorm = functools.partial(nn.LayerNorm, use_fast_variance=False)
-
 # Pre-training truncates the normal distribution at one sigma without rescaling (actual std 0.0108). Fine-tuning
 # truncates at an absolute value of 2, which has no effect. (unilm modeling_pretrain.py and timm)
 INITS: dict[str, Initializer] = {
@@ -48,6 +45,117 @@ def scaled_init(init: Initializer, scale: float) -> Initializer:
   return scaled
 
 
+@jax.custom_vjp
+def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """x @ kernel in the dtype of `x`, with a gradient of the kernel that is summed in float32.
+
+  The gradient of a kernel that is cast to bfloat16 is bfloat16, on each device and in the sum over devices.
+
+  Args:
+    x: [..., D].
+    kernel: float32 [D, F].
+
+  Returns:
+    [..., F].
+  """
+  return x @ kernel.astype(x.dtype)
+
+
+def _product_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+  return product(x, kernel), (x, kernel)
+
+
+def _product_backward(saved: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, jax.Array]:
+  x, kernel = saved
+  rows = (*range(x.ndim - 1),)
+  kernel_grad = jax.lax.dot_general(x, grad, ((rows, rows), ((), ())), preferred_element_type=kernel.dtype)
+  return grad @ kernel.astype(grad.dtype).T, kernel_grad
+
+
+product.defvjp(_product_forward, _product_backward)
+
+
+def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
+  """x + bias in the dtype of `x`, with a gradient of the bias that is summed in float32."""
+  return (x.astype(bias.dtype) + bias).astype(x.dtype)
+
+
+class Dense(nn.Module):
+  """x @ kernel + bias in `dtype`, with gradients of the parameters in float32: [..., D] -> [..., features]."""
+
+  features: int
+  kernel_init: Initializer
+  dtype: jnp.dtype
+  use_bias: bool = True
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+    x = product(x.astype(self.dtype), kernel)
+    return add_bias(x, self.param("bias", nn.initializers.zeros, (self.features,))) if self.use_bias else x
+
+
+def _convolve(x: jax.Array, kernel: jax.Array, precision: jax.lax.Precision | None) -> jax.Array:
+  layout = ("NHWC", "HWIO", "NHWC")
+  return jax.lax.conv_general_dilated(
+    x, kernel.astype(x.dtype), (1, 1), "SAME", dimension_numbers=layout, precision=precision
+  )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def convolution(x: jax.Array, kernel: jax.Array, precision: jax.lax.Precision | None) -> jax.Array:
+  """Convolution with stride 1 and zero padding in the dtype of `x`; the kernel's gradient is summed in float32.
+
+  Args:
+    x: [B, H, W, C].
+    kernel: float32 [k, k, C, O].
+    precision: Of the products; None: JAX's default.
+
+  Returns:
+    [B, H, W, O].
+  """
+  return _convolve(x, kernel, precision)
+
+
+def _convolution_forward(
+  x: jax.Array, kernel: jax.Array, precision: jax.lax.Precision | None
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+  return _convolve(x, kernel, precision), (x, kernel)
+
+
+def _convolution_backward(
+  precision: jax.lax.Precision | None, saved: tuple[jax.Array, jax.Array], grad: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  x, kernel = saved
+  wide, wide_grad = x.astype(kernel.dtype), grad.astype(kernel.dtype)
+  (x_grad,) = jax.linear_transpose(lambda x: _convolve(x, kernel, precision), x)(grad)
+  (kernel_grad,) = jax.linear_transpose(lambda k: _convolve(wide, k, precision), kernel)(wide_grad)
+  return x_grad, kernel_grad
+
+
+convolution.defvjp(_convolution_forward, _convolution_backward)
+
+
+class Conv(nn.Module):
+  """Convolution with stride 1 and zero padding in `dtype`: [B, H, W, C] -> [B, H, W, features].
+
+  The parameters' gradients are float32.
+  """
+
+  features: int
+  size: int
+  kernel_init: Initializer
+  dtype: jnp.dtype
+  use_bias: bool = True
+  precision: jax.lax.Precision | None = None
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    kernel = self.param("kernel", self.kernel_init, (self.size, self.size, x.shape[-1], self.features))
+    x = convolution(x.astype(self.dtype), kernel, self.precision)
+    return add_bias(x, self.param("bias", nn.initializers.zeros, (self.features,))) if self.use_bias else x
+
+
 class PatchEmbed(nn.Module):
   """Non-overlapping P x P convolution as one matrix product: [B, H, W, C] -> [B, N, D]."""
 
@@ -68,7 +176,7 @@ class PatchEmbed(nn.Module):
     bias = self.param("bias", bias_init, (self.width,))
     x = image.astype(self.dtype).reshape(batch, height // p, p, width // p, p, channels)
     x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, p * p * channels)  # [B, N, P*P*C]
-    return x @ kernel.astype(self.dtype).reshape(-1, self.width) + bias.astype(self.dtype)
+    return add_bias(product(x, kernel.reshape(-1, self.width)), bias)
 
 
 @functools.lru_cache(maxsize=4)  # every block calls it
@@ -131,18 +239,18 @@ class Attention(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array, bias: jax.Array | None = None) -> jax.Array:
     batch, tokens, width = x.shape
-    qkv = nn.Dense(3 * width, use_bias=False, kernel_init=self.weight_init, dtype=self.dtype, name="qkv")(x)
+    qkv = Dense(3 * width, self.weight_init, self.dtype, use_bias=False, name="qkv")(x)
     q_bias = self.param("q_bias", nn.initializers.zeros, (width,))
     v_bias = self.param("v_bias", nn.initializers.zeros, (width,))
     # A bias on k would add the same number to all logits of a query, which the softmax cancels.
-    qkv += jnp.concatenate([q_bias, jnp.zeros_like(q_bias), v_bias]).astype(qkv.dtype)
+    qkv = add_bias(qkv, jnp.concatenate([q_bias, jnp.zeros_like(q_bias), v_bias]))
     # The gradient of a split is one concatenation; that of indexing would be a sum of three zero-padded arrays.
     # Each: [B, T, K, D/K].
     q, k, v = (x.reshape(batch, tokens, self.num_heads, -1) for x in jnp.split(qkv, 3, axis=-1))
     if self.grid_size is not None:
       bias = relative_position_bias(self, self.grid_size, self.num_heads)
     x = attention(q, k, v, bias, self.attention).reshape(batch, tokens, width)
-    return nn.Dense(width, kernel_init=self.proj_init, dtype=self.dtype, name="proj")(x)
+    return Dense(width, self.proj_init, self.dtype, name="proj")(x)
 
 
 # "gelu" is exact (erf). CLIP was trained with "quick_gelu", SigLIP and some others with "gelu_tanh".
@@ -165,9 +273,9 @@ class Mlp(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     width = x.shape[-1]
-    x = nn.Dense(self.hidden, kernel_init=self.weight_init, dtype=self.dtype, name="fc1")(x)
+    x = Dense(self.hidden, self.weight_init, self.dtype, name="fc1")(x)
     x = ACTIVATIONS[self.activation](x)
-    return nn.Dense(width, kernel_init=self.fc2_init, dtype=self.dtype, name="fc2")(x)
+    return Dense(width, self.fc2_init, self.dtype, name="fc2")(x)
 
 
 def drop_path(x: jax.Array, rate: jax.Array | float, key: jax.Array | None) -> jax.Array:
@@ -233,8 +341,8 @@ class Block(nn.Module):
       name="attn",
     )
     mlp = Mlp(int(self.width * self.mlp_ratio), init, output_init, self.dtype, self.activation, name="mlp")
-    norm1 = LayerNorm(self.norm_eps, dtype=self.dtype, name="norm1")
-    norm2 = LayerNorm(self.norm_eps, dtype=self.dtype, name="norm2")
+    norm1 = nn.LayerNorm(self.norm_eps, dtype=self.dtype, name="norm1")
+    norm2 = nn.LayerNorm(self.norm_eps, dtype=self.dtype, name="norm2")
     keys = (None, None) if drop_key is None else jax.random.split(drop_key)
 
     def branch(y: jax.Array, name: str, key: jax.Array | None) -> jax.Array:

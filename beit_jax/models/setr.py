@@ -4,7 +4,7 @@ Follows the SETR authors' vit_up_head.py and mmseg's setr_up_head.py (num_convs 
 dropout). Deliberate differences:
 - The classifier runs before the last doubling, as in the authors' code; in mmseg it runs after it. A 1x1 convolution
   commutes with bilinear resizing, so the result is the same, and the largest map has C instead of 256 channels.
-- An auxiliary head is LayerNorm, one 3x3 conv-BN-ReLU and the classifier at the resolution of the patches. The only
+- An auxiliary head is one 3x3 conv-BN-ReLU and the classifier at the resolution of the patches. The only
   upsampling is that of the loss, which resizes the logits to the label. mmseg has two convolutions, each followed by
   a factor of 4; according to the authors of SETR, theirs upsamples once (mmsegmentation#721).
 - Convolutions before BatchNorm have no bias, as in mmseg; the authors' have one, without effect.
@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 
 from beit_jax.models.convolutions import ConvModule, classify
-from beit_jax.models.layers import LayerNorm
 from beit_jax.models.resampling import resize_bilinear
 
 SETR_CHANNELS = 256
@@ -39,7 +38,7 @@ class SetrUpHead(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-    x = LayerNorm(NORM_EPS, dtype=self.dtype, name="norm")(x)
+    x = nn.LayerNorm(NORM_EPS, dtype=self.dtype, name="norm")(x)
     for i in range(self.num_convs):
       x = ConvModule(self.channels, 3, self.dtype, name=f"up_{i}")(x, train=train)
       if i == self.num_convs - 1:

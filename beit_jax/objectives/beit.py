@@ -15,6 +15,7 @@ from beit_jax.data.images import ViewSizes
 from beit_jax.data.sources import Source
 from beit_jax.errors import UserError
 from beit_jax.models.beit import BeitForMaskedImageModeling, masked_slots
+from beit_jax.models.constrain import constrain_batch
 from beit_jax.objectives import masked
 from beit_jax.objectives.base import (
   Array,
@@ -175,8 +176,8 @@ class MaskedImageModeling(EncoderObjective):
     image, mask, targets = self._inputs(frozen, batch, train=train)
     slots, weight = masked_slots(mask, self.config.mask.num_masked)
     logits = self.module.apply(variables, image, mask, slots=slots, train=train, rngs=rngs)
-    weight = weight * batch["valid"][:, None]
-    targets = jnp.take_along_axis(targets, slots, 1)
+    weight = constrain_batch(weight * batch["valid"][:, None])
+    targets = constrain_batch(jnp.take_along_axis(targets, slots, 1))
     loss, correct, count = losses.masked_cross_entropy(logits, targets, weight)
     return {"loss": Metric(loss, count), "mim_acc": Metric(correct, count)}
 

@@ -306,5 +306,7 @@ def knn_vote(
   Returns:
     float32 [B, C].
   """
-  nearest, index = jax.lax.top_k(query @ bank.T, k)  # [B, k]
-  return jnp.einsum("bk,bkc->bc", jnp.exp(nearest / temperature), jax.nn.one_hot(label[index], num_classes))
+  # Without "highest" a TPU would round the products to bfloat16, a GPU to TF32.
+  nearest, index = jax.lax.top_k(jnp.matmul(query, bank.T, precision="highest"), k)  # [B, k]
+  votes = jax.nn.one_hot(label[index], num_classes)  # [B, k, C]
+  return jnp.einsum("bk,bkc->bc", jnp.exp(nearest / temperature), votes, precision="highest")

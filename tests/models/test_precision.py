@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend import core
 
 from beit_jax import trees
-from beit_jax.models import attention, beit, dvae, layers
+from beit_jax.models import attention, beit, dvae, heads, upernet
+from beit_jax.objectives import probe
 
 DEPTH = 12
 
@@ -100,10 +102,63 @@ def test_the_sums_of_the_tokenizer_are_float32():
   assert jnp.linalg.norm(out - x - wanted) < 0.02 * jnp.linalg.norm(wanted)
 
 
-def test_layer_norm_at_a_mean_far_from_zero():
-  x = 200 + jax.random.normal(jax.random.key(0), (8, 64))
-  norm = layers.LayerNorm(1e-6)
-  found = norm.apply(norm.init(jax.random.key(1), x), x)
-  exact = np.asarray(x, np.float64)
-  exact = (exact - exact.mean(-1, keepdims=True)) / exact.std(-1, keepdims=True)
-  np.testing.assert_allclose(found, exact, atol=1e-4)
+@pytest.mark.parametrize("make", ["mim", "segmenter", "tokenizer"])
+def test_gradients_are_not_rounded_to_bfloat16(make):
+  """Each device, and the sum over devices, must have them in float32: bfloat16 would add an error at every addition."""
+  encoder = dict(image_size=(32, 32), patch_size=8, width=16, depth=4, num_heads=2, dtype="bfloat16")
+  module = {
+    "mim": beit.BeitForMaskedImageModeling(encoder, 32),
+    "segmenter": upernet.BeitForSemanticSegmentation(encoder, 5, (0, 1, 2, 3), 16, 16),
+    "tokenizer": dvae.Dvae(16, 16, 1, 2, 32, "bfloat16"),
+  }[make]
+  image = jax.random.uniform(jax.random.key(0), (2, 32, 32, 3))
+  variables = jax.jit(module.init)(jax.random.key(1), image)
+  args = (jnp.arange(32).reshape(2, 4, 4) % 3 == 0,) if make == "mim" else ()
+
+  def loss(params):
+    out = module.apply({**variables, "params": params}, image, *args)
+    return sum(
+      (leaf * jax.random.normal(jax.random.key(2), leaf.shape)).sum() for leaf in jax.tree.leaves(out)
+    )
+
+  grads = trees.flatten(jax.jit(jax.grad(loss))(variables["params"]))
+  rounded = []
+  for name, leaf in grads.items():
+    values = leaf[leaf != 0]
+    if values.size > 8 and (values == values.astype(jnp.bfloat16).astype(jnp.float32)).mean() > 0.5:
+      rounded.append(name)
+  assert rounded == []
+
+
+def _precisions(function, *args):
+  """The precision of every product and convolution in a traced function, where JAX's default would be bfloat16."""
+
+  def walk(jaxpr):
+    for eqn in jaxpr.eqns:
+      if eqn.primitive.name in ("dot_general", "conv_general_dilated"):
+        yield eqn.params["precision"]
+      for inner in core.jaxprs_in_params(eqn.params):
+        yield from walk(inner)
+
+  with jax.default_matmul_precision("bfloat16"):
+    return list(walk(jax.make_jaxpr(function)(*args).jaxpr))
+
+
+@pytest.mark.parametrize("dtype, exact", [("float32", 11), ("bfloat16", 2)])
+def test_float32_convolutions_of_the_tokenizer_are_float32_on_every_platform(dtype, exact):
+  module = dvae.DvaeEncoder(8, 1, 2, 16, dtype)
+  image = jnp.zeros((1, 4, 4, 3))
+  params = module.init(jax.random.key(0), image)
+  found = _precisions(module.apply, params, image)
+  highest = (jax.lax.Precision.HIGHEST,) * 2
+  assert len(found) == 11 and found.count(highest) == exact
+
+
+def test_products_of_probes_are_float32_on_every_platform():
+  highest = (jax.lax.Precision.HIGHEST,) * 2
+  features, label = jnp.ones((3, 4, 8)), jnp.zeros(4, jnp.int32)
+  module = heads.LinearProbes(5)
+  params = module.init(jax.random.key(0), features)
+  assert _precisions(module.apply, params, features) == [highest] * 3
+  vote = lambda x: probe.knn_vote(x, x, label=label, num_classes=2, k=2, temperature=0.1)
+  assert _precisions(vote, features[0]) == [highest] * 2
