@@ -158,7 +158,7 @@ def describe_run(*paths: str | Path | None) -> dict[str, Any]:
   for path in filter(None, paths):
     folder = bucket.path(path)
     if (folder / checkpoint.DESCRIPTION).is_file() or checkpoint.steps(folder / "checkpoints"):
-      return checkpoint.read_description(checkpoint.find(folder))
+      return checkpoint.read_description(checkpoint.find(folder, items=[]))
   return {}
 
 

@@ -32,7 +32,7 @@ LABELED = dict(
 def pretrain(variant: str, preset: str, clip_norm: float) -> dict:
   return dict(
     objective="beit",
-    tokenizer=dict(init_from="stage:tokenizer"),
+    tokenizer=dict(init_from="stage:tokenizer", dtype="bfloat16"),
     batch_size=2048,
     total_epochs=800.0,
     model=dict(variant=variant, preset=preset, drop_path_rate=0.1, dtype="bfloat16"),

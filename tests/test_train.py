@@ -136,8 +136,9 @@ def test_metrics_figures_and_description(whole_run):
   rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
   steps = [row["step"] for row in rows if "loss" in row]
   assert steps == list(range(1, 11))
-  for key in ("loss", "learning_rate", "grad_norm", "images_per_second", "mim_acc", "data_wait"):
+  for key in ("loss", "learning_rate", "weight_decay", "grad_norm", "images_per_second", "mim_acc"):
     assert key in rows[0]
+  assert "data_wait" in rows[0] and rows[0]["weight_decay"] == 0.05
   assert rows[0]["learning_rate"] == 0.0  # a warm-up starts at 0
   assert rows[0]["loss"] == pytest.approx(np.log(16), abs=0.1)
   assert 0 <= result["eval"]["mim_acc"] <= 1 and "loss" in result["eval"]

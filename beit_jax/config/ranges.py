@@ -21,6 +21,7 @@ MAX_STEPS = 2**31 - 1  # the step counter is an int32
 MAX_PROFILED_STEPS = 100
 MAX_TEXT = 4096
 MAX_FLOAT = 1e38  # about the largest float32
+DTYPES = ("float32", "bfloat16", "float16")
 FINITE = f"must be finite numbers, or text of up to {MAX_TEXT:,} characters without null"
 
 
@@ -176,7 +177,7 @@ MODEL: Table = (
   (r"model\.(layer_scale_init|head_init_scale)", number(0)),
   (r"model\.drop_path_rate", fraction(one=False)),
   (r"model\.norm_eps", number(1e-30, 1)),
-  (r"model\.(dtype|residual_dtype)", one_of("float32", "bfloat16", "float16")),
+  (r"model\.(dtype|residual_dtype)", one_of(*DTYPES)),
   (r"model\.attention", one_of("auto", "xla", "cudnn")),
   (r"model\.preset", one_of("plus", "paper")),
   (r"model\.rel_pos", one_of("shared", "per_block", "none")),

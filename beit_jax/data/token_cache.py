@@ -42,7 +42,13 @@ CONFIG_KEY = "config key 'tokenizer.cache'"
 
 
 def cache_key(
-  config: ConfigDict, tokenizer: Any, num_tokens: int, source: Source, augmentations: tuple[str, ...]
+  config: ConfigDict,
+  tokenizer: Any,
+  num_tokens: int,
+  source: Source,
+  *,
+  augmentations: tuple[str, ...],
+  platform: str,
 ) -> dict[str, Any]:
   """Describes everything that the tokens of a run depend on.
 
@@ -52,15 +58,20 @@ def cache_key(
     num_tokens: number of tokens of an example.
     source: the training data; some of its examples are read. Its location is not part of the result.
     augmentations: names of the augmentations on the device that the objective applies.
+    platform: of the devices that compute the tokens, as JAX names it. Where two words are equally likely, rounding
+      decides.
 
   Returns:
     JSON values.
   """
   data_keys = (*VIEWS, *HOST_AUGMENTATIONS, *augmentations)
+  module = tokenizer.module
+  sums = "" if module.residual_dtype == module.dtype else f", sums in {module.residual_dtype}"
   key = {
     "tokenizer's sha256": tokenizer.description.get("sha256"),
-    "tokenizer's dtype": tokenizer.module.dtype,
-    "vocab_size": tokenizer.module.vocab_size,
+    "tokenizer's dtype": module.dtype + sums,
+    "platform": platform,
+    "vocab_size": module.vocab_size,
     "tokens": num_tokens,
     "data": {k: v for k, v in source.description.items() if k not in ("root", "label_file")},
     "examples": len(source),
@@ -111,7 +122,9 @@ class TokenCache:
     self.folder = Path(os.path.expanduser(folder)).absolute()
     try:
       description = json.loads((self.folder / DESCRIPTION).read_text())
-      self.key, self.command = dict(description["key"]), str(description["command"])
+      # The first version did not say. On a CPU its tokens are those of this version; elsewhere its float32 products
+      # were rounded, so that its caches are refused there.
+      self.key, self.command = {"platform": "cpu", **description["key"]}, str(description["command"])
       self.epochs, self.shard_size = int(description["epochs"]), int(description["shard_size"])
       self.examples, self.num_tokens = int(self.key["examples"]), int(self.key["tokens"])
       self.positions = self.epochs * self.examples
@@ -244,7 +257,7 @@ def create(folder: Path, key: dict[str, Any], epochs: int, command: str) -> None
   shard_size = SHARD_SIZE
   if (folder / DESCRIPTION).exists():
     existing = TokenCache(folder)
-    if existing.key != key:
+    if _differences(existing.key, key):
       raise UserError(
         f"--out={folder} has the cache of another run:\n  {_differences(existing.key, key)}\nUse another folder, or "
         "delete this one"
@@ -264,7 +277,7 @@ def open_for_run(folder: str, key: dict[str, Any], positions: int) -> TokenCache
     cache = TokenCache(folder)
   except UserError as error:
     raise UserError(f"{CONFIG_KEY}: {error}") from None
-  if cache.key != key:
+  if _differences(cache.key, key):
     raise UserError(
       f"{CONFIG_KEY}: {folder} does not fit this run:\n  {_differences(cache.key, key)}\nGive the run the values of "
       "the cache, make another cache, or leave the key out"

@@ -1,5 +1,6 @@
 """Masked image modeling: predict the visual tokens of masked patches (BEiT paper, section 2.3)."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from beit_jax import augment, losses
+from beit_jax.config import ranges
 from beit_jax.config.defaults import OptionalOf
 from beit_jax.config.parse import duration
 from beit_jax.data import drawing, token_cache
@@ -40,7 +42,7 @@ class MaskedImageModeling(EncoderObjective):
   eval_metrics = ("loss", "mim_acc")
   augmentations = augment.ON_PIXELS
   frozen_sections = ("tokenizer",)
-  value_ranges = masked.RANGES
+  value_ranges = (*masked.RANGES, (r"tokenizer\.dtype", ranges.one_of(*ranges.DTYPES)))
 
   def __init__(self, config: ConfigDict, source: Source, load: Loader | None = None) -> None:
     super().__init__(config, source, load)
@@ -64,6 +66,9 @@ class MaskedImageModeling(EncoderObjective):
       mask=masked.SECTION,
       tokenizer=dict(
         init_from="stage:tokenizer",  # a tokenizer's run, or "stage:NAME"
+        dtype=OptionalOf(
+          str
+        ),  # of the products inside; None = as the tokenizer was trained; see models/dvae.py
         cache="",  # folder written by `python -m beit_jax.tokenize`; "" = tokenize while training
       ),
     )
@@ -98,7 +103,9 @@ class MaskedImageModeling(EncoderObjective):
         f"config key 'model.vocab_size': {self.config.model.vocab_size}, but the tokenizer {path} has {vocab_size} "
         "words"
       )
-    return tokenizer
+    if self.config.tokenizer.dtype is None:
+      return tokenizer
+    return dataclasses.replace(tokenizer, module=tokenizer.module.clone(dtype=self.config.tokenizer.dtype))
 
   def _check_token_grid(self) -> None:
     """The tokenizer must give one token for each patch."""
@@ -132,13 +139,20 @@ class MaskedImageModeling(EncoderObjective):
     """What the tokens of a training batch depend on; see `token_cache.cache_key`."""
     num_tokens = self.grid_size[0] * self.grid_size[1]
     return token_cache.cache_key(
-      self.config, self.tokenizer, num_tokens, self.source, augmentations=self.augmentations
+      self.config,
+      self.tokenizer,
+      num_tokens,
+      self.source,
+      augmentations=self.augmentations,
+      platform=jax.default_backend(),
     )
 
   def frozen_params(self, mesh: jax.sharding.Mesh) -> PyTree:
     del mesh
-    needs_tokenizer = self.cache is None or self.config.eval.split or self.config.figures
-    return self.tokenizer.params if needs_tokenizer else {}
+    if self.cache is not None and not self.config.eval.split and not self.config.figures:
+      return {}
+    # Only figures decode. They bring the decoder, so that it does not take memory on the devices all the time.
+    return {name: leaf for name, leaf in self.tokenizer.params.items() if name != "decoder"}
 
   def _pixels(self, batch: Batch, *, train: bool) -> dict[str, Array]:
     """The views in a batch, float32 [B, H, W, 3] in [0, 1]. In training all get the same color jitter."""
@@ -195,7 +209,7 @@ class MaskedImageModeling(EncoderObjective):
     predicted = jnp.where(mask.reshape(len(mask), -1), logits.argmax(-1), targets)
 
     def decode(ids: Array) -> Array:
-      return self._tokenizer.apply({"params": frozen}, ids, self.grid_size, method="decode")
+      return self._tokenizer.apply({"params": self.tokenizer.params}, ids, self.grid_size, method="decode")
 
     visible = np.asarray(augment.to_float(batch["image"]))
     rows = {

@@ -194,7 +194,8 @@ class LinearProbe(Probe):
     return self._sums(self.module.apply(variables, self.features(frozen, batch)), batch)
 
   def load_params(self, path: str, shapes: PyTree) -> tuple[dict[str, Any], str]:
-    folder, ema = checkpoint.find(path), self.config.eval.ema
+    ema = self.config.eval.ema
+    folder = checkpoint.find(path, items=["ema" if ema else "params"])
     description = checkpoint.read_description(folder)
     for key, mine in (("encoder", self.describe()["encoder"]), ("labels", list(self.source.class_names))):
       if description.get(key) != mine:

@@ -13,6 +13,7 @@ neither is ever restored. `workdir/saved.json` records that a complete checkpoin
 import errno
 import json
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +31,21 @@ DISK_DEFECTS = {errno.EIO, errno.EBADMSG, getattr(errno, "EUCLEAN", errno.EIO)} 
 # Verification and lookup.
 
 
-def fault(folder: Path) -> str | None:
-  """Returns why a checkpoint must not be used, or None if every file matches its digest."""
+def fault(folder: Path, items: Collection[str] | None = None) -> str | None:
+  """Returns why a checkpoint must not be used, or None if every file matches its digest.
+
+  Args:
+    folder: A checkpoint.
+    items: What is to be read, such as "params"; of the files of other items only the size is checked. None: all.
+  """
   try:
     if not (folder / DIGEST).is_file():
       return f"unfinished: {DIGEST} is missing"
     wanted = json.loads((folder / DIGEST).read_text())
     if not isinstance(wanted, dict) or not all(isinstance(row, dict) for row in wanted.values()):
       return f"damaged: {DIGEST} names no files"
-    found = files.digests(folder, exclude=DIGEST, like=wanted)
+    parts = None if items is None else {*items, DESCRIPTION}
+    found = files.digests(folder, exclude=DIGEST, like=wanted, parts=parts)
   except ValueError:
     return f"damaged: {DIGEST} is not JSON"
   except OSError as error:
@@ -46,7 +53,7 @@ def fault(folder: Path) -> str | None:
       raise
     return f"damaged: {error.filename or 'a file'} cannot be read ({error.strerror})"
   for name in sorted(wanted.keys() | found.keys()):
-    if wanted.get(name) != found.get(name):
+    if name not in wanted or name not in found or not found[name].items() <= wanted[name].items():
       state = "missing" if name not in found else "not in the digest" if name not in wanted else "changed"
       return f"damaged: {name} is {state}"
   return None
@@ -69,12 +76,13 @@ def is_run(path: Path) -> bool:
   return (path / "checkpoints").is_dir() or (path / DESCRIPTION).is_file() or bool(steps(path))
 
 
-def find(path: str | Path, step: int | None = None) -> Path:
+def find(path: str | Path, step: int | None = None, items: Collection[str] | None = None) -> Path:
   """Returns the folder of the newest usable checkpoint.
 
   Args:
     path: A run, its `checkpoints` folder, or one checkpoint.
     step: Accept this step only.
+    items: See `fault`.
 
   Raises:
     UserError: No checkpoint is usable, or the requested one is not.
@@ -89,7 +97,7 @@ def find(path: str | Path, step: int | None = None) -> Path:
     names = [name for name in names if name == str(step)]
   faults = []
   for name in names:
-    problem = fault(root / name)
+    problem = fault(root / name, items)
     if problem is None:
       return root / name
     faults.append(f"{root / name}: {problem}")

@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -52,7 +52,11 @@ def sync_tree(folder: Path) -> None:
 
 
 def digests(
-  folder: Path, *, exclude: str, like: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
+  folder: Path,
+  *,
+  exclude: str,
+  like: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+  parts: Collection[str] | None = None,
 ) -> Digests:
   """Computes the digests of all files below a folder.
 
@@ -61,14 +65,17 @@ def digests(
     exclude: The name of a file to leave out.
     like: Digests to compare with. Their kind of hash is used, so that a run can be verified after it was copied
       between a disk and a bucket.
+    parts: On disk, only these files and subfolders are hashed; of others, the result has the size. None: all.
   """
   if bucket.remote(folder):
     return {name: row for name, row in bucket.digests(folder, like).items() if name != exclude}
   paths = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
   found = {}
   for name in sorted(paths.keys() - {exclude}):
-    kind = "md5" if "md5" in like.get(name, {}) else "sha256"
-    found[name] = {"size": paths[name].stat().st_size, kind: hash_file(paths[name], kind)}
+    found[name] = {"size": paths[name].stat().st_size}
+    if parts is None or name.split("/")[0] in parts:
+      kind = "md5" if "md5" in like.get(name, {}) else "sha256"
+      found[name][kind] = hash_file(paths[name], kind)
   return found
 
 

@@ -47,7 +47,7 @@ class Meter:
   ):
     """`name`: the run in messages; `schedules`: functions of the step; `step`: where this session starts."""
     self._config, self._logger, self._workdir, self._name = config, logger, workdir, name
-    self._learning_rate = schedules["learning_rate"]
+    self._schedules = schedules
     self._in_flight: collections.deque[Step] = collections.deque()
     self._skipped_in_a_row = 0
     self.first, self.last = record.first_and_last(workdir)
@@ -88,7 +88,7 @@ class Meter:
   def _log(self, step: Step) -> None:
     row = {key: float(value) for key, value in jax.device_get(step.metrics).items()}
     seconds = max(time.monotonic() - self._start_time, 1e-9)
-    row["learning_rate"] = float(self._learning_rate(step.number - 1))
+    row |= {key: float(schedule(step.number - 1)) for key, schedule in self._schedules.items()}
     row["images_per_second"] = (step.number - self._start_step) * self._config.batch_size / seconds
     row["data_wait"] = min(self._data_wait / seconds, 1.0)
     self.restart(step.number)

@@ -350,8 +350,9 @@ def finished(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
     result = json.loads((workdir / RESULT).read_text())
   except (OSError, ValueError):
     return None
-  return (
-    result
-    if isinstance(before, dict) and flatten_config(before) == flatten_config(config.to_dict())
-    else None
-  )
+
+  def given(keys: dict[str, Any]) -> dict[str, Any]:  # a key that an earlier version lacks counts as None
+    return {name: value for name, value in flatten_config(keys).items() if value is not None}
+
+  same = isinstance(before, dict) and given(before) == given(config.to_dict())
+  return result if same else None

@@ -26,7 +26,8 @@ def load(path: Path, *, step: int | None = None, ema: bool = False) -> Pretraine
   Raises:
     UserError: there is no such checkpoint, or it does not hold what it describes.
   """
-  folder = checkpoint.find(path, step)
+  item = "ema" if ema else "params"
+  folder = checkpoint.find(path, step, [item])
   description = checkpoint.read_description(folder)
   kind, preprocessing = description["kind"], description["preprocessing"]
   module = make_module(kind, description["module"])
@@ -37,7 +38,7 @@ def load(path: Path, *, step: int | None = None, ema: bool = False) -> Pretraine
     raise UserError(
       f"{folder} has no averaged weights (optimizer.ema_decay was 0); call load without ema=True"
     )
-  params = checkpoint.load_params(folder, "ema" if ema else "params")
+  params = checkpoint.load_params(folder, item)
   collections = load_collections(folder) if KINDS[kind].has_batch_stats else {}
   expected = variable_shapes(module, (height, width))
   problems = _differences({"params": params, **collections}, expected)
@@ -64,6 +65,7 @@ def _differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
 
 def load_collections(folder: Path) -> dict[str, Any]:
   """The Linen collections besides the parameters: in the state of a run's checkpoint, or as `save` writes them."""
+  folder = checkpoint.find(folder, items=["rest", "collections"])
   if (folder / "rest").is_dir():
     return checkpoint.load_params(folder, "rest")["collections"]
   return checkpoint.load_params(folder, "collections") if (folder / "collections").is_dir() else {}

@@ -171,6 +171,7 @@ def test_tokenizer_is_only_on_the_device_for_evaluation(cache, tokenizer):
     config = _config(tokenizer, **{"tokenizer.cache": str(cache.folder), "eval.split": split})
     frozen = train.prepare(config, mesh).objective.frozen_params(mesh)
     assert bool(jax.tree.leaves(frozen)) == bool(leaves)
+    assert "decoder" not in frozen  # only figures need it, and they bring it
 
 
 @pytest.mark.slow
@@ -185,6 +186,26 @@ def test_eight_devices_write_and_read_the_same_tokens(cache, online, tokenizer, 
   changes = {"tokenizer.cache": str(cache.folder), "mesh.data": 8}
   train.run(_config(tokenizer, **changes), tmp_path / "cached")
   np.testing.assert_allclose(_losses(tmp_path / "cached"), _losses(online[0]), rtol=1e-5)
+
+
+def test_cache_of_an_earlier_version(copy, tokenizer, monkeypatch):
+  """It does not say on which platform its float32 convolutions ran. On a CPU they were what they are now."""
+  about = json.loads((copy.folder / token_cache.DESCRIPTION).read_text())
+  assert about["key"].pop("platform") == "cpu"
+  (copy.folder / token_cache.DESCRIPTION).write_text(json.dumps(about))
+  config = _config(tokenizer, **{"tokenizer.cache": str(copy.folder)})
+  assert train.prepare(config, sharding.make_mesh(1, 1)).objective.cache is not None
+  monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+  _refused(tokenizer, copy.folder, "platform: the cache was made with 'cpu', this run has 'tpu'")
+
+
+def test_dtype_of_the_tokenizer(copy, tokenizer):
+  """The run's own, else that of the checkpoint; a cache belongs to one of them."""
+  text = "tokenizer's dtype: the cache was made with 'float32', this run has 'bfloat16, sums in float32'"
+  _refused(tokenizer, copy.folder, text, **{"tokenizer.dtype": "bfloat16"})
+  prepare = lambda **changes: train.prepare(_config(tokenizer, **changes), sharding.make_mesh(1, 1)).objective
+  found = [prepare().tokenizer, prepare(**{"tokenizer.dtype": "bfloat16"}).tokenizer]
+  assert [model.module.dtype for model in found] == ["float32", "bfloat16"]
 
 
 # Caches that are refused.
@@ -226,7 +247,9 @@ def test_other_tokenizer_is_refused(cache, tokenizer, tmp_path):
   )
 
 
-@pytest.mark.parametrize("name, value", [("pixels", "other"), ("tokenizer's dtype", "bfloat16")])
+@pytest.mark.parametrize(
+  "name, value", [("pixels", "other"), ("tokenizer's dtype", "bfloat16"), ("platform", "tpu")]
+)
 def test_other_backend_or_dtype_is_refused(name, value, copy, tokenizer):
   about = json.loads((copy.folder / token_cache.DESCRIPTION).read_text())
   about["key"][name] = value
