@@ -70,7 +70,7 @@ def digests(
   if bucket.remote(folder):
     return {name: row for name, row in bucket.digests(folder, like).items() if name != exclude}
   paths = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
-  found = {}
+  found: Digests = {}
   for name in sorted(paths.keys() - {exclude}):
     found[name] = {"size": paths[name].stat().st_size}
     if parts is None or name.split("/")[0] in parts:

@@ -10,10 +10,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from beit_jax import trees
 from beit_jax.errors import UserError
+from beit_jax.runtime.logs import log
 
 AXES = ("data", "fsdp")
 MIN_FSDP_SIZE = 2**14  # smaller parameters are cheaper to copy than to gather
@@ -50,16 +52,33 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[Any] | None = Non
       f"a mesh of data={data} x fsdp={fsdp} uses devices of {len(used)} of the {jax.process_count()} processes; every "
       "process needs at least one (mesh.data=-1 uses all)"
     )
-  return _mesh(devices[: data * fsdp], data, fsdp)
+  return _mesh(_arrange(devices[: data * fsdp], data, fsdp))
 
 
 def local_mesh() -> Mesh:
   """A mesh of one device of this process, for work that a process does alone."""
-  return _mesh(jax.local_devices()[:1], 1, 1)
+  return _mesh(np.asarray(jax.local_devices()[:1]).reshape(1, 1))
 
 
-def _mesh(devices: Sequence[Any], data: int, fsdp: int) -> Mesh:
-  return Mesh(np.asarray(devices).reshape(data, fsdp), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+def _mesh(devices: np.ndarray) -> Mesh:
+  return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _arrange(devices: Sequence[Any], data: int, fsdp: int) -> np.ndarray:
+  """[data, fsdp] devices; on TPUs, those of a row are neighbors in one slice. Elsewhere the order is JAX's own."""
+  slices = len({getattr(device, "slice_index", 0) for device in devices})
+  try:
+    if slices > 1 and data % slices == 0:
+      shapes = (data // slices, fsdp), (slices, 1)
+      return mesh_utils.create_hybrid_device_mesh(*shapes, devices, allow_split_physical_axes=True)
+    return mesh_utils.create_device_mesh((data, fsdp), devices, allow_split_physical_axes=True)
+  except (
+    AssertionError,
+    NotImplementedError,
+    ValueError,
+  ) as error:  # such as a part of a slice that is no box
+    log.info("mesh: the devices keep their order (%s)", error)
+    return np.asarray(devices).reshape(data, fsdp)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
