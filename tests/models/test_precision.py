@@ -87,7 +87,7 @@ def test_attention_of_xla_keeps_the_bias_in_float32():
 
 def test_the_sums_of_the_tokenizer_are_float32():
   """What two residual blocks add to their input is small, and exact to the rounding of their own products."""
-  module = dvae.Dvae(8, 8, 1, 2, 16, "bfloat16")
+  module = dvae.Dvae(n_hid=8, n_init=8, n_blk_per_group=1, group_count=2, vocab_size=16, dtype="bfloat16")
   blocks = lambda module, _: isinstance(module, dvae._ResidualBlock)
   image = jnp.zeros((1, 4, 4, 3))
   _, seen = module.init_with_output(jax.random.key(0), image, capture_intermediates=blocks)
@@ -106,10 +106,11 @@ def test_the_sums_of_the_tokenizer_are_float32():
 def test_gradients_are_not_rounded_to_bfloat16(make):
   """Each device, and the sum over devices, must have them in float32: bfloat16 would add an error at every addition."""
   encoder = dict(image_size=(32, 32), patch_size=8, width=16, depth=4, num_heads=2, dtype="bfloat16")
+  sizes = dict(n_blk_per_group=1, group_count=2, dtype="bfloat16")
   module = {
     "mim": beit.BeitForMaskedImageModeling(encoder, 32),
     "segmenter": upernet.BeitForSemanticSegmentation(encoder, 5, (0, 1, 2, 3), 16, 16),
-    "tokenizer": dvae.Dvae(16, 16, 1, 2, 32, "bfloat16"),
+    "tokenizer": dvae.Dvae(n_hid=16, n_init=16, **sizes, vocab_size=32),
   }[make]
   image = jax.random.uniform(jax.random.key(0), (2, 32, 32, 3))
   variables = jax.jit(module.init)(jax.random.key(1), image)
@@ -146,7 +147,7 @@ def _precisions(function, *args):
 
 @pytest.mark.parametrize("dtype, exact", [("float32", 11), ("bfloat16", 2)])
 def test_float32_convolutions_of_the_tokenizer_are_float32_on_every_platform(dtype, exact):
-  module = dvae.DvaeEncoder(8, 1, 2, 16, dtype)
+  module = dvae.DvaeEncoder(n_hid=8, n_blk_per_group=1, group_count=2, vocab_size=16, dtype=dtype)
   image = jnp.zeros((1, 4, 4, 3))
   params = module.init(jax.random.key(0), image)
   found = _precisions(module.apply, params, image)

@@ -50,8 +50,8 @@ def test_an_fsdp_group_is_a_ring_of_neighbors(fsdp, monkeypatch):
 
 
 def test_an_fsdp_group_stays_in_one_slice(monkeypatch):
-  chips = [_Chip(i, i // 16) for i in range(32)]
-  rows = _devices(-1, 4, chips[::2] + chips[1::2], monkeypatch)
+  chips = [_Chip(16 * part + i, part) for i in range(16) for part in (0, 1)]
+  rows = _devices(-1, 4, chips, monkeypatch)
   assert rows.shape == (8, 4) and all(len({chip.slice_index for chip in row}) == 1 for row in rows)
 
 
