@@ -199,7 +199,8 @@ def _hf_source(path: Path, state: lazy.State) -> lazy.Source:
   state, left_out = hf.to_unilm(state, path)
   facts = hf.read_config(path.parent)
   size, kernel = facts["fields"]["image_size"], state.get("patch_embed.proj.weight")
-  if size[0] != size[1] and not facts["described"] and kernel is not None:
+  has_tables = any(name.endswith(unilm.TABLE) for name in state)
+  if size[0] != size[1] and has_tables and not facts["described"] and kernel is not None:
     log.warning(
       "%s: its grid is rectangular, so its bias tables are read like transformers 5.23 does, as (width, height)",
       path,

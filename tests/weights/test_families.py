@@ -259,3 +259,21 @@ def test_other_vits_are_saved_for_timm(name, tmp_path):
   again = timm.create_model(f"local-dir:{tmp_path / 'ours'}", pretrained=True).eval()
   assert _error(loaded.forward(image), again(_nchw(image))) <= 1e-5
   np.testing.assert_array_equal(beit_jax.load(tmp_path / "ours").forward(image), loaded.forward(image))
+
+
+@pytest.mark.slow
+def test_data2vec_segmenters_agree(tmp_path):
+  config = _hf_config(
+    "Data2VecVisionForSemanticSegmentation",
+    num_labels=4,
+    num_hidden_layers=6,
+    out_indices=[2, 3, 4, 5],
+    image_size=64,
+    use_relative_position_bias=True,
+  )
+  model = redraw(transformers.Data2VecVisionForSemanticSegmentation(config))
+  model.save_pretrained(tmp_path)
+  image = _image(64)
+  logits = model(_nchw(image)).logits
+  wanted = torch.nn.functional.interpolate(logits, size=(64, 64), mode="bilinear").permute(0, 2, 3, 1)
+  assert _error(beit_jax.load(tmp_path).forward(image), wanted) <= 1e-5
