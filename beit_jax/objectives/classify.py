@@ -193,7 +193,11 @@ class Classification(EncoderObjective):
       log.info(
         "head: kept, though its classes are called %s, ... and those of the data %s, ...", labels[0], ours[0]
       )
-    return super().adapt(pretrained, shapes)
+    found = super().adapt(pretrained, shapes)
+    if not pretrained.description.get("regression"):
+      return found
+    log.info("head: starts from random values, since that of the checkpoint gives values and not classes")
+    return {name: value for name, value in found.items() if not name.startswith("head/")}
 
   def describe(self) -> dict[str, Any]:
     labels = list(self.source.class_names)

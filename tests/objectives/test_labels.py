@@ -229,3 +229,15 @@ def test_outputs_of_another_kind_are_not_evaluated(description, fact, color_mode
   config, folder = _evaluate(tmp_path / "model", tmp_path / "run", **_by_color(tmp_path / "data", COLORS))
   with pytest.raises(UserError, match=fact):
     train.run(config, folder)
+
+
+def test_the_head_of_a_regression_model_is_not_a_start(color_model, tmp_path):
+  data = _by_color(tmp_path, COLORS)
+  objective = OBJECTIVES["classify"](
+    tiny.config("classify", **data), sources.FolderSource(str(tmp_path), "val")
+  )
+  shapes = jax.eval_shape(objective.init, jax.random.key(0))["params"]
+  model = dataclasses.replace(color_model, description={})
+  assert "head/kernel" in objective.adapt(model, shapes)
+  found = objective.adapt(dataclasses.replace(model, description={"regression": True}), shapes)
+  assert found and not any(name.startswith("head/") for name in found)
