@@ -194,6 +194,7 @@ def test_tables_and_logs_take_any_name(tmp_path, capsys):
   logs.log.info("the class %s", name)
   assert "the class K\\udce4se" in (tmp_path / "log.txt").read_text()
   assert "surrogates not allowed" not in capsys.readouterr().err
+  logs.setup()  # closes log.txt
 
 
 # Label files.
