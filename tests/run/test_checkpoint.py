@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from beit_jax.run import checkpoint
+from beit_jax.run import checkpoint, files
 from beit_jax.run.checkpointer import Checkpointer
 from beit_jax.run.state import TrainState
 from tests import kills
@@ -93,3 +93,22 @@ def test_two_processes_launch_the_same_programs_in_the_same_order(tmp_path):
     np.testing.assert_allclose(two[0][name], leaf, rtol=1e-4, atol=1e-6, err_msg=name)
   for count in (1, 2):
     assert checkpoint.steps(tmp_path / str(count) / "run" / "checkpoints") == [12]
+
+
+def test_only_what_is_read_is_hashed(tmp_path, monkeypatch):
+  """Of other items, such as the optimizer's moments, the sizes are compared."""
+  for name, content in (("params/a", b"123"), ("rest/b", b"456"), ("description.json", b"{}")):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(content)
+  checkpoint.write_digest(tmp_path)
+  hashed, hash_file = [], files.hash_file
+  monkeypatch.setattr(
+    files, "hash_file", lambda path, kind: hashed.append(path.name) or hash_file(path, kind)
+  )
+  assert checkpoint.find(tmp_path, items=["params"]) == tmp_path
+  assert sorted(hashed) == ["a", "description.json"]
+  (tmp_path / "rest" / "b").write_bytes(b"654")
+  assert checkpoint.fault(tmp_path, ["params"]) is None
+  assert checkpoint.fault(tmp_path, ["rest"]) == checkpoint.fault(tmp_path) == "damaged: rest/b is changed"
+  (tmp_path / "rest" / "b").write_bytes(b"6")
+  assert checkpoint.fault(tmp_path, ["params"]) == "damaged: rest/b is changed"
