@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 from jax.extend import core
+from jax.interpreters import partial_eval
 
 
 def count(function: Callable[..., Any], *args: Any) -> int:
@@ -24,7 +25,10 @@ def of(traced: Any) -> Counter[str]:
   Returns:
     Named scope -> FLOPs. Linen makes a scope of each module's path, such as "Beit/block_00/attn/qkv".
   """
-  return _by_scope(traced.jaxpr.jaxpr, "")
+  jaxpr = traced.jaxpr.jaxpr
+  # The compiler drops what no result needs, such as the gradient of the images that `layers.product` offers.
+  jaxpr, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+  return _by_scope(jaxpr, "")
 
 
 def _by_scope(jaxpr: Any, scope: str) -> Counter[str]:
