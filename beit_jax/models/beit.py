@@ -118,11 +118,7 @@ class Beit(nn.Module):
     x = jnp.concatenate([jnp.broadcast_to(cls_token, (len(x), 1, self.width)), x], 1)  # [B, T, D]
     if self.abs_pos:
       x += self.param("pos_embed", init, (1, x.shape[1], self.width)).astype(residual_dtype)
-    if self.register_tokens:  # at the end; without positions, attention does not depend on the order
-      if self.rel_pos != "none":
-        raise ValueError("register tokens have no relative positions; use rel_pos='none'")
-      registers = self.param("register_tokens", init, (1, self.register_tokens, self.width)).astype(x.dtype)
-      x = jnp.concatenate([x, jnp.broadcast_to(registers, (len(x), *registers.shape[1:]))], 1)
+    x = self._with_registers(x)
     if self.pre_norm:
       x = nn.LayerNorm(self.norm_eps, dtype=dtype, name="norm_pre")(x).astype(residual_dtype)
     bias = None
@@ -143,11 +139,27 @@ class Beit(nn.Module):
         x = out[f"block_{i:02d}"] = block(x, bias, rates[i], None if keys is None else keys[i])
     if self.final_norm:
       x = nn.LayerNorm(self.norm_eps, dtype=dtype, name="norm")(x)
-    if self.register_tokens:
-      count = x.shape[1] - self.register_tokens
-      out = {name: tokens[:, :count] for name, tokens in out.items()} | {"registers": x[:, count:]}
-      x = x[:, :count]
-    return x, out
+    return self._without_registers(x, out)
+
+  def _with_registers(self, x: jax.Array) -> jax.Array:
+    """Appends the register tokens. Without positions, attention does not depend on the order."""
+    if not self.register_tokens:
+      return x
+    if self.rel_pos != "none":
+      raise ValueError("register tokens have no relative positions; use rel_pos='none'")
+    shape = (1, self.register_tokens, self.width)
+    registers = self.param("register_tokens", INITS[self.weight_init], shape).astype(x.dtype)
+    return jnp.concatenate([x, jnp.broadcast_to(registers, (len(x), *shape[1:]))], 1)
+
+  def _without_registers(
+    self, x: jax.Array, out: dict[str, jax.Array]
+  ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Takes the register tokens off both outputs; the normalized ones become `registers` of the second."""
+    if not self.register_tokens:
+      return x, out
+    count = x.shape[1] - self.register_tokens
+    out = {name: tokens[:, :count] for name, tokens in out.items()}
+    return x[:, :count], {**out, "registers": x[:, count:]}
 
   def _block_fields(self, i: int) -> dict[str, Any]:
     return dict(
