@@ -49,7 +49,7 @@ setup(
     "flax>=0.12.2,<0.14",
     "optax>=0.2.8,<0.3",
     "orbax-checkpoint>=0.11.30,<0.13",
-    "grain>=0.2.15,<0.4",
+    "grain>=0.2.16,<0.4",
     "tensorflow-datasets>=4.9.9,<5",
     "importlib_resources>=6",  # tfds needs it on Python 3.11 but does not declare it
     "ml-collections>=1,<2",
