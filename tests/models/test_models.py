@@ -302,5 +302,5 @@ def test_bfloat16_computes_in_bfloat16_and_ends_in_float32():
 def test_wrong_image_size_names_both():
   module = beit.Beit(image_size=(32, 32), patch_size=8, width=16, depth=1, num_heads=2)
   params = module.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
-  with pytest.raises(ValueError, match=r"\(32, 32\).*\(32, 40\)"):
+  with pytest.raises(ValueError, match=r"\(32, 32, 3\).*\(32, 40, 3\)"):
     module.apply(params, jnp.zeros((1, 32, 40, 3)))
