@@ -278,17 +278,17 @@ def test_one_compilation_of_the_step(whole_run, tokenizer_run, tmp_path):
   import chex
 
   chex.clear_trace_counter()
-  original = train.make_train_step
+  original = train.loop.make_train_step
 
   def counted(objective, *args):
     objective.loss = chex.assert_max_traces(objective.loss, n=1)
     return original(objective, *args)
 
-  train.make_train_step = counted
+  train.loop.make_train_step = counted
   try:
     train.run(_beit(tokenizer_run, **{"mask.kind": "block_at_most"}), tmp_path)
   finally:
-    train.make_train_step = original
+    train.loop.make_train_step = original
 
 
 def test_averaged_weights_by_hand(tmp_path):

@@ -209,7 +209,7 @@ def test_stages_are_validated_without_opening_the_data_again(tmp_path, monkeypat
   data = train.check_stages(runs)
   assert list(data) == ["tokenizer", "pretrain", "finetune"]
   assert opened == ["train", "test"] * 2  # the data section of `pretrain` is another
-  monkeypatch.setattr(train, "_train", lambda *arguments: arguments[-1])
+  monkeypatch.setattr(train.loop, "_train", lambda *arguments: arguments[-1])
   for run in runs:
     assert train.run(run.config, run.folder, run.name, data[run.name]) is data[run.name]
   assert len(opened) == 4

@@ -13,7 +13,7 @@ from tests import tiny
 
 def test_the_requested_steps_are_traced(tmp_path, monkeypatch):
   began, ended = [], []
-  start, stop = train.Trace.before, train.Trace.close
+  start, stop = train.loop.Trace.before, train.loop.Trace.close
 
   def before(self, step, state):
     start(self, step, state)
@@ -23,8 +23,8 @@ def test_the_requested_steps_are_traced(tmp_path, monkeypatch):
     ended.append(self._running)
     stop(self)
 
-  monkeypatch.setattr(train.Trace, "before", before)
-  monkeypatch.setattr(train.Trace, "close", close)
+  monkeypatch.setattr(train.loop.Trace, "before", before)
+  monkeypatch.setattr(train.loop.Trace, "close", close)
   train.run(tiny.config("dvae", profile_steps=(3, 4)), tmp_path)
   assert [step for step, running in began if running] == [3, 4]
   assert ended == [True, False]  # after step 4, not at the end of the run

@@ -85,7 +85,7 @@ def test_a_longer_run_that_was_killed_is_not_finished(run, tmp_path):
 
   longer = _config(total_steps=10)
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(train.Trace, "before", stop)
+    patch.setattr(train.loop.Trace, "before", stop)
     with pytest.raises(UserError, match="the end"):
       train.run(longer, tmp_path / "run")
   result = train.run(longer, tmp_path / "run")

@@ -505,7 +505,7 @@ def test_one_complete_checkpoint_is_never_forgotten(tmp_path):
       raise UserError("the end")
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(train.Trace, "before", stop)
+    patch.setattr(train.loop.Trace, "before", stop)
     with pytest.raises(UserError, match="the end"):
       train.run(_config(**{"checkpoint.every_steps": 2, "eval.every_steps": None}), tmp_path)
   assert checkpoint.steps(tmp_path / "checkpoints") == [2] and (tmp_path / "saved.json").is_file()
