@@ -350,9 +350,8 @@ def finished(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
     result = json.loads((workdir / RESULT).read_text())
   except (OSError, ValueError):
     return None
-
-  def given(keys: dict[str, Any]) -> dict[str, Any]:  # a key that an earlier version lacks counts as None
-    return {name: value for name, value in flatten_config(keys).items() if value is not None}
-
-  same = isinstance(before, dict) and given(before) == given(config.to_dict())
-  return result if same else None
+  if not isinstance(before, dict):
+    return None
+  old, new = flatten_config(before), flatten_config(config.to_dict())
+  # A key that only one of the two versions has is not compared, as in `check_same_run`: its default keeps the behavior.
+  return result if all(old[name] == new[name] for name in old.keys() & new.keys()) else None

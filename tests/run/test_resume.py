@@ -177,11 +177,13 @@ def test_an_optimizer_of_another_name_is_refused(name, run, tmp_path):
 def _without_added_keys(path):
   """Removes the keys that earlier versions did not write."""
   text = json.loads(path.read_text())
-  for key in ("optimizer.name", "optimizer.momentum", "data.random_erasing", "model.residual_dtype"):
+  added = ("residual_dtype", "in_channels", "activation", "pre_norm", "register_tokens")
+  keys = ("optimizer.name", "optimizer.momentum", "data.random_erasing", *(f"model.{name}" for name in added))
+  for key in keys:
     section, name = key.split(".")
     del text.get("config", text)[section][name]
   if "module" in text:
-    for name in ("residual_dtype", "in_channels", "activation", "pre_norm", "register_tokens"):
+    for name in added:
       del text["module"]["encoder"][name]
   path.write_text(json.dumps(text))
 
