@@ -170,14 +170,17 @@ def _joined(pieces: Iterator[HostBatch], size: int) -> Generator[HostBatch, None
 
 @contextlib.contextmanager
 def _closing(iterator: grain.DatasetIterator) -> Iterator[None]:
-  """Ends the workers and removes what they left in shared memory."""
+  """Ends the workers, which have not started yet, and removes what they left in shared memory."""
+  others = multiprocessing.active_children()
   try:
     yield
   finally:
-    timer = threading.Timer(STUCK_SECONDS, _kill_workers)
+    timer = threading.Timer(STUCK_SECONDS, _kill_workers, [others])
     timer.start()
-    iterator.close()  # waits until every worker has finished its pieces
-    timer.cancel()
+    try:
+      iterator.close()  # waits until every worker has finished its pieces
+    finally:
+      timer.cancel()
     # A thread of grain unlinks the shared memory of deleted arrays; the end of this process would not wait for it.
     pool = getattr(grain.multiprocessing.SharedMemoryArray, "_del_thread_pool", None)
     if pool is not None:
@@ -185,9 +188,10 @@ def _closing(iterator: grain.DatasetIterator) -> Iterator[None]:
       pool.apply(int)  # the only thread works in order
 
 
-def _kill_workers() -> None:
+def _kill_workers(others: list[Any]) -> None:
+  """Kills the workers that were started after `others`, which may be those of the training data."""
   for process in multiprocessing.active_children():
-    if process.name.startswith("grain"):
+    if process.name.startswith("grain") and process not in others:
       process.kill()  # they ignore SIGTERM
 
 

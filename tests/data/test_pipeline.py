@@ -158,15 +158,20 @@ class _Stuck(sources.Source):
     return {"image": np.zeros((4, 4, 3), np.uint8)}
 
 
-def test_a_stuck_worker_is_ended(monkeypatch):
+def test_a_stuck_worker_is_ended_and_no_other(monkeypatch):
   monkeypatch.setattr(pipeline, "STUCK_SECONDS", 1)
+  training = pipeline.eval_batches(_source(), _reader(), rows=np.arange(1), batch_size=1, workers=1)
+  next(training)
+  others = multiprocessing.active_children()
   batches = pipeline._batches(
     pipeline._Rows(_Stuck(), _reader(), np.arange(1), 1, 3, seed=0, train=False, replace=False), 0, 1, 1, None
   )
   next(batches)
   began = time.monotonic()
   batches.close()
-  assert time.monotonic() - began < 20 and not multiprocessing.active_children()
+  assert time.monotonic() - began < 20 and multiprocessing.active_children() == others
+  training.close()
+  assert not multiprocessing.active_children()
 
 
 def test_seeds_give_different_images():
