@@ -6,6 +6,7 @@
 import csv
 import functools
 import hashlib
+import itertools
 import operator
 import os
 import re
@@ -82,8 +83,11 @@ class Source(Protocol):
 
   def digest(self) -> str:
     """The sha256 of `listing`; "" if that is empty."""
-    lines = list(self.listing())
-    return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest() if lines else ""
+    digest, lines, separator = hashlib.sha256(), iter(self.listing()), ""
+    while part := list(itertools.islice(lines, 10_000)):  # there may be many millions
+      digest.update((separator + "\n".join(part)).encode(errors="surrogateescape"))
+      separator = "\n"
+    return digest.hexdigest() if separator else ""
 
 
 class TfdsSource(Source):

@@ -1,6 +1,8 @@
 """What identifies data besides their length: relative paths and classes."""
 
+import hashlib
 import shutil
+import tracemalloc
 
 from PIL import Image
 
@@ -40,3 +42,18 @@ def test_pairs_and_procedural_data(tmp_path):
   _folder(tmp_path, ["images/train/x/1.png", "annotations/train/x/1.png"])
   assert list(sources.PairsSource(str(tmp_path), "train").listing()) == ["images/train/x/1.png"]
   assert sources.ShapesSource("train", 4, 16).digest() == ""
+
+
+class _Large(sources.Source):
+  description = {}
+
+  def listing(self):
+    return (f"{i}.png" for i in range(100_000))
+
+
+def test_the_digest_of_many_files_takes_little_memory():
+  expected = hashlib.sha256("\n".join(_Large().listing()).encode()).hexdigest()
+  tracemalloc.start()
+  digest, (_, peak) = _Large().digest(), tracemalloc.get_traced_memory()
+  tracemalloc.stop()
+  assert digest == expected and peak < 2**21
