@@ -134,10 +134,7 @@ def encoder_fields(model: ConfigDict, image_size: tuple[int, int], *, pretrain: 
   chosen, reason = attention.choose_implementation(requested, fields["dtype"], head_dim)
   if requested == "cudnn" != chosen:
     raise UserError(f"config key 'model.attention': 'cudnn' cannot run here ({reason}); use 'auto' or 'xla'")
-  if fields["dtype"] == "float16" and jax.default_backend() == "cpu":
-    raise UserError(
-      "config key 'model.dtype': JAX has no float16 attention on a CPU; use 'bfloat16' or 'float32'"
-    )
+  check_dtype(fields["dtype"])
   log.info("attention: %s (%s)", chosen, reason)
   return fields
 
