@@ -40,7 +40,7 @@ seconds() {
   echo $((((10#$days * 24 + 10#${parts[0]}) * 60 + 10#${parts[1]:-0}) * 60 + 10#${parts[2]:-0}))
 }
 limit=$(seconds "${flags[time]}")
-((flags[warning] * 2 <= limit)) ||
+((limit == 0 || flags[warning] * 2 <= limit)) || # 0: no limit
   die "--warning=${flags[warning]}: more than half of --time=${flags[time]} ($limit s); the run would hardly train"
 
 workdir=runs # the default of beit_jax.main
@@ -120,6 +120,7 @@ while [ -n "\$caught" ]; do # a signal interrupts the wait
   status=\$?
 done
 [ -z "\$timer" ] || kill "\$timer" 2>/dev/null
+[ "\$status" != 0 ] || rm -f "\$starts"
 case "\$first:\$status" in
   TERM:* | *:0 | :1 | :2) ;; # stopped from outside; finished; an error or a mistake of the run itself
   *) requeue "status \$status" ;; # 143: a signal; 75: another process died; 137: killed

@@ -417,10 +417,11 @@ def test_slurm_job(fakes, monkeypatch):
   monkeypatch.setenv("SLURM_JOB_ID", "7")
   flags = ("--nodes=4", "--gpus=a100:8", "--partition=big", "--time=1-00:00:00", "--warning=300")
   script = _batch(fakes, *flags, "--setup=export SEEN='a b'", "--", *HARD)
+  assert "#SBATCH --time=0\n" in _batch(fakes, "--time=0", *MAIN)  # no limit, which no warning can exceed
   for line in ("nodes=4", "ntasks-per-node=1", "gpus-per-node=a100:8", "partition=big", "time=1-00:00:00",
                "signal=B:USR1@300", "requeue"):  # fmt: skip
     assert f"#SBATCH --{line}\n" in script
-  assert _shell(["bash", "-c", script], fakes).returncode == 0
+  assert _shell(["bash", "-c", script], fakes).returncode == 0 and not list(Path(fakes).glob("*.starts"))
   (srun,) = [call for call in _calls() if call[0] == "srun"]
   assert {"--kill-on-bad-exit=0", "--wait=600"} < set(srun)
   assert srun[srun.index("python") :] == ["python", "-m", "beit_jax.main", *HARD]
