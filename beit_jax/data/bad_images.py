@@ -106,8 +106,7 @@ class BadImageTracker:
       )
 
   def _add(self, index: int) -> None:
-    more = {} if self._reader is None else {"reader": self._reader}
-    reason = read_error(self._source, index, **more)
+    reason = read_error(self._source, index, self._reader)
     self.reasons[index] = reason
     if len(self.reasons) <= MAX_LOGGED:
       log.warning("replaced by another example: %s", reason)

@@ -366,6 +366,8 @@ class Pretrained:
       UserError: an image has another shape, or values that cannot be meant.
     """
     is_batch = isinstance(images, list | tuple) or np.ndim(images) == 4
+    if is_batch and not len(images):
+      raise UserError("images: none given, expected one or more")
     return self.normalize([self._pixels(image) for image in (images if is_batch else [images])])
 
   def _pixels(self, image: Any) -> np.ndarray:

@@ -158,6 +158,8 @@ def test_deep_images_use_their_full_range(backbone):
     (["a", IMAGE], "a: No such file"),
     (None, "expected numbers"),
     ([[1, 2], [3]], "expected numbers"),
+    ([], "none given"),
+    (np.zeros((0, 20, 30, 3), np.uint8), "none given"),
   ],
 )
 def test_images_that_cannot_be_meant_are_refused(backbone, images, message):
