@@ -259,7 +259,7 @@ class FolderSource(Source):
       is_utf16 = table.read_bytes()[:2] in (b"\xff\xfe", b"\xfe\xff")  # as spreadsheets write it
       encoding = "utf-16" if is_utf16 else "utf-8-sig"
       with table.open(newline="", encoding=encoding, errors="surrogateescape") as file:
-        rows = [row for row in csv.reader(file) if row]
+        rows = [row for row in csv.reader(file) if any(map(str.strip, row))]
     except (OSError, ValueError, csv.Error) as error:
       raise UserError(f"data.label_file: {table} cannot be read ({error})") from None
     known, folder = set(self._files), self._folder

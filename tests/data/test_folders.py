@@ -250,7 +250,7 @@ def test_label_files_in_another_encoding(tmp_path):
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig", "utf-8"])
 def test_label_files_of_spreadsheets(tmp_path, encoding):
   _tree(tmp_path, "ä.png")
-  (tmp_path / "labels.csv").write_text("ä.png,Käse\r\n", encoding=encoding)
+  (tmp_path / "labels.csv").write_text("ä.png,Käse\r\n,\r\n", encoding=encoding)  # with an empty row
   assert _folder(tmp_path, label_file="labels.csv").class_names == ("Käse",)
 
 
