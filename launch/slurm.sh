@@ -72,7 +72,7 @@ HEAD
   done
   cat <<BODY
 set -u
-# Holds how many starts in a row have completed no checkpoint; its time of change is the time of this start.
+# Holds how many starts in a row have completed no checkpoint; its modification time is the time of this start.
 starts=\$PWD/${flags[name]}-\$SLURM_JOB_ID.starts
 cd $(quote "$ROOT") || exit 1
 gained() { [ -n "\$(find $(quote "$workdir") -name digest.json -newer "\$starts" -print -quit 2>/dev/null)" ]; }

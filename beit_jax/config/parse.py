@@ -230,7 +230,17 @@ def _set(
   root: ConfigDict,
   last: str = "",
 ) -> None:
-  """Sets a key of a section. `where`: name of the section; `root`: the whole config; `last`: of a longer dotted key."""
+  """Sets a key of a section.
+
+  Args:
+    config: the section.
+    key: the key.
+    value: its new value.
+    keys: the defaults of the section.
+    where: dotted name of the section.
+    root: the whole config, in which messages look for an unknown key.
+    last: the last part of the dotted key, if `key` is one of its parents.
+  """
   name = f"{where}.{key}" if where else key
   if not isinstance(key, str) or key not in config:
     hint = _hint(last or key, _leaves(root)) or _similar(key, list(config))

@@ -223,8 +223,8 @@ class LabelMapReader:
 def check_not_only_255(source: Source, reader: LabelMapReader) -> None:
   """Finds sets whose objects are stored as 255, which is ignored.
 
-  Reads label maps up to the first that holds another value than 0 and 255: in a good set one or a few. If there is no
-  255 among the first `MAX_ZERO`, which then hold 0 only, it stops too.
+  Reads label maps up to the first that holds another value than 0 and 255: in a good set one or a few. It also stops if
+  the first `MAX_ZERO` maps hold only 0.
 
   Raises:
     UserError: all label maps hold only 0 and 255.

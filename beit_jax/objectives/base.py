@@ -341,7 +341,8 @@ def _check_channels(config: ConfigDict) -> int:
   for key in ("mean", "std"):
     if len(data[key]) != channels:
       raise UserError(
-        f"config key 'data.{key}': {len(data[key])} numbers, but model.in_channels={channels}; give one a channel"
+        f"config key 'data.{key}': {len(data[key])} numbers, but model.in_channels={channels}; give one "
+        "number for each channel"
       )
   color = {f"data.{key}": data[key] for key in ("color_jitter", "rand_augment")}
   color["segment.photometric"] = config.get("segment", {}).get("photometric")

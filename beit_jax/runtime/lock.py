@@ -95,7 +95,7 @@ def exclusive_lock(workdir: Path) -> Iterator[None]:
         yield
       finally:
         with contextlib.suppress(OSError):
-          file.truncate(0)  # says that the run ended by itself, be it with an error or as a signal asked
+          file.truncate(0)  # marks a run that ended by itself: finished, failed or stopped by a signal
 
 
 def _this_process() -> dict[str, Any]:

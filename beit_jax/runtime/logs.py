@@ -62,7 +62,7 @@ def _add_handler(handler: logging.Handler, prefix: str, time_format: str) -> Non
 
 @contextlib.contextmanager
 def silent() -> Iterator[None]:
-  """Logs nothing, for work that is done again later with its log."""
+  """Suppresses the log of work that will be repeated, and logged then."""
   log.disabled = True
   try:
     yield

@@ -26,7 +26,7 @@ from beit_jax.runtime.logs import log
 from beit_jax.runtime.maintenance_events import MaintenanceEvents
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-SAME_NOTICE = 5.0  # seconds after the first signal in which SIGTERM is no second one
+SAME_NOTICE = 5.0  # seconds after the first signal in which another SIGTERM is ignored
 # JAX's service chooses the number after the last one that any process asked about. There must be one growing sequence
 # for the whole process, stages included, and no other caller; Orbax's CheckpointManager, not used here, would be one.
 _steps = itertools.count(1)

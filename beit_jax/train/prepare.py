@@ -250,7 +250,7 @@ def _check_batch_size(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
 def _check_dtype(config: ConfigDict) -> None:
   if config.model.get("dtype") == "float16":
     raise UserError(
-      "config key 'model.dtype': training in float16 needs loss scaling, which there is not, since small gradients "
+      "config key 'model.dtype': training in float16 is not implemented: without loss scaling, small gradients "
       "become 0; use 'bfloat16', which has the range of float32"
     )
 
