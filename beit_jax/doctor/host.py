@@ -61,6 +61,9 @@ def _locked(path: Path) -> bool | None:
 
 def tpu_lock(machine: Machine) -> Found:
   del machine
+  if "tpu" not in (os.environ.get("JAX_PLATFORMS") or "tpu").split(","):
+    yield OK, "TPUs are not used (JAX_PLATFORMS)", ""
+    return
   if not TPU_LOCK.exists():
     yield OK, "no lock file of a TPU", ""
     return

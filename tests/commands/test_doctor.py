@@ -337,10 +337,14 @@ def test_clock(monkeypatch, tmp_path):
 def test_tpu_lock_file(monkeypatch, tmp_path):
   path = tmp_path / "libtpu_lockfile"
   monkeypatch.setattr(host, "TPU_LOCK", path)
+  monkeypatch.delenv("JAX_PLATFORMS", raising=False)
   assert _found(host.tpu_lock)[0][0] == "ok"
   with _holder(path) as process:
     ((status, what, _),) = _found(host.tpu_lock)
     assert status == "fail" and f"process {process.pid}" in what
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert _found(host.tpu_lock)[0][0] == "ok"
+    monkeypatch.delenv("JAX_PLATFORMS")
   ((status, _, advice),) = _found(host.tpu_lock)
   assert status == "warn" and f"rm {path}" in advice
 
