@@ -65,23 +65,34 @@ def evaluate_all(
   source: sources.Source,
   mesh: jax.sharding.Mesh,
 ) -> tuple[dict[str, float], Rows]:
-  """`evaluate` over a whole source, or `objective.evaluate_images` if there is one.
+  """`evaluate` over a whole source, or `objective.evaluate_images` if there is one."""
+  if objective.evaluate_images is not None:
+    return objective.evaluate_images(variables, source, mesh)
+  batches = eval_batches(config, objective, source, mesh, config.eval.batch_size)
+  return evaluate(eval_step, objective, variables, frozen, batches)
+
+
+def check_finite(metrics: dict[str, float], source: sources.Source, is_result: bool = True) -> None:
+  """Checks that every metric is a finite number.
+
+  Args:
+    metrics: of an evaluation.
+    source: its data.
+    is_result: whether these are the metrics of the whole run; others are followed by further steps.
 
   Raises:
-    UserError: a metric is not a finite number.
+    UserError: a metric is not finite. If it is not a result, a warning takes its place.
   """
-  if objective.evaluate_images is not None:
-    metrics, rows = objective.evaluate_images(variables, source, mesh)
-  else:
-    batches = eval_batches(config, objective, source, mesh, config.eval.batch_size)
-    metrics, rows = evaluate(eval_step, objective, variables, frozen, batches)
   wrong = [f"{name}={value}" for name, value in metrics.items() if not np.isfinite(value)]
-  if wrong:
-    raise UserError(
-      f"evaluation on {source.description}: {', '.join(wrong)}; either no example has a label that counts, or the "
-      "outputs of the model are not finite numbers"
-    )
-  return metrics, rows
+  if not wrong:
+    return
+  text = (
+    f"evaluation on {source.description}: {', '.join(wrong)}; either no example has a label that counts, or the "
+    "outputs of the model are not finite numbers"
+  )
+  if is_result:
+    raise UserError(text)
+  log.warning("%s", text)
 
 
 def class_names_of_run(config: ConfigDict, workdir: Path | None) -> tuple[str, ...]:
@@ -207,6 +218,7 @@ def evaluate_only(config: ConfigDict, workdir: Path, name: str, mesh: jax.shardi
   began = time.monotonic()
   eval_step = make_eval_step(objective, mesh)
   metrics, rows = evaluate_all(config, objective, eval_step, variables, frozen, source, mesh)
+  check_finite(metrics, source)
   seconds = time.monotonic() - began
   result = dict(
     eval=metrics,

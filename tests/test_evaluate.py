@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from beit_jax import metrics, train
+from beit_jax import evaluate, metrics, train
 from beit_jax.data import sources
 from beit_jax.errors import UserError
 from beit_jax.weights import io as weights_io
@@ -214,3 +214,13 @@ def test_classes_keep_their_numbers_in_another_split(tmp_path):
 def test_another_number_of_classes_is_refused(tmp_path):
   with pytest.raises(UserError, match="data.num_classes.*21841 classes expected, found 8"):
     train.run(tiny.config("classify", **{"data.num_classes": 21841}), tmp_path)
+
+
+def test_a_metric_that_is_not_finite_is_no_result(caplog):
+  """During training it is a warning: an error would end each restart of the run at the same evaluation."""
+  source = sources.ShapesSource("test", 4, 16)
+  evaluate.check_finite({"loss": 1.0}, source)
+  evaluate.check_finite({"loss": 1.0, "mIoU": float("nan")}, source, is_result=False)
+  assert "mIoU=nan" in caplog.text
+  with pytest.raises(UserError, match="mIoU=nan; either no example has a label that counts"):
+    evaluate.check_finite({"loss": 1.0, "mIoU": float("nan")}, source)

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+import itertools
 import os
 import warnings
 from collections.abc import Collection, Iterator
@@ -16,6 +17,9 @@ from beit_jax.runtime.logs import log
 
 # Folders that operating systems, archive programs and storage servers add to the data of a user.
 METADATA_FOLDERS = {"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"}
+MAX_COUNTED = (
+  10_000  # files of one folder that is left out: a hidden snapshot of a file system may hold millions
+)
 MAX_NAMED = 8  # names that the log gives for each reason
 
 # Reasons why something is left out.
@@ -161,10 +165,11 @@ def _kind(entry: os.DirEntry[str]) -> tuple[bool, str]:
 
 
 def _count(entry: os.DirEntry[str]) -> int:
-  """The number of files in a folder that is left out; 1 for a file or a link."""
+  """The number of files in a folder that is left out, up to `MAX_COUNTED`; 1 for a file or a link."""
   if not entry.is_dir(follow_symlinks=False):
     return 1
-  return sum(len(files) for _, _, files in os.walk(entry.path))
+  files = (file for _, _, names in os.walk(entry.path) for file in names)
+  return sum(1 for _ in itertools.islice(files, MAX_COUNTED))
 
 
 def _ending(name: str) -> str:

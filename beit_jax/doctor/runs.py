@@ -69,7 +69,7 @@ def problem_of(
       return False, f"example {index} has no {labels}, which objective {objective!r} needs (data.label_key)"
     if reader is not None:
       reader.eval(image, example)
-    elif count := labels and (run.config.model.get("num_classes") or source.num_classes):
+    elif labels == "label" and (count := run.config.model.get("num_classes") or source.num_classes):
       check_label(example, count, source.multi_label, index)
   except (BadImage, OSError) as error:
     return True, str(error)

@@ -38,7 +38,7 @@ TPU_PORT = 8482
 # Seconds until every process sees a new file: NFS may cache the listing of a folder for 60 s (acdirmax).
 VISIBILITY_TIMEOUT = 65.0
 COMPARE_TIMEOUT = 1800.0
-SHOWN = 4  # differences of a process, and processes that differ, in a message
+SHOWN = 4  # the most differences, and the most processes, that a message lists
 
 
 @dataclasses.dataclass

@@ -250,6 +250,7 @@ class _Loop:
           self._mesh,
         )
         metrics |= {prefix + key: value for key, value in values.items()}
+    evaluation.check_finite(metrics, source, is_result=step == self._plan.total_steps)
     self._logger.write(step, {f"eval_{key}": value for key, value in metrics.items()})
     text = "  ".join(f"{key} {value:.4g}" for key, value in metrics.items())
     log.info("%s step %d  eval  %s", self._name, step, text)

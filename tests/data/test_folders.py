@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, features
 
 from beit_jax import metrics
-from beit_jax.data import sources
+from beit_jax.data import listing, sources
 from beit_jax.data.image_files import find_images
 from beit_jax.errors import UserError
 from beit_jax.runtime import logs
@@ -61,6 +61,15 @@ def test_hidden_names_are_no_classes_and_no_images(tmp_path, caplog):
   assert [source[i]["label"] for i in range(3)] == [0, 1, 1]
   assert f"{len(HIDDEN)} hidden files and files of operating systems left out" in caplog.text
   assert ".ipynb_checkpoints (2)" in caplog.text and "__MACOSX (2)" in caplog.text
+
+
+def test_a_large_hidden_folder_is_not_counted_to_its_end(tmp_path, monkeypatch):
+  """A snapshot of a file system may hold millions of files."""
+  monkeypatch.setattr(listing, "MAX_COUNTED", 3)
+  (tmp_path / ".snapshot").mkdir()
+  for i in range(5):
+    (tmp_path / ".snapshot" / f"{i}.png").touch()
+  assert "3 hidden files" in listing.list_images(tmp_path, "data.root").report()[0]
 
 
 def test_hidden_names_are_left_out_of_pairs(tmp_path, caplog):

@@ -3,7 +3,7 @@
 `pickletools.genops` splits a pickle into opcodes. The interpreter in this module builds numbers, strings, lists, dicts,
 `Tensor`s and `Inert` objects, and nothing else. It knows the globals in `CALLS` and `STORAGES`. Every other global is a
 name and no more: a call of it gives an `Inert` object, which ignores everything that the pickle does to it. A global in
-`ATTACKS` would be as harmless, but a file that names it is an attempt to run a program and is refused. The interpreter
+`ATTACKS` is not run either, but a file that names it tries to run a program and is refused. The interpreter
 checks sizes before it allocates.
 """
 
