@@ -1,6 +1,7 @@
 """Limits of time and memory for each case of a fuzz test, and a summary of all cases."""
 
 import contextlib
+import gc
 import resource
 import signal
 import time
@@ -24,6 +25,8 @@ class Limits:
   def __init__(self, name: str, seconds: float = SECONDS):
     self._name, self._seconds = name, seconds
     self.count, self._began, self._slowest = 0, time.monotonic(), (0.0, "")
+    gc.collect()
+    gc.freeze()  # what earlier tests have left: `case` then collects its own garbage in no time
     with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
       file.write("5")  # on Linux, this resets the peak that earlier tests have reached
     self._base = _peak()
@@ -33,6 +36,7 @@ class Limits:
     def stop(*_):
       raise TooSlow(f"{self._name}, {what}: not finished after {self._seconds:g} s")
 
+    gc.collect()  # images in the tracebacks of the case before, which would count for this one
     timers = ((signal.SIGPROF, signal.ITIMER_PROF, self._seconds), (signal.SIGALRM, signal.ITIMER_REAL, WAIT))
     before = [signal.signal(number, stop) for number, _, _ in timers]
     began = time.process_time()
@@ -56,6 +60,7 @@ class Limits:
 
   def report(self, **counts: int) -> None:
     """Prints the summary, which `pytest -n 0 -s` shows."""
+    gc.unfreeze()
     seconds, what = self._slowest
     extra = "".join(f", {count} {name}" for name, count in counts.items())
     print(

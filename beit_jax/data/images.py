@@ -70,7 +70,8 @@ def _page(image: Image.Image, rule: PixelRule) -> np.ndarray:
   if image.mode == "P" and "transparency" in image.info:
     image = image.convert("RGBA")
   if rule.channels in (1, 3):
-    image = image.convert("L" if rule.channels == 1 else "RGB")
+    mode = "L" if rule.channels == 1 else "RGB"
+    image = image if image.mode == mode else image.convert(mode)  # which copies also where nothing changes
   elif image.mode not in ("LA", "RGBA", "CMYK") or len(image.getbands()) != rule.channels:
     raise BadImage(f"it has mode {image.mode}, but the model has model.in_channels={rule.channels}")
   pixels = to_channels(np.asarray(image), rule.channels)

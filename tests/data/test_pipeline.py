@@ -2,6 +2,7 @@
 
 import io
 import multiprocessing
+import os
 import subprocess
 import sys
 import textwrap
@@ -15,6 +16,7 @@ from PIL import Image
 from beit_jax.data import images, pipeline, shapes, sources
 from beit_jax.data.views import ViewReader
 from beit_jax.errors import UserError
+from tests.conftest import ROOT
 
 VIEWS = {"image": ((16, 16), "bicubic"), "token_image": ((8, 8), "lanczos")}
 OPTIONS = dict(
@@ -141,7 +143,8 @@ def test_workers_leave_nothing_in_shared_memory(tmp_path):
         np.testing.assert_array_equal(this._flat(threads[:2]), this._flat(still_open))
     """)
   )
-  done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300)
+  env = {**os.environ, "PYTHONPATH": str(ROOT)}
+  done = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True, timeout=300)
   assert done.returncode == 0 and "leaked" not in done.stderr, done.stderr
 
 

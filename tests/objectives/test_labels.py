@@ -215,7 +215,7 @@ def test_a_metric_that_is_not_a_number_is_refused(tmp_path):
   objective = OBJECTIVES["classify"](config, source)
   objective.evaluate_images = lambda *_: ({"mAP": float("nan")}, {})
   with pytest.raises(UserError, match="mAP=nan"):
-    evaluate.evaluate_all(config, objective, None, {}, {}, source, None)
+    evaluate.check_finite(evaluate.evaluate_all(config, objective, None, {}, {}, source, None)[0], source)
   assert np.isnan(objective.summarize({"loss": (np.zeros(()), np.zeros(()))})["loss"])
 
 

@@ -564,7 +564,7 @@ def test_a_kill_at_the_very_end_does_not_change_the_result(tmp_path, monkeypatch
   """A kill in the last evaluation, in the figures, or before the result: these are repeated, with the same numbers."""
   reference = train.run(_config(total_steps=3, figures=True), tmp_path / "reference")
   workdir = tmp_path / "run"
-  parts = ((Classification, "check_eval"), (train, "_write_figures"), (record, "write_result"))
+  parts = ((Classification, "check_eval"), (train.loop, "_write_figures"), (record, "write_result"))
   for owner, name in parts:
 
     def stop(*_, **__):
