@@ -109,11 +109,6 @@ def test_kills_of_one_or_both_of_two_processes_do_not_change_the_result(tmp_path
   kills.harness(tmp_path, kills=2, seed=5, processes=2)
 
 
-def test_sigterm_to_one_of_two_processes_in_a_run_of_two_stages(tmp_path):
-  """All processes stop within a step with status 143, also in a run that was resumed and in its second stage."""
-  kills.harness(tmp_path, kills=2, seed=7, processes=2, stop=True)
-
-
 def test_a_run_ends_when_a_data_worker_is_killed(tmp_path):
   workdir = tmp_path / "run"
   process = kills.start(workdir, "worker", workers=2, mesh=1, slow=0.0)
