@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from beit_jax.data.sources import Example, Source, multi_hot
+from beit_jax.data.source import Example, Source, multi_hot
 from beit_jax.errors import UserError
 from beit_jax.runtime.logs import log
 

@@ -35,7 +35,7 @@ from beit_jax import objectives, train
 from beit_jax import step as step_lib
 from beit_jax.config import parse as config_lib
 from beit_jax.config import ranges
-from beit_jax.data import examples, images, listing, sources
+from beit_jax.data import examples, images, listing, source_folder, sources
 from beit_jax.data.image_files import find_images
 from beit_jax.data.resize import RESAMPLE
 from beit_jax.errors import BadImage, UserError
@@ -400,7 +400,7 @@ def _count_leaves(folder, above=()):
 
 def _left_out(text):
   """Adds up the lines of the log, or of an error, about files that are left out."""
-  reasons = [listing.HIDDEN, listing.OTHER, listing.BROKEN, listing.LOOP, listing.SPECIAL, sources.UNNAMED]
+  reasons = [listing.HIDDEN, listing.OTHER, listing.BROKEN, listing.LOOP, listing.SPECIAL, source_folder.UNNAMED]
   return sum(map(int, re.findall(rf"(\d+) (?:{'|'.join(map(re.escape, reasons))}) left out", text)))
 
 
