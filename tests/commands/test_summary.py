@@ -2,8 +2,8 @@
 
 import json
 
-from beit_jax.main import summary_table
 from beit_jax.run.metric_writer import MetricWriter
+from beit_jax.run.summary import summary_table
 
 RESULTS = {
   "tokenizer": {"eval": {"mae": 0.07}},
