@@ -5,7 +5,7 @@ with a weight decay of 0, where unilm silently ignores it, and `warmup_steps` ca
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -87,17 +87,19 @@ def layer_scale(name: str, depth: int, layer_decay: float) -> float:
   return layer_decay ** (depth + 1 - layer_id(name, depth))
 
 
-def weight_decay_tree(params: PyTree, no_decay: tuple[str, ...] = ()) -> PyTree:
+def weight_decay_tree(params: PyTree, no_decay: tuple[str, ...] = (), decay: tuple[str, ...] = ()) -> PyTree:
   """Tree of bools that says which parameters are decayed.
 
   Args:
     params: Parameters or their shapes.
     no_decay: Regexes of further parameters without weight decay.
+    decay: Regexes of further parameters with weight decay; `no_decay` goes first.
 
   Raises:
     KeyError: No rule matches a parameter.
   """
-  rules = tuple((pattern, False) for pattern in no_decay) + WEIGHT_DECAY_RULES
+  own = (*((pattern, False) for pattern in no_decay), *((pattern, True) for pattern in decay))
+  rules = own + WEIGHT_DECAY_RULES
   return trees.match_rules(rules, params)
 
 
@@ -172,6 +174,33 @@ OPTIMIZERS: dict[str, Callable[[Settings], Scaling]] = {
 }
 
 
+def clip_each(clip_norm: float) -> optax.GradientTransformation:
+  """Clips every tensor by its own norm, as DINO does (facebookresearch/dino `utils.clip_gradients`).
+
+  A tensor is one of PyTorch's: there the biases of q and v are parts of one tensor.
+  """
+
+  def clip(updates: PyTree, _: PyTree) -> PyTree:
+    flat = trees.flatten(updates)
+    tensors = {name: re.sub(r"/[qv]_bias$", "/qkv_bias", name) for name in flat}
+    squares = dict.fromkeys(tensors.values(), 0.0)
+    for name, tensor in tensors.items():
+      squares[tensor] += jnp.square(flat[name]).sum()
+    factors = {
+      tensor: jnp.minimum(clip_norm / (jnp.sqrt(square) + 1e-6), 1.0) for tensor, square in squares.items()
+    }
+    return trees.named_map(lambda name, update: update * factors[tensors[name]], updates)
+
+  return optax.stateless(clip)
+
+
+# The values of `optimizer.clip`: what one norm is taken of.
+CLIPS: dict[str, Callable[[float], optax.GradientTransformation]] = {
+  "global": optax.clip_by_global_norm,
+  "tensor": clip_each,
+}
+
+
 def make_optimizer(
   params: PyTree,
   *,
@@ -182,11 +211,14 @@ def make_optimizer(
   eps: float = 1e-8,
   momentum: float = 0.9,
   clip_norm: float = 0.0,
+  clip: str = "global",
   layer_decay: float = 1.0,
   depth: int = 0,
   no_decay: tuple[str, ...] = (),
+  decay: tuple[str, ...] = (),
+  delayed: Mapping[str, int] | None = None,
 ) -> optax.GradientTransformation:
-  """Chains clipping by the global norm, the optimizer's scaling, weight decay, layer scale and learning rate.
+  """Chains clipping by the norm, the optimizer's scaling, weight decay, layer scale and learning rate.
 
   The layer scale multiplies the whole update, weight decay included, as a learning rate per group does in PyTorch.
 
@@ -198,24 +230,41 @@ def make_optimizer(
     betas: Decay rates of the moments (all but "sgd").
     eps: Added to denominators (all but "lion" and "sgd").
     momentum: Decay rate of the momentum ("sgd").
-    clip_norm: Largest global norm of the gradient; 0 turns clipping off.
+    clip_norm: Largest norm of the gradient; 0 turns clipping off.
+    clip: Key of `CLIPS`: whether that is the global norm or the norm of each tensor.
     layer_decay: Learning-rate factor from one layer to the layer below; 1 turns it off.
     depth: Number of encoder blocks, which `layer_decay` needs.
     no_decay: Regexes of further parameters without weight decay.
+    decay: Regexes of further parameters with weight decay.
+    delayed: Regex of parameters -> the step from which on they are trained. Before it they have neither updates nor
+      moments, as in PyTorch parameters without a gradient.
 
   Returns:
     The gradient transformation. Its updates are to be added to the parameters.
   """
   scaling = OPTIMIZERS[name](Settings(betas, eps, momentum))
-  scales = trees.named_map(lambda name, _: layer_scale(name, depth, layer_decay), params)
-  return optax.chain(
-    optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity(),
+
+  def scale(updates: PyTree, _: PyTree) -> PyTree:
+    return trees.named_map(lambda name, update: update * layer_scale(name, depth, layer_decay), updates)
+
+  clipping = CLIPS[clip](clip_norm) if clip_norm else optax.identity()
+  steps = (
     scaling.before_decay,
-    optax.add_decayed_weights(weight_decay, mask=weight_decay_tree(params, no_decay)),
+    optax.add_decayed_weights(weight_decay, mask=lambda params: weight_decay_tree(params, no_decay, decay)),
     *scaling.after_decay,
-    optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, scales)),
+    optax.stateless(scale),
     optax.scale_by_learning_rate(schedule),
   )
+  if not delayed:
+    return optax.chain(clipping, *steps)
+  trained = optax.chain(*steps)
+  rules = (*((pattern, start) for pattern, start in delayed.items()), ("", 0))
+  groups = {start: _from_step(trained, start) if start else trained for _, start in rules}
+  return optax.chain(clipping, optax.partition(groups, trees.match_rules(rules, params)))
+
+
+def _from_step(inner: optax.GradientTransformation, start: int) -> optax.GradientTransformation:
+  return optax.conditionally_mask(inner, lambda step: step >= start)
 
 
 def at_step(opt_state: optax.OptState, step: Any) -> optax.OptState:
@@ -228,25 +277,34 @@ def at_step(opt_state: optax.OptState, step: Any) -> optax.OptState:
   clocks = tuple(type(jax.eval_shape(one.init, {})) for one in transformations)
 
   def set_clock(node: Any) -> Any:
+    if isinstance(node, optax.ConditionallyMaskState):
+      return node._replace(step=step, inner_state=at_step(node.inner_state, step))
     return node._replace(count=step) if isinstance(node, clocks) else node
 
-  return jax.tree.map(set_clock, opt_state, is_leaf=lambda node: isinstance(node, clocks))
+  leaves = (*clocks, optax.ConditionallyMaskState)
+  return jax.tree.map(set_clock, opt_state, is_leaf=lambda node: isinstance(node, leaves))
 
 
 def group_report(
-  params: PyTree, *, depth: int, layer_decay: float, weight_decay: float, no_decay: tuple[str, ...] = ()
+  params: PyTree,
+  *,
+  depth: int,
+  layer_decay: float,
+  weight_decay: float,
+  no_decay: tuple[str, ...] = (),
+  decay: tuple[str, ...] = (),
 ) -> str:
   """Table of the parameter groups: layer, learning-rate scale, weight decay, sizes, and the first parameter."""
   flat = trees.flatten(params)
-  decays = trees.flatten(weight_decay_tree(params, no_decay))
+  decays = trees.flatten(weight_decay_tree(params, no_decay, decay))
   groups: dict[tuple[int, bool], list[str]] = {}
   for name in flat:
     groups.setdefault((layer_id(name, depth), decays[name]), []).append(name)
   lines = [f"{'layer':>5} {'lr scale':>11} {'decay':>7} {'tensors':>7} {'parameters':>12}  first"]
-  for (layer, decay), names in sorted(groups.items()):
+  for (layer, is_decayed), names in sorted(groups.items()):
     scale = layer_scale(names[0], depth, layer_decay)
     count = sum(flat[name].size for name in names)
-    rate = weight_decay if decay else 0.0
+    rate = weight_decay if is_decayed else 0.0
     lines.append(f"{layer:>5} {scale:>11.6g} {rate:>7.3g} {len(names):>7} {count:>12,}  {names[0]}")
   lines.append(f"{'all':>5} {'':>11} {'':>7} {len(flat):>7} {trees.num_params(params):>12,}")
   return "\n".join(lines)

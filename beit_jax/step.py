@@ -56,7 +56,8 @@ def make_train_step(
     grads = jax.tree.map(lambda g: g / count, grads)
     updates, opt_state = tx.update(grads, optim.at_step(state.opt_state, state.step), state.params)
     params = optax.apply_updates(state.params, updates)
-    collections = objective.after_update(params, output.collections, output.statistics, state.step)
+    collections = {**state.collections, **output.collections}
+    collections = objective.after_update(params, collections, output.statistics, state.step)
     metrics = {name: total / jnp.maximum(n, 1.0) for name, (total, n) in output.metrics.items()}
     metrics["grad_norm"] = optax.tree.norm(grads)
     ema = train_state.update_ema(state.ema, params, ema_decay)
@@ -126,7 +127,11 @@ def make_schedules(config: ConfigDict, steps_per_epoch: int, total_steps: int) -
 
 
 def make_optimizer(
-  config: ConfigDict, schedules: dict[str, Any], param_shapes: Any, depth: int
+  config: ConfigDict,
+  schedules: dict[str, Any],
+  param_shapes: Any,
+  depth: int,
+  delayed: dict[str, int] | None = None,
 ) -> optax.GradientTransformation:
   """`optim.make_optimizer` with the numbers of the config's `optimizer` section."""
   o = config.optimizer
@@ -140,7 +145,10 @@ def make_optimizer(
     eps=o.eps,
     momentum=o.momentum,
     clip_norm=o.clip_norm,
+    clip=o.clip,
     layer_decay=o.layer_decay,
     depth=depth,
     no_decay=o.no_decay,
+    decay=o.decay,
+    delayed=delayed,
   )

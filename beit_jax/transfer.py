@@ -12,6 +12,7 @@ import numpy as np
 
 from beit_jax import trees
 from beit_jax.errors import UserError
+from beit_jax.models.resampling import bicubic_matrix
 
 EXTRA_ROWS = 3  # cls -> patch, patch -> cls, cls -> cls: the last rows of a relative-position table
 TABLE = "relative_position_bias_table"
@@ -93,18 +94,6 @@ def resize_rel_pos_table(table: Any, src_grid: tuple[int, int], dst_grid: tuple[
   return np.concatenate([body.reshape(dh * dw, -1), extra]).astype(table.dtype)
 
 
-def _bicubic(source: int, target: int) -> np.ndarray:
-  """Weights [target, source] of PyTorch's bicubic resize: a = -0.75, half-pixel centers, no antialiasing."""
-  position = (np.arange(target) + 0.5) * source / target - 0.5
-  first, a = np.floor(position).astype(int) - 1, -0.75
-  weights = np.zeros((target, source))
-  for tap in range(4):
-    d = np.abs(position - first - tap)
-    near, far = (a + 2) * d**3 - (a + 3) * d**2 + 1, a * (d**3 - 5 * d**2 + 8 * d - 4)
-    np.add.at(weights, (np.arange(target), np.clip(first + tap, 0, source - 1)), np.where(d <= 1, near, far))
-  return weights
-
-
 def resize_pos_embed(pos_embed: Any, src_grid: tuple[int, int], dst_grid: tuple[int, int]) -> np.ndarray:
   """Resizes a table of absolute positions as PyTorch's bicubic does; the row of the cls token is copied.
 
@@ -128,7 +117,7 @@ def resize_pos_embed(pos_embed: Any, src_grid: tuple[int, int], dst_grid: tuple[
   if tuple(src_grid) == tuple(dst_grid):
     return pos_embed
   patches = pos_embed[0, 1:].astype(np.float64).reshape(*src_grid, width)
-  rows, columns = (_bicubic(*sides) for sides in zip(src_grid, dst_grid, strict=True))
+  rows, columns = (bicubic_matrix(*sides) for sides in zip(src_grid, dst_grid, strict=True))
   patches = np.einsum("yi,xj,ijk->yxk", rows, columns, patches, optimize=True).reshape(1, -1, width)
   return np.concatenate([pos_embed[:, :1], patches.astype(pos_embed.dtype)], 1)
 

@@ -45,13 +45,15 @@ DEFAULTS: dict[str, Any] = dict(
     betas=(0.9, 0.999),
     eps=1e-8,
     momentum=0.9,  # of sgd
-    clip_norm=0.0,  # global norm; 0 = off
+    clip_norm=0.0,  # largest norm of the gradient; 0 = off
+    clip="global",  # "global" | "tensor": the norm of all gradients together, or of each tensor
     layer_decay=1.0,
     schedule="cosine",  # "cosine" | "poly"
     power=1.0,  # of poly
     ema_decay=0.0,  # of averaged weights, evaluated and saved beside the others; 0 = off
     max_skipped=5,  # updates in a row that are skipped, since loss or gradient is not finite; then the run stops
     no_decay=(),  # further regexes of parameters without weight decay
+    decay=(),  # further regexes of parameters with weight decay
   ),
   data=dict(
     source="tfds",  # a name in `data.sources.SOURCES`: "tfds", "folder", "pairs", "shapes"

@@ -12,7 +12,7 @@ from typing import Any
 from beit_jax.errors import UserError
 from beit_jax.models.beit import POOLS
 from beit_jax.models.layers import ACTIVATIONS
-from beit_jax.optim import OPTIMIZERS
+from beit_jax.optim import CLIPS, OPTIMIZERS
 
 Rule = tuple[Callable[[Any], bool], str]  # whether a value is allowed, and what the message says otherwise
 Table = Sequence[tuple[str, Rule]]  # (regular expression of dotted keys, rule)
@@ -141,6 +141,7 @@ COMMON: Table = (
   ),
   (r"optimizer\.warmup_steps", integer(0, MAX_STEPS)),
   (r"optimizer\.name", one_of(*OPTIMIZERS)),
+  (r"optimizer\.clip", one_of(*CLIPS)),
   (r"optimizer\.momentum", fraction(one=False)),
   (r"optimizer\.schedule", one_of("cosine", "poly")),
   (r"optimizer\.betas", tuple_of(2, fraction(one=False), "two numbers in [0, 1)", ascending=True)),
@@ -148,7 +149,7 @@ COMMON: Table = (
   (r"optimizer\.layer_decay", fraction(zero=False)),
   (r"optimizer\.ema_decay", fraction(one=False)),
   (r"optimizer\.max_skipped|checkpoint\.keep", integer(1, 10**9)),
-  (r"optimizer\.no_decay", _patterns()),
+  (r"optimizer\.(no_)?decay", _patterns()),
   (r"(data|eval)\.num_examples", integer(1, 2**24)),
   (r"data\.render_size", integer(1, 512)),
   (r"data\.num_classes", integer(1, 2**20)),

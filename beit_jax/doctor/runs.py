@@ -213,7 +213,9 @@ def state_bytes(machine: Machine, run: Stage) -> int:
   """Size of one checkpoint: parameters, optimizer state, averaged parameters if there are any, and collections."""
   plan = machine.plan(run)
   variables = jax.eval_shape(plan.objective.init, jax.random.key(0))
-  tx = make_optimizer(run.config, plan.schedules, variables["params"], plan.objective.depth)
+  tx = make_optimizer(
+    run.config, plan.schedules, variables["params"], plan.objective.depth, plan.objective.delayed
+  )
   averages = variables["params"] if run.config.optimizer.ema_decay else {}
   return trees.num_bytes((variables, jax.eval_shape(tx.init, variables["params"]), averages))
 

@@ -22,6 +22,24 @@ def bilinear_matrix(source: int, target: int) -> np.ndarray:
   return weights
 
 
+def bicubic_matrix(source: int, target: int, offset: float = 0.0) -> np.ndarray:
+  """[target, source] weights of PyTorch's bicubic resize: a = -0.75, half-pixel centers, no antialiasing.
+
+  Args:
+    source: Number of values.
+    target: Number of values of the result.
+    offset: Is added to `target` for the scale alone. DINO resizes positions by (target + 0.1) / source.
+  """
+  position = (np.arange(target) + 0.5) * source / (target + offset) - 0.5
+  first, a = np.floor(position).astype(int) - 1, -0.75
+  weights = np.zeros((target, source))
+  for tap in range(4):
+    d = np.abs(position - first - tap)
+    near, far = (a + 2) * d**3 - (a + 3) * d**2 + 1, a * (d**3 - 5 * d**2 + 8 * d - 4)
+    np.add.at(weights, (np.arange(target), np.clip(first + tap, 0, source - 1)), np.where(d <= 1, near, far))
+  return weights
+
+
 def adaptive_pool_matrix(source: int, target: int) -> np.ndarray:
   """[target, source] weights of AdaptiveAvgPool2d: window i of k is floor(i * n / k) to ceil((i + 1) * n / k)."""
   weights = np.zeros((target, source))

@@ -53,7 +53,7 @@ class LossOutput(NamedTuple):
   Attributes:
     metrics: sums over the batch. The total of "loss" is differentiated.
     collections: the Linen collections besides "params" after this step, such as running statistics. Over microbatches
-      they are averaged.
+      they are averaged. Those that are left out stay as they are.
     statistics: sums for `Objective.after_update`. Over microbatches they are added.
   """
 
@@ -167,6 +167,11 @@ class Objective(abc.ABC):
     """Number of encoder blocks, for layer-wise learning rates; 0 where there is no encoder."""
     return 0
 
+  @property
+  def delayed(self) -> dict[str, int]:
+    """Regex of parameters -> the step from which on they are trained; see `optim.make_optimizer`."""
+    return {}
+
   def reader(self) -> Any:
     """How examples become arrays: see `data.views.ViewReader`."""
     return views.ViewReader(self.views(), self.config.data.to_dict())
@@ -188,7 +193,7 @@ class Objective(abc.ABC):
 
     Args:
       params: parameters after the update.
-      collections: those of `LossOutput`, averaged over microbatches.
+      collections: those before the step, replaced by those of `LossOutput`, averaged over microbatches.
       statistics: those of `LossOutput`, summed over microbatches.
       step: int32 scalar, before it is increased.
     """

@@ -365,6 +365,7 @@ def _log_plan(config: ConfigDict, name: str, plan: Plan, start_step: int, mesh: 
       layer_decay=o.layer_decay,
       weight_decay=o.weight_decay,
       no_decay=o.no_decay,
+      decay=o.decay,
     )
     log.info("parameter groups\n%s", report)
 

@@ -216,7 +216,7 @@ def prepare(
     reader=objective.reader(),
     param_shapes=shapes,
     schedules=schedules,
-    tx=make_optimizer(config, schedules, shapes, objective.depth),
+    tx=make_optimizer(config, schedules, shapes, objective.depth, objective.delayed),
     steps_per_epoch=steps_per_epoch,
     total_steps=total_steps,
   )
