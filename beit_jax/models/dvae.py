@@ -158,6 +158,10 @@ class Dvae(nn.Module):
     """Pixels per token, in each direction."""
     return 2 ** (self.group_count - 1)
 
+  def with_dtype(self, dtype: str) -> "Dvae":
+    """The same tokenizer with products in another dtype."""
+    return self.clone(dtype=dtype)
+
   def setup(self) -> None:
     shared: dict[str, Any] = dict(
       n_blk_per_group=self.n_blk_per_group,

@@ -86,8 +86,8 @@ class MaskedImageModeling(EncoderObjective):
   def _load_tokenizer(self, path: str) -> Pretrained:
     if not path or path.startswith("stage:"):
       raise UserError(
-        f"config key 'tokenizer.init_from': {path!r} is no tokenizer; give the folder of a `dvae` run "
-        "(configs/dvae.py trains one)"
+        f"config key 'tokenizer.init_from': {path!r} is no tokenizer; give the folder of a `dvae` or `vqkd` run "
+        "(configs/dvae.py and configs/vqkd.py train one)"
       )
     tokenizer = self.load_frozen(path)
     if not tokenizer.can_tokenize:
@@ -105,17 +105,22 @@ class MaskedImageModeling(EncoderObjective):
       )
     if self.config.tokenizer.dtype is None:
       return tokenizer
-    return dataclasses.replace(tokenizer, module=tokenizer.module.clone(dtype=self.config.tokenizer.dtype))
+    return dataclasses.replace(tokenizer, module=tokenizer.module.with_dtype(self.config.tokenizer.dtype))
 
   def _check_token_grid(self) -> None:
     """The tokenizer must give one token for each patch."""
-    stride = self.tokenizer.module.stride
+    stride, only_size = self.tokenizer.module.stride, self.tokenizer.token_image_size
     token_grid = tuple(side // stride for side in self.token_image_size)
     if token_grid != self.grid_size or any(side % stride for side in self.token_image_size):
       expected = tuple(n * stride for n in self.grid_size)
       raise UserError(
         f"config key 'data.token_image_size': {self.token_image_size} gives {token_grid} tokens (stride {stride}), "
         f"the encoder has {self.grid_size} patches; set it to {expected}"
+      )
+    if only_size not in (None, self.token_image_size):
+      raise UserError(
+        f"config key 'data.token_image_size': {self.token_image_size}, but the tokenizer "
+        f"{self.config.tokenizer.init_from} was built for images of {only_size}"
       )
 
   def views(self) -> ViewSizes:
@@ -152,7 +157,9 @@ class MaskedImageModeling(EncoderObjective):
     if self.cache is not None and not self.config.eval.split and not self.config.figures:
       return {}
     # Only figures decode. They bring the decoder, so that it does not take memory on the devices all the time.
-    return {name: leaf for name, leaf in self.tokenizer.params.items() if name != "decoder"}
+    decoders = ("decoder", self.tokenizer.spec.pixel_decoder)
+    params = {name: leaf for name, leaf in self.tokenizer.params.items() if name not in decoders}
+    return {"params": params, **self.tokenizer.collections}
 
   def _pixels(self, batch: Batch, *, train: bool) -> dict[str, Array]:
     """The views in a batch, float32 [B, H, W, 3] in [0, 1]. In training all get the same color jitter."""
@@ -164,7 +171,7 @@ class MaskedImageModeling(EncoderObjective):
     return self._tokens(frozen, self._pixels(batch, train=True)["token_image"])
 
   def _tokens(self, frozen: PyTree, token_image: Array) -> Array:
-    ids = self._tokenizer.apply({"params": frozen}, token_image, method="tokenize")
+    ids = self._tokenizer.apply(frozen, token_image, method="tokenize")
     return jax.lax.stop_gradient(ids)
 
   def _inputs(self, frozen: PyTree, batch: Batch, *, train: bool) -> tuple[Array, Array, Array]:
@@ -209,15 +216,17 @@ class MaskedImageModeling(EncoderObjective):
     predicted = jnp.where(mask.reshape(len(mask), -1), logits.argmax(-1), targets)
 
     def decode(ids: Array) -> Array:
-      return self._tokenizer.apply({"params": self.tokenizer.params}, ids, self.grid_size, method="decode")
+      return self._tokenizer.apply(self.tokenizer.variables, ids, self.grid_size, method="decode")
 
     visible = np.asarray(augment.to_float(batch["image"]))
-    rows = {
+    rows: dict[str, Any] = {
       "image": visible,
       "masked": drawing.gray_out(visible, np.asarray(mask)),
-      "predicted tokens, decoded": decode(predicted),
-      "true tokens, decoded": decode(targets),
     }
+    if self.tokenizer.can_decode:
+      rows |= {"predicted tokens, decoded": decode(predicted), "true tokens, decoded": decode(targets)}
+    else:
+      log.info("figures: tokens are not drawn, %s", self.tokenizer.spec.without_pixel_decoder)
     return {"masked_image_modelling": drawing.labeled_rows({k: np.asarray(v) for k, v in rows.items()})}
 
   def describe(self) -> dict[str, Any]:

@@ -5,7 +5,6 @@ and `*` stands for the seed. The first row is the baseline: the other rows are c
 seeds share their data and their initial values.
 """
 
-import contextlib
 import math
 import statistics
 from collections.abc import Callable, Sequence

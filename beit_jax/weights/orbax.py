@@ -39,7 +39,7 @@ def load(path: Path, *, step: int | None = None, ema: bool = False) -> Pretraine
       f"{folder} has no averaged weights (optimizer.ema_decay was 0); call load without ema=True"
     )
   params = checkpoint.load_params(folder, item)
-  collections = load_collections(folder) if KINDS[kind].has_batch_stats else {}
+  collections = load_collections(folder) if KINDS[kind].has_collections else {}
   expected = variable_shapes(module, (height, width))
   problems = _differences({"params": params, **collections}, expected)
   if problems:

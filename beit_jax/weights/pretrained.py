@@ -70,7 +70,9 @@ class ModelKind:
     can_tokenize: the model turns images into visual tokens.
     has_classes: the model predicts named classes, which its description lists as `labels`.
     has_pool: the module has the field `pool`, a key of `models.beit.POOLS`.
-    has_batch_stats: the model has the Linen collection `batch_stats` besides its parameters.
+    has_collections: the model has Linen collections besides its parameters: `batch_stats`, or `codebook`.
+    pixel_decoder: the parameters of a tokenizer that turn visual tokens into pixels; a model may lack them.
+    without_pixel_decoder: what a message says of a tokenizer without these.
     head: name of the output layer in unilm's checkpoints, or None.
     head_size: the module field that holds the number of outputs of `head`.
     tensor_names: the naming scheme of the model's tensors in foreign formats: "unilm", "mmseg" or "dalle".
@@ -87,7 +89,9 @@ class ModelKind:
   can_tokenize: bool = False
   has_classes: bool = False
   has_pool: bool = False
-  has_batch_stats: bool = False
+  has_collections: bool = False
+  pixel_decoder: str = ""
+  without_pixel_decoder: str = ""
   head: str | None = None
   head_size: str | None = None
   tensor_names: str = "unilm"
@@ -133,7 +137,7 @@ KINDS: dict[str, ModelKind] = {
     forward=_pixel_logits,
     formats=("orbax", "unilm", "hf", "openmmlab"),
     has_classes=True,
-    has_batch_stats=True,
+    has_collections=True,
     tensor_names="mmseg",
     hf_class="BeitForSemanticSegmentation",
   ),
@@ -143,6 +147,8 @@ KINDS: dict[str, ModelKind] = {
     formats=("orbax", "hf"),
     encoder_path=None,
     can_tokenize=True,
+    pixel_decoder="decoder",
+    without_pixel_decoder="it was loaded without its decoder; load a folder with both",
     tensor_names="dalle",
     hf_class="FlavaImageCodebook",
   ),
@@ -231,7 +237,7 @@ class Pretrained:
     preprocessing: mean, std, image_size (h, w), crop_pct, interpolation, resize ("short_side" | "squash"); value_range
       if the run set it.
     description: what the checkpoint says of itself.
-    collections: Linen collections besides the parameters: `batch_stats` of a segmenter.
+    collections: Linen collections besides the parameters: `batch_stats` of a segmenter, `codebook` of a tokenizer.
   """
 
   kind: str
@@ -259,6 +265,21 @@ class Pretrained:
   def can_tokenize(self) -> bool:
     """Whether `tokenize` is available."""
     return self.spec.can_tokenize
+
+  @property
+  def can_decode(self) -> bool:
+    """Whether `decode` is available: the model is a tokenizer and has a decoder to pixels."""
+    return self.can_tokenize and self.spec.pixel_decoder in self.params
+
+  @property
+  def token_image_size(self) -> tuple[int, int] | None:
+    """The image size for which a tokenizer was built; None: it takes any size that its stride divides."""
+    return tuple(self.encoder_fields["image_size"]) if self.has_encoder else None
+
+  @property
+  def variables(self) -> Variables:
+    """Parameters and collections, as `module.apply` takes them."""
+    return {"params": self.params, **self.collections}
 
   @property
   def has_encoder(self) -> bool:
@@ -440,18 +461,16 @@ class Pretrained:
       UserError: the model is not a tokenizer, or was loaded without its decoder.
     """
     self._check_tokenizer("decode")
-    if "decoder" not in self.params:
-      raise UserError(
-        "this tokenizer was loaded without its decoder, so it cannot turn tokens into images; load a folder with both"
-      )
-    assert isinstance(self.module, Dvae)
-    grid_size = tuple(side // self.module.stride for side in self.preprocessing["image_size"])
-    return self._decode(self.params, jnp.asarray(ids), grid_size)
+    if not self.can_decode:
+      raise UserError(f"this tokenizer cannot turn tokens into images: {self.spec.without_pixel_decoder}")
+    module: Any = self.module
+    grid_size = tuple(side // module.stride for side in self.preprocessing["image_size"])
+    return self._decode(self.variables, jnp.asarray(ids), grid_size)
 
   @cached_property
   def _decode(self) -> Callable[..., jax.Array]:
-    def run(params: Any, ids: jax.Array, grid_size: tuple[int, int]) -> Any:
-      return self.module.apply({"params": params}, ids, grid_size, method="decode")
+    def run(variables: Any, ids: jax.Array, grid_size: tuple[int, int]) -> Any:
+      return self.module.apply(variables, ids, grid_size, method="decode")
 
     return jax.jit(run, static_argnums=2)
 

@@ -400,7 +400,14 @@ def _count_leaves(folder, above=()):
 
 def _left_out(text):
   """Adds up the lines of the log, or of an error, about files that are left out."""
-  reasons = [listing.HIDDEN, listing.OTHER, listing.BROKEN, listing.LOOP, listing.SPECIAL, source_folder.UNNAMED]
+  reasons = [
+    listing.HIDDEN,
+    listing.OTHER,
+    listing.BROKEN,
+    listing.LOOP,
+    listing.SPECIAL,
+    source_folder.UNNAMED,
+  ]
   return sum(map(int, re.findall(rf"(\d+) (?:{'|'.join(map(re.escape, reasons))}) left out", text)))
 
 
