@@ -104,7 +104,7 @@ def _one_channel(array: np.ndarray, name: str, kind: str) -> np.ndarray:
   for i in range(1, channels.shape[-1]):
     if not np.array_equal(channels[..., i], first):
       raise UserError(f"{name}: the label map is a color image ({kind}, whose channels differ); {ADVICE}")
-  if first.dtype.kind == "f":
+  if np.issubdtype(first.dtype, np.floating):
     with np.errstate(invalid="ignore"):
       whole = first.astype(np.int32)
     if not np.array_equal(whole, first):

@@ -33,10 +33,10 @@ class TfdsSource(Source):
     features = builder.info.features
     image, repeated = tfds_info.find_feature(features, image_key, "data.image_key")
     tfds_info.check_image_feature(image, repeated, image_key, value_range is not None)
-    kind, encoded = "", {image_key} if isinstance(image, tfds.features.Image) else set()
+    labels, encoded = "", {image_key} if isinstance(image, tfds.features.Image) else set()
     if label_key:
       label, repeated = tfds_info.find_feature(features, label_key, "data.label_key")
-      kind = tfds_info.label_kind(label, repeated, label_key)
+      labels = tfds_info.label_form(label, repeated, label_key)
       encoded |= {label_key} if isinstance(label, tfds.features.Image) else set()
       label = label.feature if isinstance(label, tfds.features.Sequence) else label
       if getattr(label, "num_classes", None):
@@ -56,8 +56,8 @@ class TfdsSource(Source):
     shards = builder.info.splits[split].file_instructions
     self._listing = [f"{Path(s.filename).name} {s.skip} {s.take} {s.examples_in_shard}" for s in shards]
     self._image_key, self._label_key = image_key, label_key
-    self.multi_label, self._has_maps = kind == "classes", kind == "map"
-    self.has_labels = bool(kind) and not self._has_maps
+    self.multi_label, self._has_maps = labels == "classes", labels == "map"
+    self.has_labels = bool(labels) and not self._has_maps
     if self._has_maps:
       self.class_names, self.map_class_names = (), self.class_names
 

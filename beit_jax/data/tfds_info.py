@@ -142,7 +142,7 @@ def check_image_feature(feature: Any, repeated: bool, path: str, has_range: bool
     raise UserError(f"{where} has its channels first; store images as [height, width, channels]")
 
 
-def label_kind(feature: Any, repeated: bool, path: str) -> str:
+def label_form(feature: Any, repeated: bool, path: str) -> str:
   """What a feature tells about an image: "map" (a class per pixel), "classes" (several), or "class".
 
   Raises:
