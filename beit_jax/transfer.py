@@ -186,6 +186,20 @@ def encoder_params(
   return found
 
 
+def resize_positions(
+  params: dict[str, Any], src_grid: tuple[int, int], dst_grid: tuple[int, int]
+) -> dict[str, Any]:
+  """Resizes all position parameters in the tree of a model for another grid; the others stay the same objects.
+
+  Args:
+    params: nested parameters of a model on `src_grid`.
+    src_grid: (h, w) of the parameters.
+    dst_grid: (h, w) of the result.
+  """
+  flat = trees.flatten(params)
+  return trees.unflatten({name: _fitting_value(name, flat, src_grid, dst_grid) for name in flat})
+
+
 def _fitting_value(
   name: str, src: dict[str, Any], src_grid: tuple[int, int], dst_grid: tuple[int, int]
 ) -> Any:

@@ -122,3 +122,26 @@ def attention(
     bias = None if bias is None else bias.astype(query.dtype)
     return padded_attention(query, key, value, bias, "cudnn")
   return jax.nn.dot_product_attention(query, key, value, bias=bias)
+
+
+def attention_weights(query: jax.Array, key: jax.Array, bias: jax.Array | None, requested: str) -> jax.Array:
+  """The softmax weights of `attention`: its outputs where the values are the columns of an identity matrix.
+
+  There is no second formula that could differ from the first. The values of one call have as many columns as a head.
+
+  Args:
+    query: [B, T, K, H].
+    key: [B, T, K, H].
+    bias: float32 [1, K, T, T] or None.
+    requested: See `attention`.
+
+  Returns:
+    float32 [B, K, T, T]; the weights of a query, the third axis, sum to 1.
+  """
+  tokens, size = query.shape[1], query.shape[-1]
+  columns = jnp.eye(tokens, tokens + -tokens % size, dtype=query.dtype)[None, :, None]  # [1, T, 1, C]
+  parts = [
+    attention(query, key, jnp.broadcast_to(columns[..., i : i + size], key.shape), bias, requested)
+    for i in range(0, tokens, size)
+  ]
+  return jnp.concatenate(parts, -1)[..., :tokens].swapaxes(1, 2).astype(jnp.float32)

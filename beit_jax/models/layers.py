@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from beit_jax.models.attention import attention
+from beit_jax.models.attention import attention, attention_weights
 from beit_jax.models.constrain import constrain_batch
 
 Initializer = Callable[..., jax.Array]
@@ -226,6 +226,7 @@ class Attention(nn.Module):
   """Multi-head self-attention with one fused qkv kernel and biases on q and v only: [B, T, D] -> [B, T, D].
 
   The argument `bias` is float32 [1, K, T, T] or None. If `grid_size` is set, the module has a bias table of its own.
+  Where the collection "intermediates" is mutable, it receives the softmax weights as "attention", [B, K, T, T].
   """
 
   width: int
@@ -249,6 +250,8 @@ class Attention(nn.Module):
     q, k, v = (x.reshape(batch, tokens, self.num_heads, -1) for x in jnp.split(qkv, 3, axis=-1))
     if self.grid_size is not None:
       bias = relative_position_bias(self, self.grid_size, self.num_heads)
+    if self.is_mutable_collection("intermediates"):  # otherwise, as in training, the weights are not traced
+      self.sow("intermediates", "attention", attention_weights(q, k, bias, self.attention))
     x = attention(q, k, v, bias, self.attention).reshape(batch, tokens, width)
     return Dense(width, self.proj_init, self.dtype, name="proj")(x)
 

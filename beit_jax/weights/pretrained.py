@@ -1,6 +1,7 @@
 """A model with its weights, as `beit_jax.load` returns it: what a notebook user holds in hand."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -17,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 import beit_jax
-from beit_jax import trees
+from beit_jax import transfer, trees
 from beit_jax.config import ranges
 from beit_jax.data import image_files
 from beit_jax.data import images as images_lib
@@ -26,8 +27,16 @@ from beit_jax.data.resize import resize_with_pillow
 from beit_jax.errors import BadImage, UserError
 from beit_jax.models.beit import Beit, BeitForImageClassification, BeitForMaskedImageModeling
 from beit_jax.models.dvae import Dvae
+from beit_jax.models.features import (
+  FEATURE_POOLS,
+  bare_encoder,
+  block_attention,
+  block_tokens,
+  point_attention,
+)
 from beit_jax.models.resampling import resize_bilinear
 from beit_jax.models.upernet import BeitForSemanticSegmentation
+from beit_jax.runtime.logs import log
 
 Variables = dict[str, Any]
 
@@ -343,14 +352,16 @@ class Pretrained:
       UserError: the model takes no mask, or one of another shape.
     """
     x = jnp.asarray(x, jnp.float32)
-    mask = None if mask is None else self._full_mask(jnp.asarray(mask), len(x))
-    return self._forward(self.params, x, mask)
+    return self._forward(self.params, x, self._full_mask(mask, len(x)))
 
-  def _full_mask(self, mask: jax.Array, batch: int) -> jax.Array:
-    """The mask as bool [B, h, w]."""
+  def _full_mask(self, mask: Any, batch: int) -> jax.Array | None:
+    """The mask as bool [B, h, w]; None stays None."""
+    if mask is None:
+      return None
+    mask = jnp.asarray(mask)
     if not self.takes_mask:
       raise UserError(f"a {self.kind} takes no mask")
-    height, width = (side // self.encoder_fields["patch_size"] for side in self.encoder_fields["image_size"])
+    height, width = self._grid_size
     shapes = [(batch, height, width), (batch, height * width), (height, width)]
     if mask.shape not in shapes or not (mask.dtype == bool or jnp.issubdtype(mask.dtype, jnp.integer)):
       raise UserError(
@@ -443,6 +454,142 @@ class Pretrained:
     run's evaluation and of `beit_jax.predict`.
     """
     return self.forward(self.preprocess(images))
+
+  def at(self, image_size: int | tuple[int, int]) -> "Pretrained":
+    """The same model for images of another size; relative-position tables and absolute positions are resampled.
+
+    The rules are those of `init_from` for another image size (`beit_jax.transfer`).
+
+    Args:
+      image_size: pixels, one number or (height, width), multiples of the patch size.
+
+    Raises:
+      UserError: the model has no BEiT encoder, or its patches do not divide the size.
+    """
+    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    patch = self.encoder_fields["patch_size"]
+    if len(size) != 2 or any(not isinstance(side, int) or side < patch or side % patch for side in size):
+      raise UserError(f"image_size={image_size}: expected one or two multiples of the patch size, {patch}")
+    source, target = self._grid_size, (size[0] // patch, size[1] // patch)
+    if self.encoder_fields["rel_pos"] != "none" and (target[0] < source[0] or target[1] < source[1]):
+      log.warning(
+        "at(%s): for a smaller grid the geometric rule crops the relative-position tables", image_size
+      )
+    if self.spec.is_encoder:
+      module = self.module.clone(image_size=size)
+    else:
+      module = self.module.clone(encoder={**module_fields(self.module)["encoder"], "image_size": size})
+    # The strides of sliding windows belong to the old size; without them, predictions use two thirds of a window.
+    kept = {key: value for key, value in self.preprocessing.items() if key != "sliding"}
+    params = transfer.resize_positions(self.params, source, target)
+    description = {**self.description, "sha256": fingerprint(params, self.collections)}
+    return dataclasses.replace(
+      self,
+      params=params,
+      module=module,
+      preprocessing={**kept, "image_size": size},
+      description=description,
+    )
+
+  def features(
+    self, images: Any, blocks: int | Sequence[int] | None = None, pool: str | None = None, *, mask: Any = None
+  ) -> Any:
+    """What the blocks of the encoder compute: the residual stream after each block, before any final norm.
+
+    Args:
+      images: as for `preprocess`.
+      blocks: number of a block, counted from 0 (from the end if negative), or several; None: all blocks.
+      pool: None, "cls", "mean" (of the patches) or "map".
+      mask: as for `forward`.
+
+    Returns:
+      float32, for one number an array, otherwise a list of arrays. None: [B, 1 + N, D], cls token first, without
+      register tokens; "cls" and "mean": [B, D]; "map": [B, h, w, D].
+
+    Raises:
+      UserError: the model has no BEiT encoder or takes no mask; a block or the pool does not exist.
+    """
+    self._check_encoder()
+    if pool not in FEATURE_POOLS:
+      raise UserError(f"pool={pool!r}: expected None or one of {', '.join(filter(None, FEATURE_POOLS))}")
+    single = isinstance(blocks, int)
+    chosen = range(self._depth) if blocks is None else [blocks] if isinstance(blocks, int) else blocks
+    x = self.preprocess(images)
+    numbers = tuple(map(self._block_number, chosen))
+    found = self._block_tokens(self.encoder_params, x, self._full_mask(mask, len(x)), numbers, pool)
+    return found[0] if single else found
+
+  def attention(self, images: Any, block: int = -1, *, mask: Any = None) -> jax.Array:
+    """The attention weights of one block.
+
+    Args:
+      images: as for `preprocess`.
+      block: number of the block, counted from 0 (from the end if negative).
+      mask: as for `forward`.
+
+    Returns:
+      float32 [B, K, T, T]: image, head, query, key; each row sums to 1. Tokens: cls, patches, register tokens.
+
+    Raises:
+      UserError: as for `features`.
+    """
+    self._check_encoder()
+    x = self.preprocess(images)
+    number = self._block_number(block)
+    return self._block_attention(self.encoder_params, x, self._full_mask(mask, len(x)), number)
+
+  def attention_map(
+    self, images: Any, point: tuple[int, int], block: int = -1, *, mask: Any = None
+  ) -> jax.Array:
+    """Where the patch at a point looks: its attention to all patches, the mean over heads (BEiT paper, Figure 2).
+
+    Args:
+      images: as for `preprocess`.
+      point: (y, x) in pixels of the prepared image, [h, w] of `preprocess`.
+      block: as for `attention`.
+      mask: as for `forward`.
+
+    Returns:
+      float32 [B, h, w], resized bilinearly to the prepared image.
+
+    Raises:
+      UserError: as for `features`; the point lies outside the image.
+    """
+    self._check_encoder()
+    height, width = size = tuple(self.encoder_fields["image_size"])
+    y, x = point
+    if not (0 <= y < height and 0 <= x < width):
+      raise UserError(f"point={point}: (y, x) lies outside the image of {height}x{width} pixels")
+    patch, grid_size = self.encoder_fields["patch_size"], self._grid_size
+    number = int(y // patch) * grid_size[1] + int(x // patch)
+    return point_attention(self.attention(images, block, mask=mask), number, grid_size, size)
+
+  @property
+  def _grid_size(self) -> tuple[int, int]:
+    height, width = self.encoder_fields["image_size"]
+    return height // self.encoder_fields["patch_size"], width // self.encoder_fields["patch_size"]
+
+  @property
+  def _depth(self) -> int:
+    depth: int = self.encoder_fields["depth"]
+    return depth
+
+  def _block_number(self, block: int) -> int:
+    if not -self._depth <= block < self._depth:
+      raise UserError(
+        f"block {block}: this model has the blocks 0 to {self._depth - 1}, or -1 for the last one"
+      )
+    return block % self._depth
+
+  @cached_property
+  def _block_tokens(self) -> Callable[..., Any]:
+    encoder = bare_encoder(self.encoder_fields, self.encoder_params)
+    return jax.jit(functools.partial(block_tokens, encoder), static_argnums=(3, 4))
+
+  @cached_property
+  def _block_attention(self) -> Callable[..., jax.Array]:
+    encoder = bare_encoder(self.encoder_fields, self.encoder_params)
+    return jax.jit(functools.partial(block_attention, encoder), static_argnums=3)
 
   def tokenize(self, images: Any) -> jax.Array:
     """Turns images, as for `preprocess`, into visual tokens int32 [B, N] in row-major order.
