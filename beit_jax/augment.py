@@ -18,7 +18,15 @@ from jax import Array
 
 GRAY = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R 601-2, as Pillow's convert("L")
 # Uses of an example's random numbers. Give a new one a new number; the existing numbers define the results of runs.
-PURPOSES = {"mask": 0, "color_jitter": 1, "random_erasing": 2}
+PURPOSES = {
+  "mask": 0,
+  "color_jitter": 1,
+  "random_erasing": 2,
+  "crop_color_jitter": 3,
+  "crop_grayscale": 4,
+  "crop_gaussian_blur": 5,
+  "crop_solarize": 6,
+}
 
 
 def example_keys(seed: int, example_key: Array, purpose: str) -> Array:
@@ -195,6 +203,140 @@ def augment_views(
       keys = example_keys(seed, example_key, name)
       views = dict(zip(views, augmentation.apply(keys, list(views.values()), data[name]), strict=True))
   return views
+
+
+# Augmentations of crops that are drawn for each crop on its own, as DINO's. A function of one key and one image, float
+# [H, W, C] in [0, 1], gives the image again.
+
+JITTER = (0.4, 0.4, 0.2, 0.1)  # brightness, contrast, saturation, hue (facebookresearch/dino main_dino.py)
+BLUR_STD = (0.1, 2.0)  # pixels
+BLUR_RADIUS = 8
+
+
+def shift_hue(image: Array, shift: Array) -> Array:
+  """Adds a shift, in turns of the color wheel, to the hue of HSV.
+
+  Args:
+    image: [..., 3] in [0, 1].
+    shift: scalar.
+  """
+  value, low = image.max(-1), image.min(-1)
+  chroma = value - low
+  red, green, blue = jnp.moveaxis(image, -1, 0)
+  safe = jnp.where(chroma > 0, chroma, 1.0)
+  sector = jnp.where(
+    value == red,
+    (green - blue) / safe,
+    jnp.where(value == green, 2.0 + (blue - red) / safe, 4.0 + (red - green) / safe),
+  )
+  hue = 6.0 * shift + sector
+  # Each channel falls from `value` to `low` with the distance of its own hue from that of the pixel.
+  steps = (hue[..., None] + jnp.array([5.0, 3.0, 1.0])) % 6.0
+  return value[..., None] - chroma[..., None] * jnp.clip(jnp.minimum(steps, 4.0 - steps), 0.0, 1.0)
+
+
+def crop_color_jitter(key: Array, image: Array) -> Array:
+  """Changes brightness, contrast, saturation and hue by up to `JITTER`, in random order (torchvision's ColorJitter)."""
+  factor_key, hue_key, order_key = jax.random.split(key, 3)
+  spread = jnp.array(JITTER[:3])
+  factors = 1.0 + spread * jax.random.uniform(factor_key, (3,), minval=-1.0)
+  shift = jax.random.uniform(hue_key, minval=-JITTER[3], maxval=JITTER[3])
+
+  def apply(operation: Array, image: Array) -> Array:
+    gray = (image @ GRAY)[..., None]
+    pivot = jnp.where(operation == 0, 0.0, jnp.where(operation == 1, gray.mean(), gray))
+    blended = jnp.clip(pivot + factors[jnp.minimum(operation, 2)] * (image - pivot), 0.0, 1.0)
+    return jnp.where(operation == 3, shift_hue(image, shift), blended)
+
+  order = jax.random.permutation(order_key, 4)
+  for position in range(4):
+    image = apply(order[position], image)
+  return image
+
+
+def crop_grayscale(key: Array, image: Array) -> Array:
+  """The luminance in all channels."""
+  del key
+  return jnp.broadcast_to((image @ GRAY)[..., None], image.shape)
+
+
+def blur_matrix(size: int, std: Array) -> Array:
+  """Weights [size, size] of a Gaussian along one axis, cut off at `BLUR_RADIUS`; border pixels are repeated."""
+  position = np.arange(-BLUR_RADIUS, size + BLUR_RADIUS)
+  inside = np.clip(position, 0, size - 1)[:, None] == np.arange(size)
+  distance = position - np.arange(size)[:, None]
+  weights = jnp.where(np.abs(distance) <= BLUR_RADIUS, jnp.exp(-0.5 * jnp.square(distance / std)), 0.0)
+  return (weights / weights.sum(1, keepdims=True)) @ inside.astype(np.float32)
+
+
+def crop_gaussian_blur(key: Array, image: Array) -> Array:
+  """Convolution with a Gaussian whose standard deviation is uniform in `BLUR_STD`.
+
+  Pillow's filter, which the reference calls, approximates it by three box filters.
+  """
+  std = jax.random.uniform(key, minval=BLUR_STD[0], maxval=BLUR_STD[1])
+  rows, columns = (blur_matrix(size, std) for size in image.shape[:2])
+  return jnp.einsum("yi,xj,ijc->yxc", rows, columns, image)
+
+
+def crop_solarize(key: Array, image: Array) -> Array:
+  """Inverts the values from 0.5 on, which are 128 to 255 of uint8."""
+  del key
+  return jnp.where(image >= 0.5, 1.0 - image, image)
+
+
+class CropAugmentation(NamedTuple):
+  """An augmentation of one crop: (key, image) -> image, and whether it needs RGB."""
+
+  apply: Callable[[Array, Array], Array]
+  colors: bool = False
+
+
+# Key of the config's `augment` section, which holds probabilities -> augmentation, in the order of application.
+CROP_AUGMENTATIONS = {
+  "color_jitter": CropAugmentation(crop_color_jitter, colors=True),
+  "grayscale": CropAugmentation(crop_grayscale, colors=True),
+  "gaussian_blur": CropAugmentation(crop_gaussian_blur),
+  "solarize": CropAugmentation(crop_solarize),
+}
+
+
+def augment_crops(
+  crops: Array,
+  example_key: Array,
+  *,
+  seed: int,
+  first: int,
+  probabilities: Mapping[str, tuple[float, ...]],
+) -> Array:
+  """Augments every crop on its own: all randomness is a function of (seed, epoch, index, number of the crop).
+
+  Args:
+    crops: float32 [B, V, H, W, C] in [0, 1].
+    example_key: uint32 [B, 2], (epoch, index).
+    seed: of the run.
+    first: number of the first of these crops among all of an example.
+    probabilities: key of `CROP_AUGMENTATIONS` -> the probability for each of the V crops.
+
+  Returns:
+    The crops, in [0, 1].
+  """
+  batch, count = crops.shape[:2]
+  images = crops.reshape(-1, *crops.shape[2:])
+  numbers = jnp.arange(first, first + count)
+  for name, augmentation in CROP_AUGMENTATIONS.items():
+    if not any(probabilities[name]) or (augmentation.colors and crops.shape[-1] != 3):
+      continue
+    keys = example_keys(seed, example_key, f"crop_{name}")
+    keys = jax.vmap(lambda key: jax.vmap(lambda n: jax.random.fold_in(key, n))(numbers))(keys).reshape(-1)
+    chance = jnp.tile(jnp.asarray(probabilities[name], jnp.float32), batch)
+
+    def augment(key: Array, image: Array, chance: Array, apply: Any = augmentation.apply) -> Array:
+      happens_key, key = jax.random.split(key)
+      return jnp.where(jax.random.uniform(happens_key) < chance, apply(key, image), image)
+
+    images = jax.vmap(augment)(keys, images, chance)
+  return images.reshape(crops.shape)
 
 
 def cutmix_box(

@@ -101,3 +101,28 @@ def segmentation_cross_entropy(
   nll = jnp.where(valid, jax.nn.logsumexp(logits, -1) - target, 0.0)
   correct = (logits.argmax(-1) == label) & valid
   return nll.sum(), valid.sum(dtype=jnp.float32), correct.sum(dtype=jnp.float32)
+
+
+def self_distillation(student: jax.Array, teacher: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Cross-entropy between distributions of the teacher and of the student for different views (DINO).
+
+  Args:
+    student: logits [B, V, K]; the first views are those of the teacher.
+    teacher: logits [B, G, K], centered and divided by its temperature.
+
+  Returns:
+    float32 [B]: the mean of the cross-entropies of all pairs of two different views, and the mean entropy of the
+    teacher's distributions.
+
+  References:
+    facebookresearch/dino `main_dino.py` DINOLoss.
+  """
+  student, teacher = student.astype(jnp.float32), teacher.astype(jnp.float32)
+  target = jax.nn.softmax(teacher)
+  # -sum(q * log softmax(s)) = logsumexp(s) - <q, s>, without a [B, G, V, K] array.
+  product = jnp.einsum("bgk,bvk->bgv", target, student, precision="highest")
+  pairs = jax.nn.logsumexp(student, -1)[:, None] - product
+  views, of_both = student.shape[1], teacher.shape[1]
+  other = 1.0 - jnp.eye(of_both, views)
+  entropy = -(target * jax.nn.log_softmax(teacher)).sum(-1)
+  return (pairs * other).sum((1, 2)) / other.sum(), entropy.mean(1)

@@ -203,6 +203,11 @@ class LazyImage:
     """The decoded image, uint8 [H, W, C]."""
     return self.shrunk(1)[0]
 
+  def decoded(self) -> "LazyImage":
+    """The same image, decoded now, for several crops of one image."""
+    self._array, self._encoded = self.pixels(), b""
+    return self
+
   def shrunk(self, factor: int) -> tuple[np.ndarray, int]:
     """Decodes at a lower resolution where that saves work.
 

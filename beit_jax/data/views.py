@@ -1,6 +1,7 @@
 """Makes views of an image: crops of fixed sizes, for training and for evaluation."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -75,3 +76,57 @@ class ViewReader:
       return {}
     label = np.asarray(example["label"])  # a class id; with several labels a float32 vector of 0 and 1
     return {"label": label if label.ndim else label.astype(np.int32)}
+
+
+class Crops(NamedTuple):
+  """Crops of one size: how many, their (height, width), and their areas as fractions of the image."""
+
+  count: int
+  size: tuple[int, int]
+  scale: tuple[float, float]
+
+
+class MultiCropReader:
+  """Makes arrays of crops of an image; each crop has its own box and flip.
+
+  Crops for evaluation are random too, but a function of the example alone. The image is decoded once and at its full
+  resolution, whatever `scaled_decode` says.
+
+  Args:
+    crops: name of the array -> its crops. Their order is that of the random numbers.
+    options: the config's `data` section.
+
+  Raises:
+    UserError: an option is of no use here.
+  """
+
+  def __init__(self, crops: Mapping[str, Crops], options: dict[str, Any]):
+    self._crops, self._options = dict(crops), options
+    for key, needed in (("crop", "random_resized"), ("rand_augment", "")):
+      if options[key] != needed:
+        raise UserError(
+          f"config key 'data.{key}': {options[key]!r}, but with several crops of an image it must be {needed!r}"
+        )
+    if options["interpolation"] not in resize.RESAMPLE:
+      raise UserError(
+        f"config key 'data.interpolation': {options['interpolation']!r} is unknown; there are "
+        + ", ".join(resize.RESAMPLE)
+      )
+    resize.check()
+
+  def train(self, image: images.LazyImage, example: Example, key: tuple[int, ...]) -> HostBatch:
+    del example
+    o, rng = self._options, np.random.default_rng((*key, 2))
+    decoded = image.decoded()
+
+    def crop(crops: Crops) -> np.ndarray:
+      views = {"crop": (crops.size, o["interpolation"])}
+      options = dict(crop="random_resized", scale=crops.scale, ratio=o["crop_ratio"], flip=o["flip"])
+      return images.train_views(decoded, rng, views, **options)["crop"]
+
+    return {
+      name: np.stack([crop(crops) for _ in range(crops.count)]) for name, crops in self._crops.items()
+    }
+
+  def eval(self, image: images.LazyImage, example: Example) -> HostBatch:
+    return self.train(image, example, (0, 0, example.get("index", 0)))
