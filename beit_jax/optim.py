@@ -183,9 +183,9 @@ def clip_each(clip_norm: float) -> optax.GradientTransformation:
   def clip(updates: PyTree, _: PyTree) -> PyTree:
     flat = trees.flatten(updates)
     tensors = {name: re.sub(r"/[qv]_bias$", "/qkv_bias", name) for name in flat}
-    squares = dict.fromkeys(tensors.values(), 0.0)
+    squares: dict[str, Any] = {}
     for name, tensor in tensors.items():
-      squares[tensor] += jnp.square(flat[name]).sum()
+      squares[tensor] = squares.get(tensor, 0.0) + jnp.square(flat[name]).sum()
     factors = {
       tensor: jnp.minimum(clip_norm / (jnp.sqrt(square) + 1e-6), 1.0) for tensor, square in squares.items()
     }

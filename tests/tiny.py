@@ -32,6 +32,13 @@ RUNS = {
     optimizer=dict(learning_rate=1e-3, warmup_steps=3, clip_norm=3.0),
     data=dict(color_jitter=0.4),
   ),
+  "dino": dict(
+    batch_size=16,
+    total_steps=7,  # of 6 steps an epoch: the last layer is frozen in all but one
+    model=dict(drop_path_rate=0.1, outputs=40, hidden=32, bottleneck=16, **MODEL),
+    local=dict(count=2, image_size=8),
+    optimizer=dict(learning_rate=1e-3, weight_decay_end=0.4, clip="tensor", clip_norm=0.3),
+  ),
   "classify": dict(
     batch_size=16,
     total_steps=6,

@@ -81,7 +81,7 @@ class ViewReader:
 class Crops(NamedTuple):
   """Crops of one size: how many, their (height, width), and their areas as fractions of the image."""
 
-  count: int
+  number: int
   size: tuple[int, int]
   scale: tuple[float, float]
 
@@ -124,9 +124,7 @@ class MultiCropReader:
       options = dict(crop="random_resized", scale=crops.scale, ratio=o["crop_ratio"], flip=o["flip"])
       return images.train_views(decoded, rng, views, **options)["crop"]
 
-    return {
-      name: np.stack([crop(crops) for _ in range(crops.count)]) for name, crops in self._crops.items()
-    }
+    return {name: np.stack([crop(crops) for _ in range(crops.number)]) for name, crops in self._crops.items()}
 
   def eval(self, image: images.LazyImage, example: Example) -> HostBatch:
     return self.train(image, example, (0, 0, example.get("index", 0)))

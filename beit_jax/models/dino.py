@@ -104,7 +104,8 @@ class Dino(nn.Module):
       features.append(cls.reshape(*views.shape[:2], -1))
     head = DinoHead(**self._head_fields(), parent=None)
     x = constrain_batch(jnp.concatenate(features, 1))
-    return constrain_batch(head.apply({"params": params["head"]}, x))
+    output: Any = head.apply({"params": params["head"]}, x)
+    return constrain_batch(output)
 
 
 def encode(fields: dict[str, Any], params: Any, image: jax.Array, key: jax.Array | None = None) -> jax.Array:
@@ -120,12 +121,12 @@ def encode(fields: dict[str, Any], params: Any, image: jax.Array, key: jax.Array
     Tokens [B, 1 + N, D], cls token first.
   """
   size = (image.shape[1], image.shape[2])
-  patch, height, width = fields["patch_size"], *fields["image_size"]
-  grids = (height // patch, width // patch), (size[0] // patch, size[1] // patch)
-  params = {**params, "pos_embed": interpolate_positions(params["pos_embed"], *grids)}
   encoder = Beit(**{**fields, "image_size": size}, parent=None)
+  source = Beit(**fields, parent=None).grid_size
+  params = {**params, "pos_embed": interpolate_positions(params["pos_embed"], source, encoder.grid_size)}
   rngs = {} if key is None else {"drop_path": key}
-  tokens, _ = encoder.apply({"params": params}, image, train=key is not None, rngs=rngs)
+  output: Any = encoder.apply({"params": params}, image, train=key is not None, rngs=rngs)
+  tokens: jax.Array = output[0]
   return tokens
 
 

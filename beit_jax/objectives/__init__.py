@@ -4,6 +4,7 @@ from beit_jax.config.parse import Schema
 from beit_jax.objectives.base import EvalOutput, LossOutput, Metric, Objective
 from beit_jax.objectives.beit import MaskedImageModeling
 from beit_jax.objectives.classify import Classification
+from beit_jax.objectives.dino import SelfDistillation
 from beit_jax.objectives.dvae import TokenizerTraining
 from beit_jax.objectives.probe import Knn, LinearProbe
 from beit_jax.objectives.segment import Segmentation
@@ -13,6 +14,7 @@ __all__ = ["OBJECTIVES", "EvalOutput", "LossOutput", "Metric", "Objective", "sch
 OBJECTIVES: dict[str, type[Objective]] = {
   "dvae": TokenizerTraining,
   "beit": MaskedImageModeling,
+  "dino": SelfDistillation,
   "classify": Classification,
   "segment": Segmentation,
   "linear_probe": LinearProbe,

@@ -248,6 +248,21 @@ class Objective(abc.ABC):
       raise UserError("init_from: the checkpoint does not fit the model:\n  " + "\n  ".join(lines))
     return found
 
+  def load_start(self, path: str, *, ema: bool = False) -> Pretrained:
+    """The checkpoint that a run starts from, for `adapt` and `adapt_collections`."""
+    return weights_io.load(path, ema=ema)
+
+  def adapt_collections(self, pretrained: Pretrained, params: PyTree, collections: Variables) -> Variables:
+    """The collections of a run that starts from a checkpoint.
+
+    Args:
+      pretrained: the checkpoint.
+      params: the run's parameters, those of the checkpoint among them.
+      collections: fresh ones.
+    """
+    del pretrained, params
+    return collections
+
   def check_source(self, source: Any) -> None:
     """Host side: looks at the data before the run begins, so that a mistake does not appear after hours.
 
@@ -259,7 +274,7 @@ class Objective(abc.ABC):
 
   def load_params(self, path: str, shapes: PyTree) -> tuple[dict[str, Any], str]:
     """Loads every parameter for an evaluation; see `fit_params`."""
-    return self.fit_params(weights_io.load(path, ema=self.config.eval.ema), shapes)
+    return self.fit_params(self.load_start(path, ema=self.config.eval.ema), shapes)
 
   def fit_params(self, pretrained: Pretrained, shapes: PyTree) -> tuple[dict[str, Any], str]:
     """Takes every parameter for an evaluation from a checkpoint.
@@ -400,8 +415,9 @@ def abstract_model(
 ) -> Pretrained:
   """A model with shapes in place of parameters: see `Objective.expected_result`."""
   with user_errors_of_model():
-    params = variable_shapes(module, image_size)["params"]
-  return Pretrained(kind, params, module, {**preprocessing, "image_size": image_size})
+    shapes = variable_shapes(module, image_size)
+  params = shapes.pop("params")
+  return Pretrained(kind, params, module, {**preprocessing, "image_size": image_size}, collections=shapes)
 
 
 def field_values(module: nn.Module) -> dict[str, Any]:

@@ -30,7 +30,6 @@ from beit_jax.objectives.base import (
   with_common_arrays,
 )
 from beit_jax.objectives.encoder import EncoderObjective, encoder_fields, encoder_schema
-from beit_jax.runtime.logs import log
 from beit_jax.weights import dino as weights_dino
 from beit_jax.weights.pretrained import Pretrained
 
@@ -49,7 +48,10 @@ class SelfDistillation(EncoderObjective):
   eval_metrics = ("loss", "teacher_entropy")
   value_ranges = (
     (r"local\.count", ranges.integer(0, 64)),
-    (r"local\.crop_scale", ranges.tuple_of(2, ranges.fraction(zero=False), "two numbers in (0, 1]", ascending=True)),
+    (
+      r"local\.crop_scale",
+      ranges.tuple_of(2, ranges.fraction(zero=False), "two numbers in (0, 1]", ascending=True),
+    ),
     (r"augment\..*", ranges.tuple_of(3, ranges.fraction(), "three numbers in [0, 1]")),
     (r"loss\.(student_|teacher_|warmup_teacher_)temperature", ranges.number(1e-3, 1e3)),
     (r"loss\.(temperature_warmup|freeze_last_layer)_epochs", ranges.integer(0, 10**6)),
@@ -131,7 +133,7 @@ class SelfDistillation(EncoderObjective):
     return MultiCropReader(self.crops, self.config.data.to_dict())
 
   def batch_shapes(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-    shapes = {name: ((c.count, *c.size, self.channels), jnp.uint8) for name, c in self.crops.items()}
+    shapes = {name: ((c.number, *c.size, self.channels), jnp.uint8) for name, c in self.crops.items()}
     return with_common_arrays(shapes, batch_size)
 
   def augmented_crops(self, batch: Batch) -> list[Array]:
@@ -139,7 +141,7 @@ class SelfDistillation(EncoderObjective):
     result, first = [], 0
     for name, crops in self.crops.items():
       probabilities = {
-        key: value[:NUM_GLOBAL] if first == 0 else value[NUM_GLOBAL:] * crops.count
+        key: value[:NUM_GLOBAL] if first == 0 else value[NUM_GLOBAL:] * crops.number
         for key, value in self.config.augment.to_dict().items()
       }
       result.append(
@@ -151,7 +153,7 @@ class SelfDistillation(EncoderObjective):
           probabilities=probabilities,
         )
       )
-      first += crops.count
+      first += crops.number
     return result
 
   # Schedules.
@@ -220,7 +222,7 @@ class SelfDistillation(EncoderObjective):
   def figures(self, variables: Variables, frozen: PyTree, batch: Batch) -> dict[str, np.ndarray]:
     """Rows: the views of each image, as the student sees them."""
     del variables, frozen
-    rows = {}
+    rows: dict[str, np.ndarray] = {}
     for name, crops in zip(self.crops, self.augmented_crops(batch), strict=True):
       title = name.removesuffix("_crops")
       rows |= {f"{title} view {i + 1}": np.asarray(crops[:, i]) for i in range(min(crops.shape[1], 2))}
@@ -228,8 +230,19 @@ class SelfDistillation(EncoderObjective):
 
   # Weights.
 
-  def load_start(self, path: str) -> Pretrained:
-    return weights_dino.load(path)
+  def load_start(self, path: str, *, ema: bool = False) -> Pretrained:
+    return weights_dino.load(path, ema=ema)
+
+  def load_collections(self, path: str) -> Variables:
+    return self.load_start(path).collections
+
+  def adapt_collections(self, pretrained: Pretrained, params: PyTree, collections: Variables) -> Variables:
+    """The teacher of a DINO checkpoint; of any other, a copy of the student."""
+    if pretrained.kind != self.kind:
+      return {"teacher": {**collections["teacher"], "params": jax.tree.map(jnp.copy, params)}}
+    teacher = pretrained.collections["teacher"]
+    found = self.adapt(dataclasses.replace(pretrained, params=teacher["params"]), params)
+    return {"teacher": {"params": trees.unflatten(found), "center": teacher["center"]}}
 
   def adapt(self, pretrained: Pretrained, shapes: PyTree) -> dict[str, Any]:
     """The encoder of any backbone; of a DINO checkpoint, the student with its head."""

@@ -85,17 +85,18 @@ def resolve(config: ConfigDict, folder: Path) -> list[Stage]:
   return list(stages.values())
 
 
-def loader(pending: Iterable[Stage]) -> Loader:
-  """A loader of frozen models for a run that is only planned or checked.
+def loader(pending: Iterable[Stage], load_other: Loader = weights_io.load) -> Loader:
+  """A loader of models for a run that is only planned or checked.
 
   Args:
     pending: stages that have not run yet; their models have shapes in place of parameters.
+    load_other: loads every other model.
   """
   results = {str(stage.folder): stage for stage in pending}
 
   def load(path: str) -> Pretrained:
     stage = results.get(path)
-    return weights_io.load(path) if stage is None else stage.objective.expected_result(stage.config)
+    return load_other(path) if stage is None else stage.objective.expected_result(stage.config).loaded
 
   return load
 

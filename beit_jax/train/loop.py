@@ -39,7 +39,6 @@ from beit_jax.runtime.lock import exclusive_lock
 from beit_jax.runtime.logs import log, only_file
 from beit_jax.step import make_train_step
 from beit_jax.train.prepare import Data, Plan, check_examples, make_data, prepare, user_errors_of_files
-from beit_jax.weights import io as weights_io
 
 BAD_IMAGES = "bad_images.jsonl"
 FIGURE_EXAMPLES = 16
@@ -340,7 +339,7 @@ def _resume_from(
 
 def _init_from(path: str, objective: Objective, state: TrainState, shardings: TrainState) -> TrainState:
   """Replaces the parameters that a checkpoint has."""
-  pretrained = weights_io.load(path)
+  pretrained = objective.load_start(path)
   found = objective.adapt(pretrained, state.params)
   log.info("init_from: %d tensors from %s", len(found), pretrained.description.get("path"))
 
@@ -348,7 +347,10 @@ def _init_from(path: str, objective: Objective, state: TrainState, shardings: Tr
     return jax.device_put(np.asarray(found[name]), leaf_sharding) if name in found else leaf
 
   params = trees.named_map(replace, state.params, shardings.params)
-  return dataclasses.replace(state, params=params, ema=state.ema and jax.tree.map(jnp.copy, params))
+  collections = objective.adapt_collections(pretrained, params, state.collections)
+  collections = jax.device_put(collections, shardings.collections)
+  ema = state.ema and jax.tree.map(jnp.copy, params)
+  return dataclasses.replace(state, params=params, collections=collections, ema=ema)
 
 
 def _log_plan(config: ConfigDict, name: str, plan: Plan, start_step: int, mesh: jax.sharding.Mesh) -> None:

@@ -141,7 +141,7 @@ def check_start(stage: Stage, objective: Objective) -> str:
     folder, _ = checkpoint.find_resumable(path)
     record.check_same_position(folder, checkpoint.read_config(folder), config)
     return f"the full state of {folder}"
-  pretrained = stages.loader(stage.uses.values())(path)
+  pretrained = stages.loader(stage.uses.values(), objective.load_start)(path)
   if earlier is not None:  # arrays of zeros that take no memory
     zeros = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), pretrained.params)
     pretrained = dataclasses.replace(pretrained, params=zeros)

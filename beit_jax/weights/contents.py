@@ -96,6 +96,19 @@ def read(path: Path, ema: bool = False) -> Contents:
   return _choose(content, facts, path, ema)
 
 
+def parts(path: Path) -> dict[str, dict[str, lazy.Readable]]:
+  """All state dicts in a file of PyTorch by their place, such as "student", without wrappers in front of the names."""
+  content = _read_torch(path) if torchfile.is_torch(path) else {}
+  return {
+    label.rstrip("."): {
+      name: value
+      for name, value in _without_wrappers(tensors, path).items()
+      if not isinstance(value, torchfile.Inert)
+    }
+    for label, tensors in _dicts_of_tensors(content)
+  }
+
+
 def _read_torch(path: Path) -> Any:
   if torchfile.is_torch(path):
     return torchfile.load(path)

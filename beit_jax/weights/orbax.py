@@ -1,5 +1,6 @@
 """Reads and writes our own format: the checkpoints of a run, and folders with one model."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,14 @@ from beit_jax.weights.pretrained import KINDS, Pretrained, fingerprint, make_mod
 MAX_SIDE = 8192  # pixels
 
 
-def load(path: Path, *, step: int | None = None, ema: bool = False) -> Pretrained:
+def load(path: Path, *, step: int | None = None, ema: bool = False, whole: bool = False) -> Pretrained:
   """Loads a checkpoint and checks every tensor against the module that its description names.
 
   Args:
     path: a run, a checkpoint of one, or a folder that `save` wrote.
     step: the checkpoint of a run; None: the newest valid one.
     ema: load the averaged weights.
+    whole: of a model with a teacher, everything instead of the teacher's backbone.
 
   Raises:
     UserError: there is no such checkpoint, or it does not hold what it describes.
@@ -44,8 +46,10 @@ def load(path: Path, *, step: int | None = None, ema: bool = False) -> Pretraine
   problems = _differences({"params": params, **collections}, expected)
   if problems:
     raise UserError(f"{folder} does not hold what it describes:\n  " + "\n  ".join(problems))
-  description = {**description, "path": str(folder), "sha256": fingerprint(params, collections)}
-  return Pretrained(kind, params, module, preprocessing, description, collections)
+  model = Pretrained(kind, params, module, preprocessing, description, collections)
+  model = model if whole else model.loaded
+  facts = {"path": str(folder), "sha256": fingerprint(model.params, model.collections)}
+  return dataclasses.replace(model, description={**model.description, **facts})
 
 
 def _differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:

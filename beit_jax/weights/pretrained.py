@@ -26,6 +26,7 @@ from beit_jax.data.pixels import PixelRule, to_channels
 from beit_jax.data.resize import resize_with_pillow
 from beit_jax.errors import BadImage, UserError
 from beit_jax.models.beit import Beit, BeitForImageClassification, BeitForMaskedImageModeling
+from beit_jax.models.dino import Dino
 from beit_jax.models.dvae import Dvae
 from beit_jax.models.features import (
   FEATURE_POOLS,
@@ -80,6 +81,8 @@ class ModelKind:
     has_classes: the model predicts named classes, which its description lists as `labels`.
     has_pool: the module has the field `pool`, a key of `models.beit.POOLS`.
     has_collections: the model has Linen collections besides its parameters: `batch_stats`, or `codebook`.
+    teacher: the collection whose `params` are used in place of those that are trained: `beit_jax.load` gives their
+      encoder as a backbone; "" for none.
     pixel_decoder: the parameters of a tokenizer that turn visual tokens into pixels; a model may lack them.
     without_pixel_decoder: what a message says of a tokenizer without these.
     head: name of the output layer in unilm's checkpoints, or None.
@@ -99,6 +102,7 @@ class ModelKind:
   has_classes: bool = False
   has_pool: bool = False
   has_collections: bool = False
+  teacher: str = ""
   pixel_decoder: str = ""
   without_pixel_decoder: str = ""
   head: str | None = None
@@ -160,6 +164,13 @@ KINDS: dict[str, ModelKind] = {
     without_pixel_decoder="it was loaded without its decoder; load a folder with both",
     tensor_names="dalle",
     hf_class="FlavaImageCodebook",
+  ),
+  "dino": ModelKind(
+    module=Dino,
+    forward=_class_logits,
+    formats=("orbax",),
+    has_collections=True,
+    teacher="teacher",
   ),
 }
 # Kinds of runs whose checkpoints are not a model on their own, with the reason.
@@ -324,6 +335,16 @@ class Pretrained:
     if self.spec.is_encoder:
       return {}
     return {name: value for name, value in self.params.items() if name != self.spec.encoder_path}
+
+  @property
+  def loaded(self) -> "Pretrained":
+    """What `beit_jax.load` gives: the backbone of the teacher if there is one, else the model itself."""
+    if not self.spec.teacher:
+      return self
+    params = self.collections[self.spec.teacher]["params"][self.spec.encoder_path]
+    backbone, module = "backbone", Beit(**self.encoder_fields)
+    facts = {"kind": backbone, "module": module_fields(module), "part_of": self.kind}
+    return Pretrained(backbone, params, module, self.preprocessing, {**self.description, **facts})
 
   def describe(self) -> dict[str, Any]:
     """The description that is saved with the weights, as JSON values."""
