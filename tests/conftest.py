@@ -37,6 +37,7 @@ FAST_COMPILATION = "JAX_DISABLE_MOST_OPTIMIZATIONS"  # subprocesses read it
 # Files that compare numbers with other implementations are compiled as for a user.
 OPTIMIZED = {
   "test_augment",
+  "test_dino",
   "test_peer_loop",
   "test_peers",
   "test_segmentation_weights",
