@@ -56,17 +56,18 @@ DEFAULTS: dict[str, Any] = dict(
     decay=(),  # further regexes of parameters with weight decay
   ),
   data=dict(
-    source="tfds",  # a name in `data.sources.SOURCES`: "tfds", "folder", "pairs", "shapes"
+    source="tfds",  # a name in `data.sources.SOURCES`: "tfds", "folder", "pairs", "tar", "parquet", "arrow", "shapes"
     name="",  # tfds: "cifar10", "imagenet2012", "name/config:1.0.0"
     split="train",
     data_dir="",  # tfds: default $TFDS_DATA_DIR, then ~/tensorflow_datasets
-    root="",  # folder, pairs
+    root="",  # folder, pairs, tar, parquet, arrow
     num_examples=8192,  # shapes
     render_size=32,  # shapes
     fraction=1.0,  # keep a fixed random part of the examples
     image_key="image",
     label_key="label",  # "" = unlabeled
     label_file="",  # folder: a CSV of `file,class[,class...]` instead of class folders: several labels an image
+    class_file="",  # CSV or JSON: the name and perhaps the color of each class, in order (docs/data.md)
     num_classes=OptionalOf(int),  # the data must have exactly so many classes
     image_size=EitherOf((int, tuple), 224),  # int, or (height, width)
     token_image_size=EitherOf((int, tuple), 112),

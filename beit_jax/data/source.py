@@ -27,6 +27,7 @@ class Source(Protocol):
       knows the number (`model.num_classes`).
     class_names: name of each class of `label`; () if unknown.
     map_class_names: name of each class of `label_map`; () if unknown.
+    map_colors: (red, green, blue) of each class of `label_map`; () if unknown.
     has_labels: whether examples have a `label`.
     multi_label: whether a `label` is a vector of 0 and 1 instead of one class id.
     pixel_rule: how stored values become pixels; `make_source` sets it from the config.
@@ -37,6 +38,7 @@ class Source(Protocol):
   num_classes: int = 0
   class_names: tuple[str, ...] = ()
   map_class_names: tuple[str, ...] = ()
+  map_colors: tuple[tuple[int, int, int], ...] = ()
   has_labels: bool = False
   multi_label: bool = False
   pixel_rule: PixelRule = RGB
@@ -91,6 +93,44 @@ def multi_hot(labels: Any, num_classes: int) -> np.ndarray:
   return result
 
 
+def class_label(value: Any, source: Source, where: str) -> int | np.ndarray:
+  """The label of an example from what a file holds.
+
+  Args:
+    value: the number or the name of a class, or a list of them if `source.multi_label`.
+    source: its classes give names their numbers.
+    where: names the example in errors.
+
+  Returns:
+    int, or with `multi_label` float32 [num_classes].
+
+  Raises:
+    UserError: it is neither, or there is no class of this name.
+  """
+
+  def number(item: Any) -> int:
+    if isinstance(item, str) and item in source.class_names:
+      return source.class_names.index(item)
+    if isinstance(item, int) and not isinstance(item, bool):
+      return item
+    known = (
+      f"one of the {len(source.class_names)} class names"
+      if source.class_names
+      else "a name only with data.class_file"
+    )
+    raise UserError(
+      f"{where}: the label holds {item!r}; expected the number of a class, or {known}; data.label_key= uses no labels"
+    )
+
+  if isinstance(value, list) != source.multi_label:
+    raise UserError(
+      f"{where}: the label is {str(value)[:80]}; the first example has {'several' if source.multi_label else 'one'}"
+    )
+  if isinstance(value, list):
+    return multi_hot([number(item) for item in value], source.num_classes)
+  return number(value)
+
+
 def indices_of_part(names: list[str], split: str) -> list[int]:
   """Indices of the part of `names` that a split such as "train[10%:]" takes: all of them if there are no brackets.
 
@@ -119,11 +159,10 @@ class Subset(Source):
 
   def __init__(self, source: Source, fraction: float):
     count = max(int(round(len(source) * fraction)), 1)
+    for name in Source.__annotations__:  # all that is known of the data
+      setattr(self, name, getattr(source, name))
     self._source, self._indices = source, np.random.default_rng(0).permutation(len(source))[:count]
     self.description = {**source.description, "fraction": fraction}
-    self.map_class_names = source.map_class_names
-    self.has_labels, self.multi_label = source.has_labels, source.multi_label
-    self.num_classes, self.class_names = source.num_classes, source.class_names
 
   def listing(self) -> Iterable[str]:
     return self._source.listing()

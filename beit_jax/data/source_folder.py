@@ -1,10 +1,10 @@
 """Folders of image files as a source: with a class for each image, or with label maps."""
 
-import csv
 import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from beit_jax.data.class_file import read_rows
 from beit_jax.data.listing import Listing, list_images
 from beit_jax.data.source import SLICE, Example, Source, indices_of_part, multi_hot
 from beit_jax.errors import UserError
@@ -67,13 +67,7 @@ class FolderSource(Source):
 
   def _read_label_file(self, listing: Listing, table: Path) -> None:
     self.has_labels = self.multi_label = True
-    try:
-      is_utf16 = table.read_bytes()[:2] in (b"\xff\xfe", b"\xfe\xff")  # as spreadsheets write it
-      encoding = "utf-16" if is_utf16 else "utf-8-sig"
-      with table.open(newline="", encoding=encoding, errors="surrogateescape") as file:
-        rows = [row for row in csv.reader(file) if any(map(str.strip, row))]
-    except (OSError, ValueError, csv.Error) as error:
-      raise UserError(f"data.label_file: {table} cannot be read ({error})") from None
+    rows = read_rows(table, "data.label_file")
     known, folder = set(self._files), self._folder
     labels: dict[str, list[str]] = {}  # several rows of one file are one example
     missing = []

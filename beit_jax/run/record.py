@@ -230,7 +230,7 @@ def check_same_run(folder: Path, config: ConfigDict) -> None:
 
 
 # Config keys that may differ between the processes of a run, because they say where its data lie on a host.
-OF_A_HOST = re.compile(r"(.*\.)?data\.(root|data_dir|label_file|workers|threads)")
+OF_A_HOST = re.compile(r"(.*\.)?data\.(root|data_dir|label_file|class_file|workers|threads)")
 
 
 def check_same_config(config: ConfigDict) -> None:
