@@ -50,8 +50,7 @@ class TfdsSource(Source):
       splits = sorted(builder.info.splits)
       raise UserError(f"data.split={split!r}: data set {name} has the splits {splits} ({error})") from None
     except NotImplementedError:
-      command = tfds_info.build_command(root, name)
-      raise UserError(f"{folder} is not in a random-access format; rebuild it with: {command}") from None
+      raise UserError(tfds_info.no_random_access(folder, builder.info.file_format)) from None
     self.description = {"source": "tfds", "name": str(builder.info.full_name), "split": split}
     shards = builder.info.splits[split].file_instructions
     self._listing = [f"{Path(s.filename).name} {s.skip} {s.take} {s.examples_in_shard}" for s in shards]

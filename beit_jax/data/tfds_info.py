@@ -15,6 +15,15 @@ def build_command(root: Path, name: str) -> str:
   return f"tfds build {name} --file_format=array_record --data_dir={root}"
 
 
+def no_random_access(folder: Path, file_format: Any) -> str:
+  """The message for a prepared version whose files only TensorFlow reads, and from their beginning only."""
+  return (
+    f"{folder}: expected a format with random access (array_record, parquet), found "
+    f"{getattr(file_format, 'value', file_format)}, which is read in order only; convert it with: tfds convert_format "
+    f"--dataset_version_dir={folder} --out_file_format=array_record   (needs `pip install tensorflow` once)"
+  )
+
+
 def version_folder(root: Path, name: str) -> Path:
   """Returns root/name[/config]/version of the newest prepared version.
 

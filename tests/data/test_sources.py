@@ -1,5 +1,6 @@
 """What holds for every source: the same images give the same batches, and what is damaged is named."""
 
+import hashlib
 import json
 import pickle
 
@@ -12,6 +13,7 @@ from beit_jax.data.views import ViewReader
 from beit_jax.errors import UserError
 from tests import tiny
 from tests.data import source_files
+from tests.runtime.test_distributed import _start
 
 
 @pytest.fixture(autouse=True)
@@ -147,10 +149,64 @@ def test_the_same_label_maps_give_the_same_batches(name, tmp_path):
 def test_workers_give_the_same_batches(name, tmp_path):
   source = make(**source_files.LABELED[name](tmp_path, source_files.labeled()))
   source[0]
-  assert_same(read(source, workers=2), read(source))
   assert_same(read(source, start=4, workers=2), read(source)[4:])
 
 
 def test_an_unknown_source_is_refused():
   with pytest.raises(UserError, match="data.source='zip' is unknown; there are .*'tar'"):
     make(source="zip")
+
+
+PROCESS = """
+import hashlib, json, sys
+from pathlib import Path
+import jax
+from beit_jax.run import record
+from beit_jax.runtime import distributed, sharding
+from tests.data import test_sources
+
+jax.config.update("jax_num_cpu_devices", 1)  # the import of the tests asked for eight
+
+def main(argv):
+  flags, (keys, out) = distributed.take_flags(argv)
+  distributed.initialize(flags)
+  rows = sharding.local_rows(sharding.make_mesh(data=-1), 6)
+  results = {}
+  for name, section in json.loads(Path(keys).read_text()).items():
+    source = test_sources.make(**section)
+    record.check_same_sources(name, 6, {"training": source})
+    for start, workers in ((0, 0), (3, 2)):
+      batches = test_sources.read(source, start, workers, rows)
+      images = [hashlib.sha256(row.tobytes()).hexdigest() for batch in batches for row in batch["image"]]
+      labels = [int(label) for batch in batches for label in batch["label"]]
+      results[f"{name} {start} {workers}"] = [rows.tolist(), images, labels]
+  Path(f"{out}-{flags.process_id}.json").write_text(json.dumps(results))
+  return 0
+
+if __name__ == "__main__":
+  distributed.run(main, sys.argv[1:])
+"""
+
+
+@pytest.mark.slow  # starts processes, and workers in them
+def test_two_processes_give_the_batches_of_one(tmp_path):
+  """Each process reads its rows, of all sources the same ones, from the start, and from step 3 with 2 workers."""
+  rows = source_files.labeled()
+  sections = {
+    name: write(tmp_path / name, rows) for name, write in source_files.LABELED.items() if "json" not in name
+  }
+  (tmp_path / "keys.json").write_text(json.dumps(sections))
+  (tmp_path / "script.py").write_text(PROCESS)
+  command = [str(tmp_path / "script.py"), str(tmp_path / "keys.json"), str(tmp_path / "out")]
+  started = _start(command, range(2), 2, timeout=400, env={"XLA_FLAGS": ""})
+  assert [status for status, _ in started] == [0, 0], started
+  wanted = read(make(**sections["folder"]))
+  found = [json.loads((tmp_path / f"out-{i}.json").read_text()) for i in range(2)]
+  assert sorted(found[0]["tar 0 0"][0] + found[1]["tar 0 0"][0]) == list(range(6))
+  for process in found:
+    assert len(process) == 2 * len(sections)
+    for key, (mine, images, labels) in process.items():
+      batches = wanted[int(key.split()[1]) :]
+      whole = [hashlib.sha256(batch["image"][row].tobytes()).hexdigest() for batch in batches for row in mine]
+      assert images == whole, key
+      assert labels == [int(batch["label"][row]) for batch in batches for row in mine], key

@@ -139,6 +139,17 @@ def test_damaged_data_sets_are_refused(tmp_path, file, text):
     _source(tmp_path)
 
 
+def test_a_format_without_random_access_is_refused(tmp_path):
+  folder = _image_and_label(tmp_path / "toy" / "1.0.0")
+  info = json.loads((folder / "dataset_info.json").read_text())
+  (folder / "dataset_info.json").write_text(json.dumps({**info, "fileFormat": "tfrecord"}))
+  command = f"tfds convert_format --dataset_version_dir={folder} --out_file_format=array_record"
+  with pytest.raises(
+    UserError, match=f"found tfrecord, which is read in order only; convert it with: {command}"
+  ):
+    _source(tmp_path)
+
+
 ARRAYS = {
   "rgb": (features.Tensor(shape=(4, 5, 3), dtype=np.uint8), list(range(60))),
   "gray": (features.Tensor(shape=(4, 5), dtype=np.uint8), list(range(20))),
