@@ -126,3 +126,10 @@ def self_distillation(student: jax.Array, teacher: jax.Array) -> tuple[jax.Array
   other = 1.0 - jnp.eye(of_both, views)
   entropy = -(target * jax.nn.log_softmax(teacher)).sum(-1)
   return (pairs * other).sum((1, 2)) / other.sum(), entropy.mean(1)
+
+
+def cosine_distance(x: jax.Array, y: jax.Array) -> jax.Array:
+  """1 - the cosine of the angle between vectors [..., D], in float32: [...]."""
+  x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+  squares = jnp.maximum((x * x).sum(-1) * (y * y).sum(-1), 1e-24)
+  return 1 - (x * y).sum(-1) * jax.lax.rsqrt(squares)

@@ -47,6 +47,7 @@ OPTIMIZED = {
   "test_optim",
   "test_segmentation_models",
   "test_transfer",
+  "test_vqkd",
 }
 
 # All workers and subprocesses share one compilation cache, since most tests run the same few programs.

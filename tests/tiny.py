@@ -24,6 +24,12 @@ RUNS = {
     optimizer=dict(learning_rate=3e-3, weight_decay=0.0),
     loss=dict(kl_weight=0.001, temperature_steps=6),
   ),
+  "vqkd": dict(  # needs a teacher of 8x8 patches
+    batch_size=16,
+    total_steps=6,
+    model=dict(vocab_size=16, code_dim=8, decoder_depth=1, **MODEL),
+    optimizer=dict(learning_rate=1e-3, weight_decay=1e-4),
+  ),
   "beit": dict(
     batch_size=16,
     total_steps=10,

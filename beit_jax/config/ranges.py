@@ -190,6 +190,9 @@ MODEL: Table = (
   (r"model\.(n_init|channels|aux_channels)", integer(1, 8192)),
   (r"model\.n_blk_per_group", integer(1, 8)),
   (r"model\.group_count", integer(1, 6)),
+  (r"model\.decoder_depth", integer(1, 64)),
+  (r"model\.pixel_depth", integer(0, 64)),
+  (r"model\.(code|teacher)_dim", integer(1, 2**14)),
 )
 
 

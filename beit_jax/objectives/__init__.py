@@ -8,11 +8,13 @@ from beit_jax.objectives.dino import SelfDistillation
 from beit_jax.objectives.dvae import TokenizerTraining
 from beit_jax.objectives.probe import Knn, LinearProbe
 from beit_jax.objectives.segment import Segmentation
+from beit_jax.objectives.vqkd import VqkdTraining
 
 __all__ = ["OBJECTIVES", "EvalOutput", "LossOutput", "Metric", "Objective", "schemas"]
 
 OBJECTIVES: dict[str, type[Objective]] = {
   "dvae": TokenizerTraining,
+  "vqkd": VqkdTraining,
   "beit": MaskedImageModeling,
   "dino": SelfDistillation,
   "classify": Classification,

@@ -200,6 +200,10 @@ class Objective(abc.ABC):
     del params, statistics, step
     return collections
 
+  # An objective whose collections depend on the data makes them from the first batch of a fresh run, before the first
+  # update: (variables, frozen, batch) -> collections. Pure; with the same result for every number of microbatches.
+  collections_from_batch: Callable[[Variables, PyTree, Batch], Variables] | None = None
+
   # An objective whose images differ in size evaluates them itself: (variables, source, mesh) -> (metrics, rows).
   evaluate_images: Callable[[Variables, Any, jax.sharding.Mesh], tuple[dict, dict]] | None = None
 

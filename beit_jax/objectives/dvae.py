@@ -11,17 +11,14 @@ from beit_jax import augment, losses
 from beit_jax.config import ranges
 from beit_jax.config.parse import pair
 from beit_jax.data import drawing
-from beit_jax.data.images import ViewSizes
 from beit_jax.data.sources import Source
-from beit_jax.errors import CollapseError, UserError
 from beit_jax.models.dvae import Dvae, map_pixels, unmap_pixels
-from beit_jax.objectives import base
+from beit_jax.objectives import base, codebook
 from beit_jax.objectives.base import Array, Batch, EvalOutput, Loader, LossOutput, Metric, PyTree, Variables
-from beit_jax.runtime.logs import log
 from beit_jax.weights.pretrained import Pretrained
 
 
-class TokenizerTraining(base.Objective):
+class TokenizerTraining(codebook.CodebookObjective):
   """Image -> tokens -> image under a Gumbel-softmax relaxation with a falling temperature.
 
   loss = reconstruction (mean over pixels and channels) + kl_weight * KL(q || uniform) (mean over tokens, in nats).
@@ -31,24 +28,19 @@ class TokenizerTraining(base.Objective):
   kind = "tokenizer"
   eval_metrics = ("loss", "mae", "mse", "codebook_usage", "perplexity")
   augmentations = augment.ON_PIXELS
-  import_replaces_run = True
+  collapse_advice = "Lower optimizer.learning_rate or loss.kl_weight, or raise loss.temperature_end"
   value_ranges = (
     (r"loss\.reconstruction", ranges.one_of("logit_laplace", "l1", "l2")),
     (r"loss\.kl_weight", ranges.number(0)),
-    (r"loss\.(kl_warmup|temperature)_steps|collapse\.after_steps", ranges.integer(0, ranges.MAX_STEPS)),
+    (r"loss\.(kl_warmup|temperature)_steps", ranges.integer(0, ranges.MAX_STEPS)),
     (r"loss\.temperature(_end)?", ranges.number(1e-4, 1e4)),
-    (r"collapse\.min_usage", ranges.fraction()),
+    *codebook.RANGES,
   )
 
   def __init__(self, config: ConfigDict, source: Source, load: Loader | None = None) -> None:
     super().__init__(config, source, load)
     self.module = Dvae(**dict(config.model))
-    stride = self.module.stride
-    if any(side % stride for side in self.token_image_size):
-      raise UserError(
-        f"config key 'data.token_image_size': {self.token_image_size} is not divisible by the tokenizer's stride "
-        f"{stride} = 2 ** (model.group_count - 1)"
-      )
+    self.check_token_image_size(self.module.stride, "2 ** (model.group_count - 1)")
 
   @classmethod
   def config_section(cls) -> dict[str, Any]:
@@ -63,23 +55,13 @@ class TokenizerTraining(base.Objective):
         temperature_steps=150_000,  # cosine
         straight_through=False,
       ),
-      collapse=dict(
-        min_usage=0.02,  # the codebook has collapsed if a smaller share of it occurs in the evaluation set
-        after_steps=500,
-        stop=True,
-      ),
+      collapse=codebook.SECTION,
     )
 
   @classmethod
   def expected_result(cls, config: ConfigDict) -> Pretrained:
     size = pair(config.data.token_image_size, "data.token_image_size")
     return base.abstract_model(cls.kind, Dvae(**dict(config.model)), size, _preprocessing(config.data))
-
-  def views(self) -> ViewSizes:
-    return {"token_image": (self.token_image_size, self.config.data.token_interpolation)}
-
-  def init(self, key: Array) -> Variables:
-    return self._init_module(key, self.token_image_size)
 
   def schedules(self, step: Array) -> tuple[Array, Array]:
     """(temperature, KL weight) at `step`: cosine annealing, and a linear rise from 0."""
@@ -138,30 +120,6 @@ class TokenizerTraining(base.Objective):
       "token_counts": Metric((hard.sum((1, 2)) * valid[:, None]).sum(0), count),
     }
     return EvalOutput(sums)
-
-  def summarize(self, sums: dict[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
-    counts, _ = sums.pop("token_counts")
-    share = counts / max(counts.sum(), 1)
-    used = share[share > 0]
-    return {
-      **super().summarize(sums),
-      "codebook_usage": float((counts > 0).mean()),
-      "perplexity": float(np.exp(-(used * np.log(used)).sum())),
-    }
-
-  def check_eval(self, step: int, metrics: dict[str, float]) -> None:
-    collapse = self.config.collapse
-    if step < collapse.after_steps or metrics["codebook_usage"] >= collapse.min_usage:
-      return
-    message = (
-      f"the codebook has collapsed: after {step} steps only {metrics['codebook_usage']:.2%} of its "
-      f"{self.module.vocab_size} words are in use (perplexity {metrics['perplexity']:.1f}, "
-      f"collapse.min_usage={collapse.min_usage}). Lower optimizer.learning_rate or loss.kl_weight, or raise "
-      "loss.temperature_end; with collapse.stop=False the run continues"
-    )
-    if collapse.stop:
-      raise CollapseError(message)
-    log.error(message)
 
   def figures(self, variables: Variables, frozen: PyTree, batch: Batch) -> dict[str, np.ndarray]:
     """Rows: image, its reconstruction from hard tokens."""

@@ -157,7 +157,9 @@ def check_same_model(folder: Path, description: dict[str, Any]) -> None:
   def facts(text: dict[str, Any]) -> dict[str, Any]:
     model = {f"model.{name}": value for name, value in trees.flatten(text["module"]).items()}
     data = {f"data.{key}": text["preprocessing"].get(key) for key in ("mean", "std")}
-    frozen = {f"{part}'s sha256": text.get(part, {}).get("sha256") for part in ("tokenizer", "encoder")}
+    frozen = {
+      f"{part}'s sha256": text.get(part, {}).get("sha256") for part in ("tokenizer", "encoder", "teacher")
+    }
     return {"kind": text["kind"], **model, **data, **frozen}
 
   old, new = facts(checkpoint.read_description(folder)), facts(description)

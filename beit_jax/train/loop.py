@@ -199,6 +199,8 @@ class _Loop:
     for step in range(self._start_step + 1, plan.total_steps + 1):
       self._trace.before(step, state)
       batch = self.meter.next_batch(batches)
+      if step == 1:
+        state = self._with_data(state, batch, shardings)
       state, step_metrics = train_step(state, self._frozen, batch)
       self._trace.after(step, state)
       self._watch.nothing_to_save = False
@@ -207,6 +209,15 @@ class _Loop:
       self.meter.drain(self._max_in_flight)
       self._save_and_evaluate(step, state)
     return state, self._evaluate(plan.total_steps, state) if plan.eval_source is not None else {}
+
+  def _with_data(self, state: TrainState, batch: Batch, shardings: TrainState) -> TrainState:
+    """A fresh state with the collections that its objective makes from the first batch; see `Objective`."""
+    make = self._plan.objective.collections_from_batch
+    if make is None:
+      return state
+    variables = {"params": state.params, **state.collections}
+    collections = jax.jit(make, out_shardings=shardings.collections)(variables, self._frozen, batch)
+    return dataclasses.replace(state, collections=collections)
 
   def _save_and_evaluate(self, step: int, state: TrainState) -> None:
     """Saves and evaluates if it is time for that; ends the run if it was asked to stop."""

@@ -32,9 +32,8 @@ BACKBONE = re.compile(r"(?<![^.])backbone\.$")
 AVERAGED = re.compile(r"(?<![^._])ema(?![^._])")
 # Of several copies of a model these are not taken: DINO and iBOT evaluate the teacher, MoCo the base encoder.
 SECOND = re.compile(r"(?<![^.])(student|momentum_encoder)\.")
-TOKENIZER = re.compile(
-  r"(?<![^.])blocks\.input\.(w|weight)$"
-)  # of DALL-E or FLAVA, possibly inside a larger model
+# Of DALL-E or FLAVA, possibly inside a larger model; of BEiT v2.
+TOKENIZER = re.compile(r"(?<![^.])blocks\.input\.(w|weight)$|^quantize\.embedding\.weight$")
 MAX_DEPTH = 4  # of dicts inside each other
 # Beginnings of files that are no weights, as regular expressions, and what to do about them.
 OTHER_FILES = (

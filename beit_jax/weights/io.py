@@ -20,7 +20,7 @@ from beit_jax.models.layers import ACTIVATIONS
 from beit_jax.run import checkpoint
 from beit_jax.runtime import bucket
 from beit_jax.runtime.logs import log
-from beit_jax.weights import contents, dalle, hf, mmseg, openmmlab, orbax, timm, unilm
+from beit_jax.weights import contents, dalle, hf, mmseg, openmmlab, orbax, timm, unilm, vqkd
 from beit_jax.weights.files import lazy, safetensors, torchfile
 from beit_jax.weights.pretrained import Pretrained, module_fields
 
@@ -165,6 +165,9 @@ def _load_foreign(
     return _load_flava(path, state)
   if dalle.is_openai(state):
     return _load_openai(path, {path: state})
+  if vqkd.is_vqkd(state):
+    facts = _own_facts(found.facts, path)
+    return vqkd.import_tokenizer(lazy.Source(state, path, "unilm", **facts), num_heads, image_size)
   if openmmlab.is_openmmlab(state):
     state, unused = openmmlab.to_unilm(state, path)
     left_out += unused
@@ -341,7 +344,8 @@ def _save_orbax(pretrained: Pretrained, path: Path, target: Path) -> None:
 
 
 def _save_unilm(pretrained: Pretrained, path: Path, target: Path) -> None:
-  export = {"unilm": unilm.export_file, "mmseg": mmseg.export_file}[pretrained.spec.tensor_names]
+  exports = {"unilm": unilm.export_file, "mmseg": mmseg.export_file, "vqkd": vqkd.export_file}
+  export = exports[pretrained.spec.tensor_names]
   state, under, facts = export(pretrained)
   _log_tensors(state, [])
   if target.suffix.lower() == ".safetensors":

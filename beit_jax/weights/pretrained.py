@@ -37,6 +37,7 @@ from beit_jax.models.features import (
 )
 from beit_jax.models.resampling import resize_bilinear
 from beit_jax.models.upernet import BeitForSemanticSegmentation
+from beit_jax.models.vqkd import Vqkd
 from beit_jax.runtime.logs import log
 
 Variables = dict[str, Any]
@@ -87,7 +88,7 @@ class ModelKind:
     without_pixel_decoder: what a message says of a tokenizer without these.
     head: name of the output layer in unilm's checkpoints, or None.
     head_size: the module field that holds the number of outputs of `head`.
-    tensor_names: the naming scheme of the model's tensors in foreign formats: "unilm", "mmseg" or "dalle".
+    tensor_names: the naming scheme of the model's tensors in foreign formats: "unilm", "mmseg", "dalle" or "vqkd".
     hf_class: name of the class in Hugging Face transformers, if the model type does not decide it
       (`hf_types.MODEL_TYPES`).
     hf_outside: beginnings of the names that are not inside the encoder in that class.
@@ -172,6 +173,16 @@ KINDS: dict[str, ModelKind] = {
     has_collections=True,
     teacher="teacher",
   ),
+  "vqkd": ModelKind(
+    module=Vqkd,
+    forward=_codebook_logits,
+    formats=("orbax", "unilm"),
+    can_tokenize=True,
+    has_collections=True,
+    pixel_decoder="pixel_decoder",
+    without_pixel_decoder="it was trained without a decoder to pixels (configs/vqkd.py:pixels adds one)",
+    tensor_names="vqkd",
+  ),
 }
 # Kinds of runs whose checkpoints are not a model on their own, with the reason.
 INCOMPLETE_KINDS = {
@@ -251,7 +262,7 @@ class Pretrained:
   """A loaded model.
 
   Attributes:
-    kind: "backbone" | "mim" | "classifier" | "segmenter" | "tokenizer".
+    kind: "backbone" | "mim" | "classifier" | "segmenter" | "tokenizer" | "vqkd".
     params: nested dict of arrays.
     module: the Linen module.
     preprocessing: mean, std, image_size (h, w), crop_pct, interpolation, resize ("short_side" | "squash"); value_range
@@ -361,13 +372,15 @@ class Pretrained:
     """Runs the model on normalized images.
 
     Args:
-      x: float32 [B, H, W, C], already normalized (for a tokenizer: after `map_pixels`, which is mean -0.125, std 1.25).
+      x: float32 [B, H, W, C], already normalized (for a tokenizer: after `map_pixels`, which is mean -0.125, std 1.25;
+        for that of BEiT v2: in [-1, 1]).
       mask: bool [B, h, w] or [B, N], or [h, w] for all images; True = masked. Only for a backbone or a masked image
         model.
 
     Returns:
       float32. backbone: features [B, 1 + N, D] after `norm`; mim: logits [B, N, V] of every patch; classifier: logits
-      [B, C]; segmenter: logits [B, H, W, C]; tokenizer: logits [B, h, w, V].
+      [B, C]; segmenter: logits [B, H, W, C]; tokenizer: logits [B, h, w, V] (of BEiT v2:
+      negative squared distances to the words).
 
     Raises:
       UserError: the model takes no mask, or one of another shape.

@@ -58,7 +58,12 @@ def torch_name(name: str) -> str:
   return re.sub(r"/(kernel|scale)$", "/weight", name).replace("/", ".")
 
 
-def _shape(state: lazy.State, name: str, ndim: int, path: Path) -> lazy.Shape:
+def check_shape(state: lazy.State, name: str, ndim: int, path: Path) -> lazy.Shape:
+  """The shape of a tensor that must be there, with a number of axes.
+
+  Raises:
+    UserError: it is not.
+  """
   if name not in state or len(state[name].shape) != ndim or 0 in state[name].shape:
     found = state[name].shape if name in state else "nothing"
     raise UserError(
@@ -75,11 +80,11 @@ def _grid_size(
   state, path = source.state, source.path
   if tables:
     name = tables[0]
-    rows = _shape(state, name, 2, path)[0] - 3
+    rows = check_shape(state, name, 2, path)[0] - 3
     side = (math.isqrt(max(rows, 0)) + 1) // 2
   elif "pos_embed" in state:
     name = "pos_embed"
-    rows = _shape(state, name, 3, path)[1] - 1
+    rows = check_shape(state, name, 3, path)[1] - 1
     side = math.isqrt(max(rows, 0))
   else:
     raise UserError(
@@ -145,8 +150,8 @@ def infer(
   """
   state, path = source.state, source.path
   families.check_family(state, path)
-  width = _shape(state, "cls_token", 3, path)[-1]
-  out, channels, patch, patch_w = _shape(state, "patch_embed.proj.weight", 4, path)
+  width = check_shape(state, "cls_token", 3, path)[-1]
+  out, channels, patch, patch_w = check_shape(state, "patch_embed.proj.weight", 4, path)
   if channels != 3 or patch != patch_w or out != width:
     raise UserError(
       f"{path}: patch_embed.proj.weight has shape {(out, channels, patch, patch_w)}, expected ({width}, 3, P, P)"
@@ -157,7 +162,7 @@ def infer(
     raise UserError(
       f"{path}: its blocks are not numbered from 0 without a gap: {', '.join(sorted(numbers)[:8])}"
     )
-  hidden = _shape(state, "blocks.0.mlp.fc1.weight", 2, path)[0]
+  hidden = check_shape(state, "blocks.0.mlp.fc1.weight", 2, path)[0]
   shared, own = f"rel_pos_bias.{TABLE}", f"blocks.0.attn.{TABLE}"
   tables = [name for name in (shared, own) if name in state]
   grid = _grid_size(source, patch, tables, image_size)
@@ -183,10 +188,10 @@ def infer(
   if "norm_pre.weight" in state:
     fields["pre_norm"] = True
   if "register_tokens" in state:
-    fields["register_tokens"] = _shape(state, "register_tokens", 3, path)[1]
+    fields["register_tokens"] = check_shape(state, "register_tokens", 3, path)[1]
   if spec.head is None or spec.head_size is None:
     return kind, dict(fields, use_mask_token="mask_token" in state, final_norm="norm.weight" in state)
-  fields = {"encoder": fields, spec.head_size: _shape(state, f"{spec.head}.weight", 2, path)[0]}
+  fields = {"encoder": fields, spec.head_size: check_shape(state, f"{spec.head}.weight", 2, path)[0]}
   if spec.has_pool:
     fields["pool"] = source.fields.get("pool", "mean" if "fc_norm.weight" in state else "cls")
   return kind, fields
