@@ -15,7 +15,7 @@ from beit_jax import trees
 from beit_jax.data import labels, pipeline, sources
 from beit_jax.data.bad_images import BadImageTracker
 from beit_jax.errors import UserError
-from beit_jax.objectives import OBJECTIVES, EvalOutput, Objective
+from beit_jax.objectives import EvalOutput, Objective, objective_of
 from beit_jax.objectives.base import Batch, PyTree, Variables
 from beit_jax.run import checkpoint, files, record
 from beit_jax.runtime import bucket, sharding
@@ -179,7 +179,7 @@ def eval_only_source(config: ConfigDict, workdir: Path) -> tuple[sources.Source 
   Returns:
     (the data, or None if `eval.split` is empty; the model of `init_from`, if it had to be loaded for its names).
   """
-  kind, loaded, facts = OBJECTIVES[config.objective], None, {}
+  kind, loaded, facts = objective_of(config), None, {}
   if kind.labels == "class":
     facts = describe_run(workdir, config.init_from)
     if not facts and config.init_from and kind.kind in KINDS:
@@ -200,7 +200,7 @@ def evaluate_only(config: ConfigDict, workdir: Path, name: str, mesh: jax.shardi
   Raises:
     UserError: there are no data or no checkpoint, or the checkpoint lacks parameters.
   """
-  kind = OBJECTIVES[config.objective]
+  kind = objective_of(config)
   if kind.trains:
     source, loaded = eval_only_source(config, workdir)
     own_source = source

@@ -3,6 +3,8 @@
 Logits are cast to float32 first. Shapes: B = batch size, M = masked patches, V = vocabulary size, C = classes.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -26,6 +28,27 @@ def masked_cross_entropy(logits: jax.Array, targets: jax.Array, weight: jax.Arra
   nll = jax.nn.logsumexp(logits, -1) - target  # [B, M]
   correct = (logits.argmax(-1) == targets).astype(jnp.float32)
   return (nll * weight).sum(), (correct * weight).sum(), weight.sum()
+
+
+PIXEL_LOSSES: dict[str, Callable[[jax.Array], jax.Array]] = {"l1": jnp.abs, "l2": jnp.square}
+
+
+def pixel_loss(
+  predicted: jax.Array, targets: jax.Array, weight: jax.Array, kind: str
+) -> tuple[jax.Array, jax.Array]:
+  """Distance of predicted pixels, averaged over the values of a patch.
+
+  Args:
+    predicted: [B, M, P * P * C].
+    targets: the same shape.
+    weight: [B, M], 1 for a patch that counts.
+    kind: a key of `PIXEL_LOSSES`.
+
+  Returns:
+    float32 scalars (sum over patches, sum of weights).
+  """
+  distance = PIXEL_LOSSES[kind](predicted.astype(jnp.float32) - targets.astype(jnp.float32))
+  return (distance.mean(-1) * weight).sum(), weight.sum()
 
 
 def smooth_labels(labels: jax.Array, num_classes: int, smoothing: float) -> jax.Array:

@@ -152,6 +152,12 @@ def random_mask(key: jax.Array, grid_size: tuple[int, int], num_masked: int) -> 
   return _top(jax.random.uniform(key, (grid_size[0] * grid_size[1],)), grid_size, num_masked)
 
 
+def no_mask(key: jax.Array, grid_size: tuple[int, int], num_masked: int) -> jax.Array:
+  """Masks nothing (the paper's ablation "without masking"). bool [h, w], all False."""
+  del key, num_masked
+  return jnp.zeros(grid_size, bool)
+
+
 def _top(score: jax.Array, grid_size: tuple[int, int], num_masked: int) -> jax.Array:
   chosen = jax.lax.top_k(score, num_masked)[1]
   return jnp.zeros(score.shape, bool).at[chosen].set(True).reshape(grid_size)
@@ -161,6 +167,7 @@ MASKS: dict[str, Callable[..., jax.Array]] = {
   "block": block_mask,
   "block_at_most": block_mask_at_most,
   "random": random_mask,
+  "none": no_mask,
 }
 
 

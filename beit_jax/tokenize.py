@@ -202,7 +202,8 @@ def _choose_run(config: ConfigDict, name: str, workdir: Path) -> stages.Stage:
     raise UserError(f"--stage={name}: the config has no stages")
   runs = [run for run in stages.resolve(config, workdir) if "tokenizer" in run.objective.frozen_sections]
   if "stages" not in config and not runs:
-    raise UserError(f"config key 'objective': {config.objective!r} uses no visual tokens")
+    target = " with target='pixels'" if config.get("target") == "pixels" else ""
+    raise UserError(f"config key 'objective': {config.objective!r}{target} uses no visual tokens")
   fitting = [run for run in runs if run.name == name or not name]
   if len(fitting) != 1:
     raise UserError(

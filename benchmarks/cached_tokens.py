@@ -66,7 +66,7 @@ def make_steps(batch_size: int, dtype: str, tokenizer: str):
     ("batch_size", batch_size),
   ]
   config = parse.load(f"{ROOT}/configs/beit_base.py", overrides, objectives.schemas()).pretrain
-  objective = objectives.OBJECTIVES[config.objective](config, NoData())
+  objective = objectives.objective_of(config)(config, NoData())
   mesh = sharding.make_mesh()
   rng = np.random.default_rng(0)
   sides = {"image": 224, "token_image": 112}

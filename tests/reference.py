@@ -24,6 +24,8 @@ def section(arrays: dict, prefix: str) -> dict[str, np.ndarray]:
 
 BEIT_NAMES = (
   (r"^blocks\.(\d+)\.", lambda m: f"encoder/block_{int(m.group(1)):02d}/"),
+  (r"^cls_pt_layers\.(\d+)\.", lambda m: f"head_block_{int(m.group(1)):02d}/"),
+  (r"^cls_pt_lm_head\.", "head_lm_head/"),
   (r"^(patch_embed)\.proj\.", r"encoder/\1/"),
   (r"^(cls_token|mask_token|pos_embed|norm\.|rel_pos_bias\.)", r"encoder/\1"),
   (r"\.", "/"),

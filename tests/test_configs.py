@@ -175,7 +175,7 @@ def test_a_train_step_and_an_eval_step_are_traced(spec, monkeypatch):
 
 def _trace(config, mesh):
   source = _Source(config.data)
-  objective = objectives.OBJECTIVES[config.objective](config, source)
+  objective = objectives.objective_of(config)(config, source)
 
   with jax.set_mesh(mesh):
     frozen = objective.frozen_params(mesh) if config.objective != "knn" else _bank(objective)

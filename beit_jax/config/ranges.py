@@ -184,7 +184,7 @@ MODEL: Table = (
   (r"model\.rel_pos", one_of("shared", "per_block", "none")),
   (r"model\.pool", one_of(*POOLS)),
   (r"model\.activation", one_of(*ACTIVATIONS)),
-  (r"model\.register_tokens", integer(0, 64)),
+  (r"model\.(register_tokens|early_block|head_blocks)", integer(0, 64)),
   (r"model\.vocab_size", integer(2, 2**20)),
   (r"model\.n_hid", integer(4, 8192)),
   (r"model\.(n_init|channels|aux_channels)", integer(1, 8192)),

@@ -44,9 +44,14 @@ def gray_out(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
   Returns:
     float [B, H, W, C].
   """
+  return paste(image, MASK_GRAY, mask)
+
+
+def paste(image: np.ndarray, patches: np.ndarray | float, mask: np.ndarray) -> np.ndarray:
+  """Replaces the masked patches of images by those of others, or by one value; shapes as in `gray_out`."""
   image, mask = np.asarray(image), np.asarray(mask)
   patch_height, patch_width = image.shape[1] // mask.shape[1], image.shape[2] // mask.shape[2]
-  return np.where(mask.repeat(patch_height, 1).repeat(patch_width, 2)[..., None], MASK_GRAY, image)
+  return np.where(mask.repeat(patch_height, 1).repeat(patch_width, 2)[..., None], patches, image)
 
 
 def visible(image: np.ndarray) -> np.ndarray:

@@ -1,11 +1,12 @@
 """The BEiT encoder, a masked ViT, and its models for masked image modeling and classification.
 
 Follows unilm `beit/modeling_pretrain.py` and `beit/modeling_finetune.py`. Parameter names are the public interface of
-checkpoints: `encoder/{patch_embed, cls_token, mask_token, pos_embed, rel_pos_bias, block_00..., norm}`, then `lm_head`,
-or `fc_norm` and `head`.
+checkpoints: `encoder/{patch_embed, cls_token, mask_token, pos_embed, rel_pos_bias, block_00..., norm}`, then `lm_head`
+and, with patch aggregation, `head_block_00...`; or `pixel_head`; or `fc_norm` and `head`.
 Shapes: as in layers.py; V = vocabulary size, C = classes, M = slots for masked patches.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -14,7 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from beit_jax.models.constrain import constrain_batch
-from beit_jax.models.layers import INITS, Block, Dense, PatchEmbed, RelPosBias, scaled_init
+from beit_jax.models.layers import (
+  INITS,
+  Block,
+  Dense,
+  PatchEmbed,
+  RelPosBias,
+  image_from_patches,
+  patches_of,
+  scaled_init,
+)
 
 # base and large: BEiT paper, Table 12. tiny and small are DeiT's sizes; BEiT was not released in them.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -44,6 +54,10 @@ def preset_fields(preset: str, variant: str, *, pretrain: bool) -> dict[str, Any
   if preset == "paper":
     return dict(rel_pos="none", abs_pos=True, layer_scale_init=0.0)
   raise ValueError(f"preset {preset!r} is unknown; expected 'plus' or 'paper'")
+
+
+# The residual stream after each block, [B, T, D], and the shared attention bias -> tokens [B, T, D].
+Branch = Callable[[dict[str, jax.Array], jax.Array | None], jax.Array]
 
 
 class Beit(nn.Module):
@@ -81,7 +95,12 @@ class Beit(nn.Module):
 
   @nn.compact
   def __call__(
-    self, image: jax.Array, mask: jax.Array | None = None, *, train: bool = False
+    self,
+    image: jax.Array,
+    mask: jax.Array | None = None,
+    *,
+    train: bool = False,
+    branch: Branch | None = None,
   ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Encodes images.
 
@@ -89,6 +108,7 @@ class Beit(nn.Module):
       image: Normalized float pixels [B, H, W, C].
       mask: bool [B, h, w], True = masked; or None.
       train: Turns on stochastic depth, which draws from the "drop_path" rng.
+      branch: Further blocks of the caller. Their tokens pass the same `norm` and become `branch` of the second result.
 
     Returns:
       Tokens [B, 1 + N, D], cls token first and without register tokens, after `norm` (before it if `final_norm` is
@@ -135,10 +155,15 @@ class Beit(nn.Module):
       block_class = nn.remat(Block) if self.remat else Block
       out = {}
       for i in range(self.depth):
-        block = block_class(**self._block_fields(i), name=f"block_{i:02d}")
+        block = block_class(**self.block_fields(i), name=f"block_{i:02d}")
         x = out[f"block_{i:02d}"] = block(x, bias, rates[i], None if keys is None else keys[i])
+    if branch is not None:
+      out["branch"] = branch(out, bias)
     if self.final_norm:
-      x = nn.LayerNorm(self.norm_eps, dtype=dtype, name="norm")(x)
+      norm = nn.LayerNorm(self.norm_eps, dtype=dtype, name="norm")
+      x = norm(x)
+      if branch is not None:
+        out["branch"] = norm(out["branch"])
     return self._without_registers(x, out)
 
   def _with_registers(self, x: jax.Array) -> jax.Array:
@@ -161,7 +186,8 @@ class Beit(nn.Module):
     out = {name: tokens[:, :count] for name, tokens in out.items()}
     return x[:, :count], {**out, "registers": x[:, count:]}
 
-  def _block_fields(self, i: int) -> dict[str, Any]:
+  def block_fields(self, i: int) -> dict[str, Any]:
+    """The fields of the block with number `i`, counted from 0."""
     return dict(
       width=self.width,
       num_heads=self.num_heads,
@@ -182,7 +208,7 @@ class Beit(nn.Module):
     """Runs the blocks as one `jax.lax.scan` over their stacked parameters, so that XLA compiles one block only."""
     names = [f"block_{i:02d}" for i in range(self.depth)]
     params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(self.variables["params"][n] for n in names))
-    block = Block(**self._block_fields(0), parent=None)
+    block = Block(**self.block_fields(0), parent=None)
 
     def step(x: jax.Array, xs: Any) -> tuple[Any, Any]:
       block_params, rate, key = xs
@@ -211,10 +237,105 @@ def masked_slots(mask: jax.Array, num_slots: int) -> tuple[jax.Array, jax.Array]
 
 
 class BeitForMaskedImageModeling(nn.Module):
-  """Encoder and vocabulary head."""
+  """Encoder and vocabulary head, optionally with the patch aggregation of BEiT v2.
+
+  Patch aggregation: `head_blocks` further blocks see the cls token of the last block and the patch tokens of an earlier
+  one, and predict the same visual tokens. The cls token must therefore gather what these patch tokens lack. The blocks
+  share the encoder's `norm` and bias table, and are dropped after pre-training.
+
+  References:
+    BEiT v2 paper (arXiv 2208.06366), section 2.3; unilm `beit2/modeling_pretrain.py`.
+  """
 
   encoder: dict[str, Any]
   vocab_size: int = 8192
+  early_block: int = 0  # patch aggregation takes the patch tokens after this block, counted from 1
+  head_blocks: int = 0  # 0: no patch aggregation
+  shared_lm_head: bool = True  # the aggregated tokens use `lm_head` too; False: they have `head_lm_head`
+
+  @nn.compact
+  def __call__(
+    self,
+    image: jax.Array,
+    mask: jax.Array | None = None,
+    *,
+    slots: jax.Array | None = None,
+    train: bool = False,
+    aggregated: bool = False,
+  ) -> Any:
+    """Predicts visual tokens.
+
+    Args:
+      image: Normalized float pixels [B, H, W, 3].
+      mask: bool [B, h, w], True = masked; or None.
+      slots: int32 [B, M], the patches to predict. The head then runs on these only, which saves 62 % of its work for
+        75 of 196 patches. None: all patches.
+      train: Turns on stochastic depth.
+      aggregated: Return the predictions of patch aggregation, too.
+
+    Returns:
+      Logits float32 [B, M, V], or [B, N, V] without `slots`; with `aggregated` a pair of such logits.
+    """
+    encoder = Beit(**self.encoder, name="encoder")
+    branch = self._aggregation(encoder, train) if self.head_blocks else None
+    x, out = encoder(image, mask, train=train, branch=branch)
+    init, dtype = INITS[encoder.weight_init], jnp.dtype(encoder.dtype)
+    head = Dense(self.vocab_size, init, dtype, name="lm_head")
+    logits = _predict_patches(head, x, slots)
+    if branch is None:
+      return logits
+    if not self.shared_lm_head:
+      head = Dense(self.vocab_size, init, dtype, name="head_lm_head")
+    others = _predict_patches(head, out["branch"], slots)
+    return (logits, others) if aggregated else logits
+
+  def _aggregation(self, encoder: Beit, train: bool) -> Branch:
+    """The blocks of patch aggregation. They have the initial values and drop rates of blocks after the early one."""
+    if not 1 <= self.early_block <= encoder.depth:
+      raise ValueError(
+        f"early_block={self.early_block} is none of the {encoder.depth} blocks, counted from 1"
+      )
+    numbers = range(self.early_block, self.early_block + self.head_blocks)
+    rates = np.linspace(0, encoder.drop_path_rate, max(encoder.depth, numbers.stop)).astype(np.float32)
+    drops = train and encoder.drop_path_rate > 0
+    keys = jax.random.split(self.make_rng("drop_path"), self.head_blocks) if drops else None
+    block_class = nn.remat(Block) if encoder.remat else Block
+    blocks = [
+      block_class(**encoder.block_fields(number), name=f"head_block_{i:02d}")
+      for i, number in enumerate(numbers)
+    ]
+
+    def branch(out: dict[str, jax.Array], bias: jax.Array | None) -> jax.Array:
+      last, early = (out[f"block_{count - 1:02d}"] for count in (encoder.depth, self.early_block))
+      x = jnp.concatenate([last[:, :1], early[:, 1:]], 1)
+      for i, block in enumerate(blocks):
+        x = block(x, bias, rates[numbers[i]], None if keys is None else keys[i])
+      return x
+
+    return branch
+
+
+def _predict_patches(head: nn.Module, x: jax.Array, slots: jax.Array | None) -> jax.Array:
+  """Applies a head to patch tokens: [B, 1 + N, D] -> float32 [B, N, outputs], or [B, M, outputs] with `slots`."""
+  x = x[:, 1:]
+  if slots is not None:
+    x = jnp.take_along_axis(x, slots[..., None], axis=1)  # [B, M, D]
+  return constrain_batch(head(x).astype(jnp.float32))
+
+
+PATCH_EPS = 1e-6  # added to the variance of a patch, so that one of a single color becomes 0
+
+
+class BeitForPixelRecovery(nn.Module):
+  """Encoder and a head that predicts the pixels of patches: the BEiT paper's ablation "without visual tokens".
+
+  References:
+    BEiT paper, Table 4, which does not say how pixels are scaled. Normalization per patch is that of MAE (arXiv
+    2111.06377), with the variance over all values of a patch, where MAE's code divides by one less.
+  """
+
+  encoder: dict[str, Any]
+  normalize_patches: bool = False  # targets have mean 0 and variance 1 in each patch
 
   @nn.compact
   def __call__(
@@ -225,26 +346,46 @@ class BeitForMaskedImageModeling(nn.Module):
     slots: jax.Array | None = None,
     train: bool = False,
   ) -> jax.Array:
-    """Predicts visual tokens.
+    """Predicts pixels.
 
-    Args:
-      image: Normalized float pixels [B, H, W, 3].
-      mask: bool [B, h, w], True = masked; or None.
-      slots: int32 [B, M], the patches to predict. The head then runs on these only, which saves 62 % of its work for
-        75 of 196 patches. None: all patches.
-      train: Turns on stochastic depth.
+    Args: as `BeitForMaskedImageModeling`.
 
     Returns:
-      Logits float32 [B, M, V], or [B, N, V] without `slots`.
+      float32 [B, M, P * P * C], or [B, N, P * P * C] without `slots`: predictions of `targets`.
     """
     encoder = Beit(**self.encoder, name="encoder")
     x, _ = encoder(image, mask, train=train)
-    x = x[:, 1:]
-    if slots is not None:
-      x = jnp.take_along_axis(x, slots[..., None], axis=1)  # [B, M, D]
-    init, dtype = INITS[encoder.weight_init], jnp.dtype(encoder.dtype)
-    head = Dense(self.vocab_size, init, dtype, name="lm_head")
-    return constrain_batch(head(x).astype(jnp.float32))
+    outputs = encoder.patch_size**2 * encoder.in_channels
+    head = Dense(outputs, INITS[encoder.weight_init], jnp.dtype(encoder.dtype), name="pixel_head")
+    return _predict_patches(head, x, slots)
+
+  @nn.nowrap
+  def targets(self, image: jax.Array) -> jax.Array:
+    """The pixels to predict: normalized images [B, H, W, C] -> float32 [B, N, P * P * C]."""
+    patches = patches_of(image, self.encoder["patch_size"])
+    if not self.normalize_patches:
+      return patches
+    mean, std = _patch_statistics(patches)
+    return (patches - mean) / std
+
+  @nn.nowrap
+  def recovered(self, predicted: jax.Array, image: jax.Array) -> jax.Array:
+    """The image that predictions stand for, [B, H, W, C], normalized as `image`.
+
+    Args:
+      predicted: [B, N, P * P * C].
+      image: [B, H, W, C], whose patches give mean and variance if the model predicts normalized patches.
+    """
+    patch = self.encoder["patch_size"]
+    if self.normalize_patches:
+      mean, std = _patch_statistics(patches_of(image, patch))
+      predicted = predicted * std + mean
+    return image_from_patches(predicted, image.shape, patch)
+
+
+def _patch_statistics(patches: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Mean and standard deviation of each patch, [B, N, 1]."""
+  return patches.mean(-1, keepdims=True), jnp.sqrt(patches.var(-1, keepdims=True) + PATCH_EPS)
 
 
 # Which tokens the classifier's head sees, concatenated. "mean" is the mean of the patch tokens.

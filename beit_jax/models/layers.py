@@ -156,6 +156,20 @@ class Conv(nn.Module):
     return add_bias(x, self.param("bias", nn.initializers.zeros, (self.features,))) if self.use_bias else x
 
 
+def patches_of(image: jax.Array, size: int) -> jax.Array:
+  """Cuts images into patches of P x P pixels, in row-major order: [B, H, W, C] -> [B, N, P * P * C]."""
+  batch, height, width, channels = image.shape
+  x = image.reshape(batch, height // size, size, width // size, size, channels)
+  return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, size * size * channels)
+
+
+def image_from_patches(patches: jax.Array, shape: tuple[int, ...], size: int) -> jax.Array:
+  """The inverse of `patches_of`; `shape` is that of the images, (B, H, W, C)."""
+  batch, height, width, channels = shape
+  x = patches.reshape(batch, height // size, width // size, size, size, channels)
+  return x.transpose(0, 1, 3, 2, 4, 5).reshape(shape)
+
+
 class PatchEmbed(nn.Module):
   """Non-overlapping P x P convolution as one matrix product: [B, H, W, C] -> [B, N, D]."""
 
@@ -166,16 +180,14 @@ class PatchEmbed(nn.Module):
 
   @nn.compact
   def __call__(self, image: jax.Array) -> jax.Array:
-    p = self.patch_size
-    batch, height, width, channels = image.shape
+    p, channels = self.patch_size, image.shape[-1]
     if self.weight_init == "finetune":
       kernel_init = bias_init = uniform_init(p * p * channels)
     else:
       kernel_init, bias_init = INITS[self.weight_init], nn.initializers.zeros
     kernel = self.param("kernel", kernel_init, (p, p, channels, self.width))
     bias = self.param("bias", bias_init, (self.width,))
-    x = image.astype(self.dtype).reshape(batch, height // p, p, width // p, p, channels)
-    x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, p * p * channels)  # [B, N, P*P*C]
+    x = patches_of(image.astype(self.dtype), p)
     return add_bias(product(x, kernel.reshape(-1, self.width)), bias)
 
 

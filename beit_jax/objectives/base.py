@@ -154,6 +154,12 @@ class Objective(abc.ABC):
   # What an objective may give.
 
   @classmethod
+  def variant(cls, config: ConfigDict) -> "type[Objective]":
+    """The class that a run of this config uses; another one where a key of the config decides facts of the class."""
+    del config
+    return cls
+
+  @classmethod
   def expected_result(cls, config: ConfigDict) -> Pretrained:
     """The model that a run of this config will save, with shapes in place of parameters, for planning later stages.
 

@@ -9,49 +9,46 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from beit_jax import augment, losses
-from beit_jax.config import ranges
-from beit_jax.config.defaults import OptionalOf
 from beit_jax.config.parse import duration
 from beit_jax.data import drawing, token_cache
 from beit_jax.data.images import ViewSizes
 from beit_jax.data.sources import Source
 from beit_jax.errors import UserError
-from beit_jax.models.beit import BeitForMaskedImageModeling, masked_slots
+from beit_jax.models.beit import BeitForMaskedImageModeling
 from beit_jax.models.constrain import constrain_batch
 from beit_jax.objectives import masked
 from beit_jax.objectives.base import (
   Array,
   Batch,
-  EvalOutput,
   Loader,
-  LossOutput,
   Metric,
   Metrics,
+  Objective,
   PyTree,
   Variables,
 )
-from beit_jax.objectives.encoder import EncoderObjective, encoder_fields, encoder_schema
+from beit_jax.objectives.encoder import encoder_fields
+from beit_jax.objectives.pixels import PixelRecovery
 from beit_jax.runtime.logs import log
 from beit_jax.weights.pretrained import Pretrained
 
 
-class MaskedImageModeling(EncoderObjective):
+class MaskedImageModeling(masked.MaskedObjective):
   """A ViT learns to predict the visual tokens that a frozen tokenizer assigns to the masked patches."""
 
   kind = "mim"
-  eval_metrics = ("loss", "mim_acc")
-  augmentations = augment.ON_PIXELS
+  eval_metrics: tuple[str, ...] = ("loss", "mim_acc")
   frozen_sections = ("tokenizer",)
-  value_ranges = (*masked.RANGES, (r"tokenizer\.dtype", ranges.one_of(*ranges.DTYPES)))
 
   def __init__(self, config: ConfigDict, source: Source, load: Loader | None = None) -> None:
     super().__init__(config, source, load)
+    masked.check_unused(config, ("model.normalize_patches",))
     self.tokenizer = self._load_tokenizer(config.tokenizer.init_from)
     self._tokenizer: Any = self.tokenizer.module
     self.module = self.make_module(config.model, self.image_size, self.tokenizer.module.vocab_size)
-    self.grid_size = tuple(side // self.module.encoder["patch_size"] for side in self.image_size)
+    self._check_aggregation()
+    self.prepare_masks()
     self._check_token_grid()
-    self._sample_masks = masked.make_sampler(config.mask, self.grid_size)
     self.cache = None
     if config.tokenizer.cache and not config.eval_only and load is None:
       steps = duration(config, "total", len(source) // config.batch_size)
@@ -60,28 +57,39 @@ class MaskedImageModeling(EncoderObjective):
       log.info("tokens from %s, %d epochs", self.cache.folder, self.cache.epochs)
 
   @classmethod
-  def config_section(cls) -> dict[str, Any]:
-    return dict(
-      model={**encoder_schema(), "vocab_size": OptionalOf(int)},  # None = that of the tokenizer
-      mask=masked.SECTION,
-      tokenizer=dict(
-        init_from="stage:tokenizer",  # a tokenizer's run, or "stage:NAME"
-        dtype=OptionalOf(
-          str
-        ),  # of the products inside; None = as the tokenizer was trained; see models/dvae.py
-        cache="",  # folder written by `python -m beit_jax.tokenize`; "" = tokenize while training
-      ),
-    )
+  def variant(cls, config: ConfigDict) -> type[Objective]:
+    return PixelRecovery if config.target == "pixels" else cls
 
   @classmethod
   def make_module(
     cls, model: ConfigDict, image_size: tuple[int, int], outputs: int
   ) -> BeitForMaskedImageModeling:
-    return BeitForMaskedImageModeling(encoder_fields(model, image_size, pretrain=True), outputs)
+    encoder = encoder_fields(model, image_size, pretrain=True)
+    return BeitForMaskedImageModeling(
+      encoder, outputs, model.early_block, model.head_blocks, model.shared_lm_head
+    )
 
   @classmethod
   def expected_outputs(cls, config: ConfigDict) -> int:
     return config.model.vocab_size or 8192
+
+  def _check_aggregation(self) -> None:
+    """Checks patch aggregation; with it there are two losses and their sum."""
+    model, depth = self.config.model, self.depth
+    if not model.head_blocks and not model.early_block:
+      return
+    if not model.head_blocks or not 1 <= model.early_block <= depth:
+      raise UserError(
+        f"config key 'model.early_block': {model.early_block} with model.head_blocks={model.head_blocks}; patch "
+        f"aggregation needs an early block from 1 to {depth} (BEiT v2: 9 of 12, 21 of 24) and one or more head blocks "
+        "(BEiT v2: 2); without it both are 0"
+      )
+    if self.config.recover == "all":
+      raise UserError(
+        f"config key 'recover': 'all' with model.head_blocks={model.head_blocks}; patch aggregation predicts masked "
+        "patches only; set recover='masked', or model.head_blocks=0 and model.early_block=0"
+      )
+    self.eval_metrics = (*self.eval_metrics, "head_loss", "head_acc")
 
   def _load_tokenizer(self, path: str) -> Pretrained:
     if not path or path.startswith("stage:"):
@@ -161,14 +169,9 @@ class MaskedImageModeling(EncoderObjective):
     params = {name: leaf for name, leaf in self.tokenizer.params.items() if name not in decoders}
     return {"params": params, **self.tokenizer.collections}
 
-  def _pixels(self, batch: Batch, *, train: bool) -> dict[str, Array]:
-    """The views in a batch, float32 [B, H, W, 3] in [0, 1]. In training all get the same color jitter."""
-    views = {name: augment.to_float(batch[name]) for name in self.views() if name in batch}
-    return self.augmented(views, batch) if train else views
-
   def tokenize(self, frozen: PyTree, batch: Batch) -> Array:
     """The targets of a training batch: int32 [B, N]. Pure."""
-    return self._tokens(frozen, self._pixels(batch, train=True)["token_image"])
+    return self._tokens(frozen, self.pixels(batch, train=True)["token_image"])
 
   def _tokens(self, frozen: PyTree, token_image: Array) -> Array:
     ids = self._tokenizer.apply(frozen, token_image, method="tokenize")
@@ -176,44 +179,39 @@ class MaskedImageModeling(EncoderObjective):
 
   def _inputs(self, frozen: PyTree, batch: Batch, *, train: bool) -> tuple[Array, Array, Array]:
     """(normalized images [B, H, W, 3], masks bool [B, h, w], targets int32 [B, N])."""
-    data = self.config.data
-    views = self._pixels(batch, train=train)
-    mask = self._sample_masks(augment.example_keys(self.config.seed, batch["example_key"], "mask"))
+    views = self.pixels(batch, train=train)
     if "targets" in batch:  # from the token cache
       targets = batch["targets"].astype(jnp.int32)
     else:
       targets = self._tokens(frozen, views["token_image"])
-    return augment.normalize(views["image"], data.mean, data.std), mask, targets
+    return self.normalized(views["image"]), self.masks(batch), targets
 
-  def _metrics(
-    self,
-    variables: Variables,
-    frozen: PyTree,
-    batch: Batch,
-    *,
-    train: bool,
-    rngs: dict[str, Array] | None = None,
+  def loss_metrics(
+    self, variables: Variables, frozen: PyTree, batch: Batch, *, train: bool, rngs: dict[str, Array] | None
   ) -> Metrics:
     image, mask, targets = self._inputs(frozen, batch, train=train)
-    slots, weight = masked_slots(mask, self.config.mask.num_masked)
-    logits = self.module.apply(variables, image, mask, slots=slots, train=train, rngs=rngs)
-    weight = constrain_batch(weight * batch["valid"][:, None])
-    targets = constrain_batch(jnp.take_along_axis(targets, slots, 1))
-    loss, correct, count = losses.masked_cross_entropy(logits, targets, weight)
-    return {"loss": Metric(loss, count), "mim_acc": Metric(correct, count)}
+    slots, weight = self.slots(mask, batch["valid"])
+    options = dict(slots=slots, train=train, rngs=rngs, aggregated=self.module.head_blocks > 0)
+    logits = self.module.apply(variables, image, mask, **options)
+    targets = constrain_batch(masked.take(targets, slots))
 
-  def loss(self, variables: Variables, frozen: PyTree, batch: Batch, key: Array, step: Array) -> LossOutput:
-    del step
-    return LossOutput(self._metrics(variables, frozen, batch, train=True, rngs={"drop_path": key}))
+    def measure(logits: Array) -> tuple[Metric, Metric]:
+      loss, correct, count = losses.masked_cross_entropy(logits, targets, weight)
+      return Metric(loss, count), Metric(correct, count)
 
-  def eval_step(self, variables: Variables, frozen: PyTree, batch: Batch) -> EvalOutput:
-    return EvalOutput(self._metrics(variables, frozen, batch, train=False))
+    if not self.module.head_blocks:
+      loss, accuracy = measure(logits)
+      return {"loss": loss, "mim_acc": accuracy}
+    (main, accuracy), (head, head_accuracy) = map(measure, logits)
+    loss = Metric(main.total + head.total, main.n)
+    return {"loss": loss, "mim_acc": accuracy, "head_loss": head, "head_acc": head_accuracy}
 
   def figures(self, variables: Variables, frozen: PyTree, batch: Batch) -> dict[str, np.ndarray]:
     """Rows: the image, what the encoder sees of it, and the predicted and true tokens, both decoded to pixels."""
     image, mask, targets = self._inputs(frozen, batch, train=False)
     logits = self.module.apply(variables, image, mask)
-    predicted = jnp.where(mask.reshape(len(mask), -1), logits.argmax(-1), targets)
+    recovered = self.recovered(mask).reshape(len(mask), -1)
+    predicted = jnp.where(recovered, logits.argmax(-1), targets)
 
     def decode(ids: Array) -> Array:
       return self._tokenizer.apply(self.tokenizer.variables, ids, self.grid_size, method="decode")

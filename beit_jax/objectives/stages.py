@@ -7,7 +7,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from beit_jax.errors import UserError
-from beit_jax.objectives import OBJECTIVES, Objective
+from beit_jax.objectives import Objective, objective_of
 from beit_jax.objectives.base import Loader
 from beit_jax.weights import io as weights_io
 from beit_jax.weights.pretrained import Pretrained
@@ -33,7 +33,7 @@ class Stage:
 
   @property
   def objective(self) -> type[Objective]:
-    return OBJECTIVES[self.config.objective]
+    return objective_of(self.config)
 
   @property
   def is_replaced(self) -> bool:
@@ -46,7 +46,7 @@ def checkpoint_keys(config: ConfigDict) -> list[str]:
   return [
     "init_from",
     "resume",
-    *(f"{name}.init_from" for name in OBJECTIVES[config.objective].frozen_sections),
+    *(f"{name}.init_from" for name in objective_of(config).frozen_sections),
   ]
 
 

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from beit_jax import train
 from beit_jax.data import sources
 from beit_jax.errors import UserError
-from beit_jax.objectives import OBJECTIVES, stages
+from beit_jax.objectives import objective_of, stages
 from beit_jax.objectives.base import PyTree
 from beit_jax.objectives.stages import Stage
 from beit_jax.run import state as train_state
@@ -68,7 +68,7 @@ def make_source(config: ConfigDict, examples: int | None) -> sources.Source:
           f"the data is not here; give its number of examples: --examples=N ({reason})"
         ) from None
       examples = max(round(known * data.fraction), 1)
-  labels = OBJECTIVES[config.objective].labels if data.label_key else "none"
+  labels = objective_of(config).labels if data.label_key else "none"
   classes = data.num_classes or config.model.get("num_classes") or classes or 1000
   return PlannedSource(examples, classes if labels == "class" else 0, labels != "none")
 

@@ -28,6 +28,7 @@ PREDICTORS: dict[str, Callable[[Pretrained, list[Path], argparse.Namespace], Ite
   "segmenter": class_maps.segment,
   "tokenizer": batches.reconstruct,
   "mim": batches.fill_in,
+  "mim_pixels": batches.fill_in_pixels,
 }
 
 

@@ -75,16 +75,9 @@ def reconstruct(model: Pretrained, files: list[Path], args: argparse.Namespace) 
 def fill_in(model: Pretrained, files: list[Path], args: argparse.Namespace) -> Iterator[Facts]:
   """Masks patches and draws the tokens that a masked image model predicts for them."""
   tokenizer = _load_tokenizer(model, args.tokenizer)
-  height, width = _grid_size(model)
-  num_masked = max(round(MASK_RATIO * height * width), 1)
-  min_block_patches = min(max(height * width // 12, 4), 16)  # 16 for 14x14 patches, as in pre-training
-
-  def sample(position: jax.Array) -> jax.Array:
-    key = jax.random.fold_in(jax.random.key(0), position)
-    return masking.block_mask(key, (height, width), num_masked, min_block_patches=min_block_patches)
 
   def run(views: list[np.ndarray], positions: np.ndarray) -> tuple[list[Facts], Rows]:
-    image, mask = _pixels(model, views[0]), np.asarray(jax.vmap(sample)(jnp.asarray(positions)))
+    image, mask = _pixels(model, views[0]), _masks(model, positions)
     masked, targets = mask.reshape(len(mask), -1), _tokens(tokenizer, views[1])
     predicted = np.where(masked, model.forward(views[0], mask).argmax(-1), targets)
     correct = ((predicted == targets) & masked).sum(1)
@@ -94,9 +87,47 @@ def fill_in(model: Pretrained, files: list[Path], args: argparse.Namespace) -> I
       "predicted tokens": np.asarray(tokenizer.decode(predicted)),
       "true tokens": np.asarray(tokenizer.decode(targets)),
     }
-    return [{"masked_patches": num_masked, "tokens_right": int(count)} for count in correct], rows
+    facts = zip(masked.sum(1), correct, strict=True)
+    return [{"masked_patches": int(count), "tokens_right": int(right)} for count, right in facts], rows
 
   return _predict((model, tokenizer), run, files, args, sheet="masked_image_modelling")
+
+
+def fill_in_pixels(model: Pretrained, files: list[Path], args: argparse.Namespace) -> Iterator[Facts]:
+  """Masks patches and draws the pixels that a model predicts for them."""
+  if args.tokenizer is not None:
+    raise UserError("--tokenizer: this model predicts pixels, so it needs none")
+  module: Any = model.module
+
+  def run(views: list[np.ndarray], positions: np.ndarray) -> tuple[list[Facts], Rows]:
+    mask, prepared = _masks(model, positions), jnp.asarray(views[0])
+    recovered = np.asarray(module.recovered(model.forward(prepared, mask), prepared))
+    image, recovered = _pixels(model, views[0]), _pixels(model, recovered)
+    rows = {
+      "image": image,
+      "masked": drawing.gray_out(image, mask),
+      "recovered pixels": drawing.paste(image, recovered, mask),
+    }
+    errors = np.abs(rows["recovered pixels"] - image).sum((1, 2, 3)) / image[0].size
+    facts = zip(mask.sum((1, 2)), errors * mask[0].size, strict=True)
+    return [
+      {"masked_patches": int(count), "mean_absolute_error": float(error / count)} for count, error in facts
+    ], rows
+
+  return _predict((model,), run, files, args, sheet="masked_image_modelling")
+
+
+def _masks(model: Pretrained, positions: np.ndarray) -> np.ndarray:
+  """Block-wise masks bool [B, h, w] that depend on the position of a file only."""
+  height, width = _grid_size(model)
+  num_masked = max(round(MASK_RATIO * height * width), 1)
+  min_block_patches = min(max(height * width // 12, 4), 16)  # 16 for 14x14 patches, as in pre-training
+
+  def sample(position: jax.Array) -> jax.Array:
+    key = jax.random.fold_in(jax.random.key(0), position)
+    return masking.block_mask(key, (height, width), num_masked, min_block_patches=min_block_patches)
+
+  return np.asarray(jax.vmap(sample)(jnp.asarray(positions)))
 
 
 def _grid_size(model: Pretrained) -> tuple[int, int]:

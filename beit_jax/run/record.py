@@ -21,7 +21,7 @@ import beit_jax
 from beit_jax import trees
 from beit_jax.config import defaults
 from beit_jax.errors import UserError
-from beit_jax.models.beit import Beit
+from beit_jax.models.beit import Beit, BeitForMaskedImageModeling
 from beit_jax.models.dvae import Dvae
 from beit_jax.run import checkpoint, files
 from beit_jax.runtime import bucket, distributed
@@ -151,7 +151,9 @@ def check_same_model(folder: Path, description: dict[str, Any]) -> None:
 
   # What a field is in a checkpoint of a version that did not have it.
   defaults_of_fields = {
-    field.name: field.default for kind in (Beit, Dvae) for field in dataclasses.fields(kind)
+    field.name: field.default
+    for kind in (Beit, BeitForMaskedImageModeling, Dvae)
+    for field in dataclasses.fields(kind)
   }
 
   def facts(text: dict[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from beit_jax import optim, trees
 from beit_jax.data import pipeline, sources
 from beit_jax.data.bad_images import BadImageTracker
 from beit_jax.errors import UserError
-from beit_jax.objectives import OBJECTIVES, Objective
+from beit_jax.objectives import Objective, objective_of
 from beit_jax.objectives.base import Batch, PyTree
 from beit_jax.run import checkpoint, record
 from beit_jax.run import state as train_state
@@ -69,7 +69,7 @@ def run(config: ConfigDict, workdir: Path, name: str = "", data: Data | None = N
     return finished
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
   with user_errors_of_files(workdir), jax.set_mesh(mesh):
-    if config.eval_only or not OBJECTIVES[config.objective].trains:
+    if config.eval_only or not objective_of(config).trains:
       return evaluation.evaluate_only(config, workdir, name, mesh)
     workdir.mkdir(parents=True, exist_ok=True)
     with exclusive_lock(workdir), preemption.Watch() as watch:

@@ -19,7 +19,7 @@ from beit_jax.config import parse, ranges
 from beit_jax.data import sources
 from beit_jax.data.examples import Reader
 from beit_jax.errors import TransientError, UserError
-from beit_jax.objectives import OBJECTIVES, Objective, stages
+from beit_jax.objectives import Objective, objective_of, stages
 from beit_jax.objectives.base import Loader, PyTree, check_size
 from beit_jax.objectives.stages import Stage
 from beit_jax.run import checkpoint, record
@@ -201,7 +201,7 @@ def prepare(
   _check_batch_size(config, mesh)
   _check_dtype(config)
   source, eval_source = data or make_data(config)
-  objective = OBJECTIVES[config.objective](config, source, load)
+  objective = objective_of(config)(config, source, load)
   _check_best_metric(config, objective)
   _warn_about_unused_augmentation(config, objective)
   steps_per_epoch = len(source) // config.batch_size

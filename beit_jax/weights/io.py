@@ -276,7 +276,7 @@ def _own_facts(facts: dict[str, Any], path: Path) -> dict[str, Any]:
     module = described["module"]
     encoder = module.get("encoder", module)
     fields = {name: encoder[name] for name in ("num_heads", "norm_eps", "activation") if name in encoder}
-    fields |= {"pool": module["pool"]} if "pool" in module else {}
+    fields |= {name: module[name] for name in ("pool", "early_block") if name in module}
     if "image_size" in encoder:
       fields["image_size"] = tuple(encoder["image_size"])
     return dict(
@@ -292,11 +292,13 @@ def _own_facts(facts: dict[str, Any], path: Path) -> dict[str, Any]:
 
 def _unilm_args(args: Any) -> dict[str, Any]:
   stated = args.state if isinstance(args, torchfile.Inert) else {}
+  early = stated.get("early_layers")
+  fields = {"fields": {"early_block": early}} if _is_positive(early) else {}
   uses_imagenet, size = stated.get("imagenet_default_mean_and_std"), stated.get("input_size")
   if not isinstance(uses_imagenet, bool) or not isinstance(size, int):
-    return {}
+    return fields
   statistics = unilm.IMAGENET if uses_imagenet else unilm.HALF
-  return dict(preprocessing=unilm.usual_preprocessing(statistics, (size, size)))
+  return dict(preprocessing=unilm.usual_preprocessing(statistics, (size, size)), **fields)
 
 
 def save(pretrained: Pretrained, path: str | Path, *, format: str) -> None:

@@ -25,7 +25,12 @@ from beit_jax.data import images as images_lib
 from beit_jax.data.pixels import PixelRule, to_channels
 from beit_jax.data.resize import resize_with_pillow
 from beit_jax.errors import BadImage, UserError
-from beit_jax.models.beit import Beit, BeitForImageClassification, BeitForMaskedImageModeling
+from beit_jax.models.beit import (
+  Beit,
+  BeitForImageClassification,
+  BeitForMaskedImageModeling,
+  BeitForPixelRecovery,
+)
 from beit_jax.models.dino import Dino
 from beit_jax.models.dvae import Dvae
 from beit_jax.models.features import (
@@ -47,7 +52,7 @@ def _features(module: nn.Module, variables: Variables, x: jax.Array, mask: jax.A
   return module.apply(variables, x, mask)[0]
 
 
-def _token_logits(module: nn.Module, variables: Variables, x: jax.Array, mask: jax.Array | None) -> Any:
+def _patch_outputs(module: nn.Module, variables: Variables, x: jax.Array, mask: jax.Array | None) -> Any:
   return module.apply(variables, x, mask)
 
 
@@ -86,6 +91,7 @@ class ModelKind:
       encoder as a backbone; "" for none.
     pixel_decoder: the parameters of a tokenizer that turn visual tokens into pixels; a model may lack them.
     without_pixel_decoder: what a message says of a tokenizer without these.
+    has_aggregation: the module has the fields of patch aggregation (BEiT v2).
     head: name of the output layer in unilm's checkpoints, or None.
     head_size: the module field that holds the number of outputs of `head`.
     tensor_names: the naming scheme of the model's tensors in foreign formats: "unilm", "mmseg", "dalle" or "vqkd".
@@ -106,6 +112,7 @@ class ModelKind:
   teacher: str = ""
   pixel_decoder: str = ""
   without_pixel_decoder: str = ""
+  has_aggregation: bool = False
   head: str | None = None
   head_size: str | None = None
   tensor_names: str = "unilm"
@@ -129,12 +136,19 @@ KINDS: dict[str, ModelKind] = {
   ),
   "mim": ModelKind(
     module=BeitForMaskedImageModeling,
-    forward=_token_logits,
+    forward=_patch_outputs,
     formats=("orbax", "unilm", "hf", "openmmlab"),
     takes_mask=True,
+    has_aggregation=True,
     head="lm_head",
     head_size="vocab_size",
     hf_outside=("layernorm.", "lm_head."),
+  ),
+  "mim_pixels": ModelKind(
+    module=BeitForPixelRecovery,
+    forward=_patch_outputs,
+    formats=("orbax",),
+    takes_mask=True,
   ),
   "classifier": ModelKind(
     module=BeitForImageClassification,
@@ -262,7 +276,7 @@ class Pretrained:
   """A loaded model.
 
   Attributes:
-    kind: "backbone" | "mim" | "classifier" | "segmenter" | "tokenizer" | "vqkd".
+    kind: "backbone" | "mim" | "mim_pixels" | "classifier" | "segmenter" | "tokenizer" | "vqkd".
     params: nested dict of arrays.
     module: the Linen module.
     preprocessing: mean, std, image_size (h, w), crop_pct, interpolation, resize ("short_side" | "squash"); value_range
@@ -378,9 +392,9 @@ class Pretrained:
         model.
 
     Returns:
-      float32. backbone: features [B, 1 + N, D] after `norm`; mim: logits [B, N, V] of every patch; classifier: logits
-      [B, C]; segmenter: logits [B, H, W, C]; tokenizer: logits [B, h, w, V] (of BEiT v2:
-      negative squared distances to the words).
+      float32. backbone: features [B, 1 + N, D] after `norm`; mim: logits [B, N, V] of every patch; mim_pixels: the
+      pixels of every patch, [B, N, P * P * C] (see `BeitForPixelRecovery`); classifier: logits [B, C]; segmenter:
+      logits [B, H, W, C]; tokenizer: logits [B, h, w, V] (of BEiT v2: negative squared distances to the words).
 
     Raises:
       UserError: the model takes no mask, or one of another shape.

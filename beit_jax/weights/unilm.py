@@ -31,12 +31,21 @@ MAX_SIDE = (
   64  # patches, so 1024 pixels for patches of 16; bounds what a file of a few kilobytes can make us allocate
 )
 TABLE = "relative_position_bias_table"
-# Index buffers are recomputed. A bias on k cancels in the softmax. The patch-aggregation head of BEiT v2 is not used
-# after pre-training (beit2/modeling_pretrain.py). Segmenters and detectors of unilm have a pyramid beside the encoder.
-# MoCo, DINO and iBOT have a projector in place of the head, and iBOT a mask token of its own. Averages have a counter.
+# Index buffers are recomputed. A bias on k cancels in the softmax. Segmenters and detectors of unilm have a pyramid
+# beside the encoder. MoCo, DINO and iBOT have a projector in place of the head, and iBOT a mask token of its own.
+# Averages have a counter.
 LEFT_OUT = (
-  r"relative_position_index$|attn\.k_bias$|^cls_pt_layers\.|^cls_pt_lm_head\.|^fpn\d\."
+  r"relative_position_index$|attn\.k_bias$|^fpn\d\."
   r"|^head\.(\d+|mlp|last_layer)\.|^masked_embed$|^(n_averaged|steps)$"
+)
+# Patch aggregation of BEiT v2 (beit2/modeling_pretrain.py), of which only a masked image model has use.
+AGGREGATION = r"^cls_pt_(layers|lm_head)\."
+# Our names -> unilm's; the others differ in punctuation only.
+OTHER_NAMES = (
+  (r"^(head_)?block_0*(\d+)/", lambda m: f"{'cls_pt_layers' if m[1] else 'blocks'}.{m[2]}/"),
+  (r"^head_lm_head/", "cls_pt_lm_head/"),
+  (r"patch_embed/", "patch_embed/proj/"),
+  (r"/(kernel|scale)$", "/weight"),
 )
 # Fields that neither shapes nor outputs show, so that they are taken from a description of ours.
 DESCRIBED_FIELDS = (
@@ -53,9 +62,10 @@ DESCRIBED_FIELDS = (
 
 def torch_name(name: str) -> str:
   """Our parameter's name -> unilm's."""
-  name = re.sub(r"^block_0*(\d+)/", r"blocks.\1/", name.removeprefix("encoder/"))
-  name = name.replace("patch_embed/", "patch_embed/proj/")
-  return re.sub(r"/(kernel|scale)$", "/weight", name).replace("/", ".")
+  name = name.removeprefix("encoder/")
+  for pattern, theirs in OTHER_NAMES:
+    name = re.sub(pattern, theirs, name)
+  return name.replace("/", ".")
 
 
 def check_shape(state: lazy.State, name: str, ndim: int, path: Path) -> lazy.Shape:
@@ -192,9 +202,29 @@ def infer(
   if spec.head is None or spec.head_size is None:
     return kind, dict(fields, use_mask_token="mask_token" in state, final_norm="norm.weight" in state)
   fields = {"encoder": fields, spec.head_size: check_shape(state, f"{spec.head}.weight", 2, path)[0]}
+  if spec.has_aggregation:
+    fields |= _aggregation_fields(source, depth)
   if spec.has_pool:
     fields["pool"] = source.fields.get("pool", "mean" if "fc_norm.weight" in state else "cls")
   return kind, fields
+
+
+def _aggregation_fields(source: lazy.Source, depth: int) -> dict[str, Any]:
+  """The fields of patch aggregation; {} without it. No tensor shows which block is the early one."""
+  found = {m[1] for m in (re.match(r"cls_pt_layers\.(\d+)\.", name) for name in source.state) if m}
+  if not found:
+    return {}
+  early = source.fields.get("early_block")
+  if early is None:
+    early = max(depth - 3, 1)
+    log.warning(
+      "%s: early_block=%d is assumed, as in BEiT v2 base (9 of 12) and large (21 of 24); only pre-training uses it",
+      source.path,
+      early,
+    )
+    source.assumed = [*source.assumed, "early_block"]
+  shared = "cls_pt_lm_head.weight" not in source.state
+  return dict(early_block=early, head_blocks=len(found), shared_lm_head=shared)
 
 
 def param_shapes(module: nn.Module, image_size: tuple[int, int]) -> dict[str, lazy.Shape]:
@@ -262,6 +292,8 @@ def import_beit(source: lazy.Source, num_heads: int | None, image_size: tuple[in
     pattern += r"|^norm\." if fields["pool"] in ("mean", "plain_mean") else r"|^fc_norm\."
   if spec.is_encoder:
     pattern += r"|^fc_norm\."
+  if not fields.get("head_blocks"):
+    pattern += f"|{AGGREGATION}"
   state, left_out = drop(source, pattern)
   fields = add_described_fields(source, kind, fields)
   size = (fields if spec.is_encoder else fields["encoder"])["image_size"]
@@ -365,9 +397,18 @@ def usual_preprocessing(statistics: dict[str, Any], image_size: tuple[int, int])
   }
 
 
-def export_beit(pretrained: Pretrained, *, buffers: bool = True) -> lazy.Arrays:
-  """The state dict in unilm's names and PyTorch's layout; with `buffers` also the index buffers that unilm saves."""
+def export_beit(pretrained: Pretrained, *, buffers: bool = True, aggregation: bool = False) -> lazy.Arrays:
+  """The state dict of a model in unilm's names and PyTorch's layout, for all formats that have these models.
+
+  Args:
+    pretrained: the model.
+    buffers: add the index buffers that unilm saves.
+    aggregation: keep the blocks of patch aggregation, which other formats do not have and the outputs do not need.
+  """
   flat = trees.flatten(pretrained.params)
+  if not aggregation and any(name.startswith("head_block_") for name in flat):
+    log.info("the blocks of patch aggregation are left out; only the formats orbax and unilm hold them")
+    flat = {name: value for name, value in flat.items() if not name.startswith("head_")}
   state = {torch_name(name): lazy.to_torch(value, name) for name, value in flat.items()}
   if buffers:
     state |= index_buffers(pretrained, state)
@@ -376,7 +417,7 @@ def export_beit(pretrained: Pretrained, *, buffers: bool = True) -> lazy.Arrays:
 
 def export_file(pretrained: Pretrained) -> tuple[lazy.Arrays, str, dict[str, Any]]:
   """The content of unilm's file: (state dict, its key, what else the file holds)."""
-  return export_beit(pretrained), "model", {}
+  return export_beit(pretrained, aggregation=True), "model", {}
 
 
 def index_buffers(pretrained: Pretrained, state: lazy.Arrays) -> lazy.Arrays:
@@ -400,5 +441,5 @@ def order(name: str) -> tuple[int, int]:
   ]
   stem += ["blocks", "norm", "fc_norm"]
   parts = name.split(".")
-  number = int(parts[1]) if parts[0] == "blocks" else 0
+  number = int(parts[1]) if parts[0] in ("blocks", "cls_pt_layers") else 0
   return (stem.index(parts[0]) if parts[0] in stem else len(stem), number)

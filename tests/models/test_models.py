@@ -64,6 +64,44 @@ def test_masked_image_modelling_golden(name):
   np.testing.assert_allclose(optax.tree.norm(grads), arrays["out/grad_norm"], rtol=1e-5)
 
 
+def _aggregation():
+  arrays, config, module, _, image, mask = _mim("mim_v2")
+  module = module.clone(early_block=config["early_layers"], head_blocks=config["head_layers"])
+  params = reference.beit_tree(reference.section(arrays, "param/"))
+  return arrays, config, module, params, image, mask
+
+
+@pytest.mark.parametrize("options", [{}, dict(remat=True), dict(scan=True, remat=True)], ids=str)
+def test_patch_aggregation_golden(options):
+  """Both logits, both losses and all gradients; rematerialization and the scan over blocks do not change them."""
+  arrays, config, module, params, image, mask = _aggregation()
+  module = module.clone(encoder={**module.encoder, **options})
+  targets = jnp.asarray(arrays["in/target_ids"])
+
+  def loss(params):
+    index, weight = beit.masked_slots(mask, max(config["masked_per_image"]))
+    outputs = module.apply({"params": params}, image, mask, slots=index, aggregated=True)
+    wanted = jnp.take_along_axis(targets, index, 1)
+    parts = [losses.masked_cross_entropy(logits, wanted, weight) for logits in outputs]
+    values = [total / count for total, _, count in parts]
+    return sum(values), (outputs, values, weight)
+
+  (value, (outputs, values, weight)), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+  for logits, name in zip(outputs, ("logits_masked", "cls_pt_logits_masked"), strict=True):
+    np.testing.assert_allclose(np.asarray(logits)[np.asarray(weight) == 1], arrays[f"out/{name}"], atol=5e-5)
+  for found, name in zip((value, *values), ("loss", "loss_main", "loss_cls_pt"), strict=True):
+    np.testing.assert_allclose(found, arrays[f"out/{name}"], atol=1e-5)
+  reference.assert_gradients_close(grads, reference.beit_tree(reference.section(arrays, "grad/")))
+
+
+def test_patch_aggregation_of_all_patches_golden():
+  arrays, _, module, params, image, mask = _aggregation()
+  found = module.apply({"params": params}, image, mask, aggregated=True)
+  np.testing.assert_allclose(found[0], arrays["out/logits_all"], atol=5e-5)
+  np.testing.assert_allclose(found[1], arrays["out/cls_pt_logits_all"], atol=5e-5)
+  np.testing.assert_array_equal(module.apply({"params": params}, image, mask), found[0])
+
+
 @pytest.mark.parametrize("name", ["mim_plus", "finetune_plus"])
 def test_one_optimizer_step_golden(name):
   """With clipping (mim_plus) and with layer decay 0.65 (finetune_plus)."""

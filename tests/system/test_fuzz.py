@@ -626,7 +626,7 @@ def test_mutated_configs_are_accepted_or_rejected(no_arrays, tokenizer_run, tmp_
       with limits.case(f"{i}: {what}"):
         config = _run_until_arrays(run, tmp_path / f"{i}")
       accepted += 1
-      if trace and objectives.OBJECTIVES[config.objective].trains:
+      if trace and objectives.objective_of(config).trains:
         with traces.case(f"{i}: {what}"):
           _trace(config)
     except UserError as error:

@@ -1,5 +1,6 @@
 """Loading and saving weights without PyTorch: golden files, every kind in every format, errors, the command."""
 
+import argparse
 import json
 import logging
 import subprocess
@@ -12,6 +13,7 @@ import beit_jax
 from beit_jax import train, trees
 from beit_jax.convert import main as convert_main
 from beit_jax.errors import UserError
+from beit_jax.models.layers import relative_position_index
 from beit_jax.weights import io as weights_io
 from beit_jax.weights import unilm
 from beit_jax.weights.files import safetensors, torchfile
@@ -38,8 +40,9 @@ def _random(kind, size=(32, 32), **fields):
   elif kind == "backbone":
     module = make_module(kind, {**ENCODER, "image_size": size, **fields})
   else:
-    own = dict(vocab_size=16) if kind == "mim" else dict(num_classes=5, pool=fields.pop("pool", "mean"))
-    fields = {"weight_init": "pretrain" if kind == "mim" else "finetune", **fields}
+    masked = dict(mim=dict(vocab_size=16), mim_pixels=dict(normalize_patches=True))
+    own = masked[kind] if kind in masked else dict(num_classes=5, pool=fields.pop("pool", "mean"))
+    fields = {"weight_init": "pretrain" if kind in masked else "finetune", **fields}
     module = make_module(kind, dict(encoder={**ENCODER, "image_size": size, **fields}, **own))
   rng = np.random.default_rng(0)
   shapes = unilm.param_shapes(module, size)
@@ -118,20 +121,80 @@ def test_saved_unilm_files_equal_the_reference(name, tmp_path):
     np.testing.assert_array_equal(ours[key].read(), value.read())
 
 
-def test_beit_v2_files_load(tmp_path):
-  """The patch-aggregation head of BEiT v2 is listed as left out."""
-  arrays, config = reference.load("mim_v2")
-  params = reference.section(arrays, "param/")
-  loaded = weights_io.load(_pth(tmp_path / "v2.pth", params))
-  assert loaded.kind == "mim"
-  assert {n.split(".")[0] for n in loaded.description["left_out"]} == {"cls_pt_layers"}
+def _v2(tmp_path, shared=True, **others):
+  """A pre-training file of BEiT v2 in the reference's names: (its path, its tensors, the golden arrays)."""
+  arrays, _ = reference.load("mim_v2")
+  state = reference.section(arrays, "param/")
+  state["rel_pos_bias.relative_position_index"] = relative_position_index((6, 6)).astype(np.int64)
+  if not shared:
+    state |= {f"cls_pt_lm_head.{n}": state[f"lm_head.{n}"] * 0.5 for n in ("weight", "bias")}
+  path = tmp_path / f"beitv2_{shared}.pth"
+  torchfile.save(path, state, others, under="model")
+  return path, state, arrays
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_beit_v2_files_load_and_are_saved_completely(shared, tmp_path, caplog):
+  """The key set of the reference, bit-identical, `cls_pt_layers` and `cls_pt_lm_head` included."""
+  path, state, arrays = _v2(tmp_path, shared)
+  loaded = weights_io.load(path)
+  fields = dict(early_block=1, head_blocks=2, shared_lm_head=shared)
+  assert fields.items() <= loaded.describe()["module"].items() and loaded.kind == "mim"
+  assert "early_block=1 is assumed" in caplog.text and "early_block" in loaded.description["assumed"]
   mask = arrays["in/mask"].reshape(-1, 6, 6)
   found = loaded.forward(arrays["in/image"].transpose(0, 2, 3, 1), mask)
   np.testing.assert_allclose(found, arrays["out/logits_all"], atol=5e-5)
-  backbone = weights_io.load(
-    _pth(tmp_path / "b.pth", {n: v for n, v in params.items() if "lm_head" not in n})
-  )
+  weights_io.save(loaded, tmp_path / "again.pth", format="unilm")
+  again = torchfile.load(tmp_path / "again.pth")["model"]
+  assert again.keys() == state.keys()
+  for name, value in state.items():
+    np.testing.assert_array_equal(again[name].read(), value)
+    assert again[name].dtype == value.dtype
+  weights_io.save(loaded, tmp_path / "orbax", format="orbax")
+  assert weights_io.load(tmp_path / "orbax").module == loaded.module
+
+
+def test_the_early_block_of_a_file_is_used(tmp_path, caplog):
+  """unilm saves its arguments; our own files have it in their description."""
+  _, state, _ = _v2(tmp_path)
+  arguments = argparse.Namespace(early_layers=2, input_size=48, imagenet_default_mean_and_std=True)
+  torch = pytest.importorskip("torch")
+  tensors = {name: torch.from_numpy(value) for name, value in state.items()}
+  torch.save({"model": tensors, "args": arguments}, tmp_path / "args.pth")
+  loaded = weights_io.load(tmp_path / "args.pth")
+  assert loaded.module.early_block == 2 and "early_block=" not in caplog.text
+  weights_io.save(loaded, tmp_path / "own.pth", format="unilm")
+  assert weights_io.load(tmp_path / "own.pth").module == loaded.module and "early_block=" not in caplog.text
+
+
+def test_other_formats_leave_patch_aggregation_out(tmp_path, caplog):
+  path, _, arrays = _v2(tmp_path)
+  weights_io.save(weights_io.load(path), tmp_path / "hf", format="hf")
+  assert "the blocks of patch aggregation are left out" in caplog.text
+  again = weights_io.load(tmp_path / "hf")
+  assert again.module.head_blocks == 0
+  found = again.forward(arrays["in/image"].transpose(0, 2, 3, 1), arrays["in/mask"].reshape(-1, 6, 6))
+  np.testing.assert_allclose(found, arrays["out/logits_all"], atol=5e-5)
+
+
+def test_a_backbone_of_beit_v2_has_no_patch_aggregation(tmp_path):
+  params = reference.section(reference.load("mim_v2")[0], "param/")
+  path = _pth(tmp_path / "b.pth", {n: v for n, v in params.items() if "lm_head" not in n})
+  backbone = weights_io.load(path)
   assert backbone.kind == "backbone"
+  assert {n.split(".")[0] for n in backbone.description["left_out"]} == {"cls_pt_layers"}
+
+
+def test_a_pixel_model_is_saved_as_what_it_is(tmp_path):
+  model = _random("mim_pixels")
+  weights_io.save(model, tmp_path / "x", format="orbax")
+  again = weights_io.load(tmp_path / "x")
+  assert again.kind == "mim_pixels" and again.module == model.module
+  _assert_same(again.params, model.params)
+  assert again.forward(np.zeros((2, 32, 32, 3)), np.ones((4, 4), bool)).shape == (2, 16, 192)
+  for format in ("unilm", "timm", "hf", "openmmlab"):
+    with pytest.raises(UserError, match=f"a mim_pixels cannot be saved as {format}.* its formats are orbax"):
+      weights_io.save(model, tmp_path / "y", format=format)
 
 
 # --- saving and loading ---------------------------------------------------------------------------
