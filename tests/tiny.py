@@ -45,6 +45,24 @@ RUNS = {
     local=dict(count=2, image_size=8),
     optimizer=dict(learning_rate=1e-3, weight_decay_end=0.4, clip="tensor", clip_norm=0.3),
   ),
+  "beit_v2": dict(
+    objective="beit",
+    batch_size=16,
+    total_steps=6,
+    model=dict(drop_path_rate=0.1, early_block=1, head_blocks=2, **MODEL),
+    mask=dict(num_masked=25, min_block_patches=4),
+    optimizer=dict(learning_rate=1e-3, warmup_steps=3, betas=(0.9, 0.98)),
+  ),
+  "beit_pixels": dict(
+    objective="beit",
+    target="pixels",
+    batch_size=16,
+    total_steps=6,
+    model=dict(drop_path_rate=0.1, normalize_patches=True, **MODEL),
+    mask=dict(num_masked=25, min_block_patches=4),
+    optimizer=dict(learning_rate=1e-3, warmup_steps=3),
+    data=dict(color_jitter=0.4),
+  ),
   "classify": dict(
     batch_size=16,
     total_steps=6,
@@ -72,16 +90,16 @@ RUNS = {
 }
 
 
-def raw(objective: str, **changes) -> ConfigDict:
-  """Returns a config as its file gives it, with dotted changes: `raw("beit", **{"mask.kind": "random"})`."""
+def raw(name: str, **changes) -> ConfigDict:
+  """Returns a config of `RUNS` as its file gives it, with dotted changes: `raw("beit", **{"mask.kind": "random"})`."""
   run = {
-    "objective": objective,
+    "objective": name,
     "log_every_steps": 1,
     "mesh": dict(data=1, fsdp=1),
     "eval": dict(split="test", num_examples=20, batch_size=16),
     "figures": False,
-    **RUNS[objective],
-    "data": {**DATA, **RUNS[objective].get("data", {})},
+    **RUNS[name],
+    "data": {**DATA, **RUNS[name].get("data", {})},
   }
   run = ConfigDict(run)
   for key, value in changes.items():
@@ -95,6 +113,6 @@ def raw(objective: str, **changes) -> ConfigDict:
   return run
 
 
-def config(objective: str, **changes) -> ConfigDict:
+def config(name: str, **changes) -> ConfigDict:
   """Returns the config `raw` completed with the defaults."""
-  return parse.complete(raw(objective, **changes), objectives.schemas())
+  return parse.complete(raw(name, **changes), objectives.schemas())

@@ -71,7 +71,9 @@ def _aggregation():
   return arrays, config, module, params, image, mask
 
 
-@pytest.mark.parametrize("options", [{}, dict(remat=True), dict(scan=True, remat=True)], ids=str)
+@pytest.mark.parametrize(
+  "options", [{}, pytest.param(dict(scan=True, remat=True), marks=pytest.mark.slow)], ids=str
+)
 def test_patch_aggregation_golden(options):
   """Both logits, both losses and all gradients; rematerialization and the scan over blocks do not change them."""
   arrays, config, module, params, image, mask = _aggregation()
@@ -230,6 +232,35 @@ def test_relative_position_index_golden():
   arrays, _ = reference.load("nonsquare")
   wanted = arrays["buffer/rel_pos_bias.relative_position_index"]
   np.testing.assert_array_equal(layers.relative_position_index((4, 6)), wanted)
+
+
+@pytest.mark.parametrize(("variant", "shared"), [("base", True), ("large", True), ("base", False)])
+def test_exact_parameter_counts_of_beit_v2(variant, shared):
+  """Those of BEiT, two blocks more, and a second vocabulary head if it is not shared."""
+  fields = {**beit.VARIANTS[variant], **beit.preset_fields("plus", variant, pretrain=True)}
+  width, depth = fields["width"], fields["depth"]
+  qkv, proj = 3 * width**2 + 2 * width, width**2 + width  # q and v have biases
+  mlp = 8 * width**2 + 5 * width
+  block = qkv + proj + mlp + 4 * width + 2 * width  # two norms, LayerScale
+  embedding = (16 * 16 * 3 + 1) * width + 2 * width  # patches; cls and mask tokens
+  head = (width + 1) * 8192
+  bias_table = (27 * 27 + 3) * fields["num_heads"]
+  wanted = embedding + bias_table + (depth + 2) * block + 2 * width + (1 if shared else 2) * head
+  module = beit.BeitForMaskedImageModeling(fields, 8192, depth - 3, 2, shared)
+  shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)))["params"]
+  assert trees.num_params(shapes) == wanted
+  assert wanted - 2 * block - (0 if shared else head) == COUNTS[variant, "plus"][0]
+
+
+def test_initial_values_of_patch_aggregation():
+  """The output kernels of its blocks are scaled like those of the blocks that would follow the early one."""
+  encoder = dict(image_size=(32, 32), patch_size=16, width=64, depth=3, num_heads=2)
+  module = beit.BeitForMaskedImageModeling(encoder, 16, 2, 2)
+  params = module.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
+  for i in range(2):
+    block = params[f"head_block_{i:02d}"]
+    ratio = block["mlp"]["fc2"]["kernel"].std() / block["mlp"]["fc1"]["kernel"].std()
+    assert float(ratio) == pytest.approx((2 * (2 + i + 1)) ** -0.5, rel=0.05)
 
 
 @pytest.mark.parametrize("preset", ["plus", "paper"])

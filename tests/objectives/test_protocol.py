@@ -12,7 +12,7 @@ from beit_jax import step as step_lib
 from beit_jax.config import parse
 from beit_jax.data import sources
 from beit_jax.errors import UserError
-from beit_jax.objectives import OBJECTIVES, LossOutput, base, schemas, stages
+from beit_jax.objectives import OBJECTIVES, LossOutput, base, objective_of, schemas, stages
 from beit_jax.objectives.classify import Classification
 from beit_jax.run import state as train_state
 from beit_jax.runtime import sharding
@@ -75,15 +75,16 @@ def test_collections_follow_the_update(microbatches):
 
 
 @pytest.mark.parametrize(
-  "name", sorted(OBJECTIVES.keys() - {"linear_probe", "knn"})
+  "name", sorted(tiny.RUNS.keys() - {"linear_probe", "knn"})
 )  # no stage starts from these
 def test_the_expected_result_is_what_a_run_describes(name, tokenizer_run):
   """Plans of later stages rest on it: the same kind, module fields and parameters as those of the run itself."""
-  changes = {"tokenizer.init_from": str(tokenizer_run), "model.vocab_size": 16} if name == "beit" else {}
+  uses_tokens = name in ("beit", "beit_v2")
+  changes = {"tokenizer.init_from": str(tokenizer_run), "model.vocab_size": 16} if uses_tokens else {}
   changes |= {"model.num_classes": 8} if name == "classify" else {}
   config = tiny.config(name, **changes)
-  objective = OBJECTIVES[name](config, sources.make_source(config.data.to_dict()))
-  expected, described = OBJECTIVES[name].expected_result(config), objective.describe()
+  objective = objective_of(config)(config, sources.make_source(config.data.to_dict()))
+  expected, described = objective_of(config).expected_result(config), objective.describe()
   assert expected.kind == described["kind"]
   assert base.field_values(expected.module) == described["module"]
   assert expected.preprocessing == {key: described["preprocessing"][key] for key in expected.preprocessing}
