@@ -189,9 +189,8 @@ def _trace(config, mesh):
     if objective.trains:
       per_epoch = len(source) // config.batch_size
       total = config_lib.duration(config, "total", per_epoch)
-      tx = step_lib.make_optimizer(
-        config, step_lib.make_schedules(config, per_epoch, total), params, objective.depth
-      )
+      schedules = step_lib.make_schedules(config, per_epoch, total)
+      tx = step_lib.make_optimizer(config, schedules, params, objective.depth, objective.delayed)
       _, shapes, shardings = train_state.abstract(init, tx, mesh, ema=config.optimizer.ema_decay > 0)
       step = step_lib.make_train_step(objective, tx, config.microbatches, jax.random.key(0), shardings)
       state, metrics = jax.eval_shape(step, shapes, frozen, objective.batch_shapes(config.batch_size))
