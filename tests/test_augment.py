@@ -1,11 +1,13 @@
 """Augmentation on the device: keys per example, color jitter, random erasing, mixup, cutmix."""
 
+import colorsys
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image, ImageFilter, ImageOps
 
 from beit_jax import augment, losses
 from beit_jax.config import ranges
@@ -183,3 +185,83 @@ def test_rand_augment_replaces_color_jitter_only(rand_augment, jittered, monkeyp
     "image"
   ]
   assert (abs(float(pixel[0, 0, 0, 0]) - 0.25) > 1e-3) == jittered
+
+
+# Augmentations of crops.
+
+
+def test_hue_is_shifted_as_by_colorsys():
+  image = np.random.default_rng(0).random((50, 3)).astype(np.float32)
+  image[:4] = [(0, 0, 0), (1, 1, 1), (0.3, 0.3, 0.3), (0.7, 0.2, 0.7)]
+  for shift in (-0.1, 0.0, 0.07, 0.5):
+    wanted = []
+    for pixel in image:
+      hue, saturation, value = colorsys.rgb_to_hsv(*map(float, pixel))
+      wanted.append(colorsys.hsv_to_rgb((hue + shift) % 1, saturation, value))
+    np.testing.assert_allclose(augment.shift_hue(jnp.asarray(image), shift), wanted, atol=1e-5)
+
+
+def _photo(size=48):
+  rng = np.random.default_rng(3)
+  small = Image.fromarray(rng.integers(0, 256, (6, 6, 3)).astype(np.uint8))
+  return np.asarray(small.resize((size, size), Image.Resampling.BICUBIC))
+
+
+def test_grayscale_and_solarization_are_pillows():
+  pixels, key = _photo(), jax.random.key(0)
+  image = augment.to_float(jnp.asarray(pixels))
+  found = augment.crop_grayscale(key, image) * 255
+  wanted = np.asarray(Image.fromarray(pixels).convert("L"), np.float32)[..., None]
+  np.testing.assert_allclose(found, np.broadcast_to(wanted, pixels.shape), atol=1)
+  found = augment.crop_solarize(key, image) * 255
+  np.testing.assert_allclose(found, np.asarray(ImageOps.solarize(Image.fromarray(pixels))), atol=1e-3)
+
+
+@pytest.mark.parametrize("std", [0.1, 0.8, 2.0])
+def test_blur_is_close_to_pillows(std):
+  """Borders included. Pillow approximates the Gaussian and rounds."""
+  pixels = _photo()
+  weights = np.asarray(augment.blur_matrix(len(pixels), std))
+  np.testing.assert_allclose(weights.sum(1), 1.0, rtol=1e-5)
+  found = np.einsum("yi,xj,ijc->yxc", weights, weights, pixels.astype(np.float32))
+  wanted = np.asarray(Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(std)), np.float32)
+  assert np.abs(found - wanted).max() < 4
+  if std > 0.5:
+    assert np.abs(found - pixels).max() > 5
+
+
+def test_crop_color_jitter_of_a_gray_image():
+  """Hue and saturation keep it; brightness scales it by a factor in [0.6, 1.4]."""
+  image = jnp.full((2, 2, 3), 0.5)
+  found = np.asarray(jax.vmap(lambda key: augment.crop_color_jitter(key, image))(_keys(1000)))
+  factor = found[:, 0, 0, 0] / 0.5
+  assert 0.6 - 1e-5 <= factor.min() < 0.65 and 1.35 < factor.max() <= 1.4 + 1e-5
+  assert np.ptp(found, axis=(1, 2, 3)).max() < 1e-6
+
+
+def _augmented(n=400, first=0, epoch=0, **probabilities):
+  crops = jnp.broadcast_to(augment.to_float(jnp.asarray(_photo(8))), (n, 3, 8, 8, 3))
+  pairs = jnp.stack([jnp.full(n, epoch, jnp.uint32), jnp.arange(n, dtype=jnp.uint32)], 1)
+  none = dict.fromkeys(augment.CROP_AUGMENTATIONS, (0.0, 0.0, 0.0))
+  options = dict(seed=0, first=first, probabilities={**none, **probabilities})
+  found = jax.jit(lambda crops, pairs: augment.augment_crops(crops, pairs, **options))(crops, pairs)
+  return np.asarray(found), np.asarray(crops)
+
+
+@pytest.mark.parametrize("name", augment.CROP_AUGMENTATIONS)
+def test_probabilities_of_crops(name):
+  found, crops = _augmented(**{name: (0.0, 0.3, 1.0)})
+  share = (np.abs(found - crops).max((2, 3, 4)) > 1e-6).mean(0)
+  # A blur with a standard deviation of 0.1 changes nothing.
+  assert share[0] == 0 and share[1] == pytest.approx(0.3, abs=0.08) and share[2] > 0.9
+  assert found.min() >= -1e-6 and found.max() <= 1 + 1e-6
+
+
+def test_every_crop_has_random_numbers_of_its_own():
+  """They depend on epoch, index and number of the crop, and on nothing else in the batch."""
+  blur = {"gaussian_blur": (1.0, 1.0, 1.0)}
+  found, _ = _augmented(4, **blur)
+  assert len({crop.tobytes() for crop in found.reshape(-1, 8, 8, 3)}) == 12
+  np.testing.assert_allclose(_augmented(2, **blur)[0], found[:2], atol=1e-6)
+  np.testing.assert_allclose(_augmented(4, first=1, **blur)[0][:, :2], found[:, 1:], atol=1e-6)
+  assert np.abs(_augmented(4, epoch=1, **blur)[0] - found).max() > 0.01
