@@ -166,6 +166,9 @@ def test_a_train_step_and_an_eval_step_are_traced(spec, monkeypatch):
         fields = {f: own["tokenizer"].model[f] for f in module_fields(type(make_module("tokenizer", {})))}
         return _traced(make_module("tokenizer", fields), "tokenizer", stage, size)
       size = config_lib.pair(stage.data.image_size, "data.image_size")
+      if stage.objective == "vqkd":  # of CLIP and DINO
+        fields = dict(image_size=size, rel_pos="none", abs_pos=True, layer_scale_init=0.0)
+        return _traced(make_module("backbone", fields), "backbone", stage, size)
       fields = objectives.encoder.encoder_fields(stage.model, size, pretrain=True)
       return _traced(make_module("mim", dict(encoder=fields)), "mim", stage, size)
 

@@ -54,7 +54,7 @@ def quantize(z: jax.Array, words: jax.Array) -> tuple[jax.Array, jax.Array]:
     Indices int32 [...], and the words [..., C], whose gradient goes to `z` (straight through).
   """
   ids = distances(z, words).argmin(-1).astype(jnp.int32)
-  return ids, z + jax.lax.stop_gradient(words[ids] - z)
+  return ids, z + jax.lax.stop_gradient(jnp.take(words, ids, 0) - z)
 
 
 def commitment(z: jax.Array, codes: jax.Array) -> jax.Array:
@@ -272,7 +272,7 @@ class Vqkd(nn.Module):
     """
     if not self.pixel_depth or tuple(grid_size) != self.grid_size:
       raise ValueError(f"no decoder to pixels (pixel_depth={self.pixel_depth}) on a grid of {grid_size}")
-    return jnp.clip(self.decode_pixels(self.words.value[ids.reshape(len(ids), -1)]), 0, 1)
+    return jnp.clip(self.decode_pixels(jnp.take(self.words.value, ids.reshape(len(ids), -1), 0)), 0, 1)
 
   def __call__(self, x: jax.Array, *, train: bool = False) -> dict[str, jax.Array]:
     """Runs encoder, quantizer and decoders.

@@ -27,6 +27,7 @@ PREDICTORS: dict[str, Callable[[Pretrained, list[Path], argparse.Namespace], Ite
   "classifier": batches.classify,
   "segmenter": class_maps.segment,
   "tokenizer": batches.reconstruct,
+  "vqkd": batches.reconstruct,
   "mim": batches.fill_in,
   "mim_pixels": batches.fill_in_pixels,
 }

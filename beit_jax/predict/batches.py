@@ -58,16 +58,17 @@ def classify(model: Pretrained, files: list[Path], args: argparse.Namespace) -> 
 
 def reconstruct(model: Pretrained, files: list[Path], args: argparse.Namespace) -> Iterator[Facts]:
   """Draws images above what a tokenizer decodes from their tokens."""
+  decode = _decoder(model)
 
   def run(views: list[np.ndarray], positions: np.ndarray) -> tuple[list[Facts], Rows]:
     image, ids = _pixels(model, views[0]), _tokens(model, views[0])
-    decoded = np.asarray(model.decode(ids))
-    errors = np.abs(decoded - image).mean((1, 2, 3))
-    facts = [
-      {"mean_absolute_error": float(error), "distinct_tokens": len(np.unique(row))}
-      for error, row in zip(errors, ids, strict=True)
-    ]
-    return facts, {"image": image, "reconstruction": decoded}
+    facts: list[Facts] = [{"distinct_tokens": len(np.unique(row))} for row in ids]
+    drawn = decode({"reconstruction": ids})
+    if not drawn:
+      return facts, {}
+    errors = np.abs(drawn["reconstruction"] - image).mean((1, 2, 3))
+    facts = [{"mean_absolute_error": float(e), **row} for e, row in zip(errors, facts, strict=True)]
+    return facts, {"image": image, **drawn}
 
   return _predict((model,), run, files, args, sheet="reconstructions")
 
@@ -75,6 +76,7 @@ def reconstruct(model: Pretrained, files: list[Path], args: argparse.Namespace) 
 def fill_in(model: Pretrained, files: list[Path], args: argparse.Namespace) -> Iterator[Facts]:
   """Masks patches and draws the tokens that a masked image model predicts for them."""
   tokenizer = _load_tokenizer(model, args.tokenizer)
+  decode = _decoder(tokenizer)
 
   def run(views: list[np.ndarray], positions: np.ndarray) -> tuple[list[Facts], Rows]:
     image, mask = _pixels(model, views[0]), _masks(model, positions)
@@ -84,8 +86,7 @@ def fill_in(model: Pretrained, files: list[Path], args: argparse.Namespace) -> I
     rows = {
       "image": image,
       "masked": drawing.gray_out(image, mask),
-      "predicted tokens": np.asarray(tokenizer.decode(predicted)),
-      "true tokens": np.asarray(tokenizer.decode(targets)),
+      **decode({"predicted tokens": predicted, "true tokens": targets}),
     }
     facts = zip(masked.sum(1), correct, strict=True)
     return [{"masked_patches": int(count), "tokens_right": int(right)} for count, right in facts], rows
@@ -147,6 +148,14 @@ def _tokens(tokenizer: Pretrained, prepared: np.ndarray) -> np.ndarray:
   return np.asarray(tokenizer.forward(prepared).argmax(-1), np.int32).reshape(len(prepared), -1)
 
 
+def _decoder(tokenizer: Pretrained) -> Callable[[Rows], Rows]:
+  """A function that draws tokens, int32 [B, N] per row; of a tokenizer that cannot, one that draws nothing."""
+  if not tokenizer.can_decode:
+    log.warning("tokens are not drawn: %s", tokenizer.spec.without_pixel_decoder)
+    return lambda rows: {}
+  return lambda rows: {name: np.asarray(tokenizer.decode(ids)) for name, ids in rows.items()}
+
+
 def _load_tokenizer(model: Pretrained, path: str | None) -> Pretrained:
   """Loads the tokenizer of a masked image model; it crops images as the model does, at one token per patch."""
   recorded = model.description.get("tokenizer") or {}
@@ -164,6 +173,10 @@ def _load_tokenizer(model: Pretrained, path: str | None) -> Pretrained:
   if recorded.get("sha256") not in (None, tokenizer.description.get("sha256")):
     log.warning("%s is not the tokenizer that the model was trained with: its weights differ", source)
   size = tuple(side * tokenizer.module.stride for side in _grid_size(model))
+  if tokenizer.token_image_size not in (None, size):
+    raise UserError(
+      f"{source}: the tokenizer is for images of {tokenizer.token_image_size}, the model needs {size}"
+    )
   framing = {"image_size": size, **{name: model.preprocessing[name] for name in ("crop_pct", "resize")}}
   return dataclasses.replace(tokenizer, preprocessing={**tokenizer.preprocessing, **framing})
 

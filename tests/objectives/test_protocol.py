@@ -82,8 +82,11 @@ def test_the_expected_result_is_what_a_run_describes(name, tokenizer_run):
   uses_tokens = name in ("beit", "beit_v2")
   changes = {"tokenizer.init_from": str(tokenizer_run), "model.vocab_size": 16} if uses_tokens else {}
   changes |= {"model.num_classes": 8} if name == "classify" else {}
+  changes |= {"teacher.init_from": "a teacher", "model.teacher_dim": 32} if name == "vqkd" else {}
   config = tiny.config(name, **changes)
-  objective = objective_of(config)(config, sources.make_source(config.data.to_dict()))
+  teacher = OBJECTIVES["classify"].expected_result(tiny.config("classify", **{"model.num_classes": 8}))
+  load = (lambda path: teacher) if name == "vqkd" else None
+  objective = objective_of(config)(config, sources.make_source(config.data.to_dict()), load)
   expected, described = objective_of(config).expected_result(config), objective.describe()
   assert expected.kind == described["kind"]
   assert base.field_values(expected.module) == described["module"]
