@@ -42,6 +42,7 @@ SECONDS_UNTIL_NOTICED = 1.2
 # Two steps may be under way and one not yet logged when the signal is noticed; an evaluation adds one row.
 MAX_ROWS_AFTER_NOTICE = 4
 SURVIVOR_TIMEOUT = 30  # seconds for the other processes to exit after one was killed
+MEETING_TIMEOUT = 60  # seconds after which they miss a process that was killed before all had met
 
 
 def _without_torch(folder: Path) -> str:
@@ -110,6 +111,7 @@ def start_all(workdir: Path, mark: str, processes: int, **options) -> list[subpr
     f"--coordinator=localhost:{free_port()}",
     f"--num_processes={processes}",
     "--heartbeat_timeout=10",
+    f"--initialization_timeout={MEETING_TIMEOUT}",
   )
   options |= {"mesh": processes}
   return [start(workdir, mark, flags=(*together, f"--process_id={i}"), **options) for i in range(processes)]
@@ -196,7 +198,8 @@ def kill_once(
   for process in victims:
     process.kill()
     process.wait()
-  statuses = [process.wait(SURVIVOR_TIMEOUT) for process in started if process not in victims]
+  timeout = SURVIVOR_TIMEOUT + (MEETING_TIMEOUT if where == "start" else 0)
+  statuses = [process.wait(timeout) for process in started if process not in victims]
   # JAX's own heartbeat may detect the loss first; it aborts the process.
   assert all(status in (1, rendezvous.LOST_STATUS, -signal.SIGABRT) for status in statuses), statuses
   assert not left_behind(mark)
