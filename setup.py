@@ -61,6 +61,7 @@ setup(
     # There are no wheels for Linux on ARM, where Pillow replaces it (beit_jax/data/resize.py).
     "cykooz-resizer>=4.0.1,<5; sys_platform != 'linux' or platform_machine != 'aarch64'",
     "tensorboardX>=2.6.1,<3",
+    "tqdm>=4.66,<5",
     "packaging>=24",
     "safetensors>=0.5,<1",
   ],
@@ -78,6 +79,7 @@ setup(
     "tpu": ["jax[tpu]>=0.10,<0.12"],
     "gcs": ["gcsfs>=2026.10", "google-cloud-storage>=3.17,<4"],  # runs in a bucket
     "report": ["matplotlib>=3.9,<4"],  # plots
+    "wandb": ["wandb>=0.31"],  # Weights & Biases beside TensorBoard
     "cuda": ["jax[cuda12]>=0.10,<0.12"],
   },
 )

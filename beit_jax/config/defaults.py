@@ -32,6 +32,7 @@ DEFAULTS: dict[str, Any] = dict(
   init_from="",  # parameters: whatever `beit_jax.load` reads (docs/weights.md), or "stage:NAME"
   resume="",  # full state (step, optimizer) of another run folder, with the same batch size, seed, data and mask
   log_every_steps=50,
+  wandb=False,  # a copy of the metrics for Weights & Biases (extra `wandb`); WANDB_MODE=offline keeps it in the workdir
   profile_steps=(),  # (first, last): a trace of these steps in workdir/profile
   mesh=dict(data=-1, fsdp=1),
   optimizer=dict(

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from beit_jax.errors import UserError
 from beit_jax.run import record
 from beit_jax.run.metric_writer import MetricWriter
+from beit_jax.run.progress import Progress
 from beit_jax.runtime import bucket, sharding
 from beit_jax.runtime.logs import log
 
@@ -40,6 +41,7 @@ class Meter:
     self,
     config: ConfigDict,
     logger: MetricWriter,
+    progress: Progress,
     workdir: Path,
     name: str,
     schedules: dict[str, Callable[[int], Any]],
@@ -47,7 +49,7 @@ class Meter:
   ):
     """`name`: the run in messages; `schedules`: functions of the step; `step`: where this session starts."""
     self._config, self._logger, self._workdir, self._name = config, logger, workdir, name
-    self._schedules = schedules
+    self._progress, self._schedules = progress, schedules
     self._in_flight: collections.deque[Step] = collections.deque()
     self._skipped_in_a_row = 0
     self.first, self.last = record.first_and_last(workdir)
@@ -78,6 +80,7 @@ class Meter:
     while len(self._in_flight) > max_in_flight:
       step = self._in_flight.popleft()
       loss, norm = float(step.metrics["loss"]), float(step.metrics["grad_norm"])
+      self._progress.completed(step.number)
       if not np.isfinite([loss, norm]).all():
         self._skip(step, loss, norm)
         continue
@@ -94,7 +97,7 @@ class Meter:
     self.restart(step.number)
     self.first, self.last = self.first or row, row
     self._logger.write(step.number, row)
-    self._logger.progress(step.number, row)
+    self._progress.show(step.number, row)
 
   def _skip(self, step: Step, loss: float, norm: float) -> None:
     self.skipped += 1

@@ -33,6 +33,7 @@ from beit_jax.run.checkpointer import Checkpointer
 from beit_jax.run.meter import Meter
 from beit_jax.run.metric_writer import MetricWriter
 from beit_jax.run.profiling import Trace
+from beit_jax.run.progress import Progress
 from beit_jax.run.state import TrainState
 from beit_jax.runtime import bucket, distributed, preemption, sharding
 from beit_jax.runtime.lock import exclusive_lock
@@ -120,7 +121,7 @@ def _train(
     )
     state, metrics = loop.run(state, shardings)
     if config.figures:
-      _write_figures(config, plan, state, frozen, mesh, workdir)
+      _write_figures(config, plan, state, frozen, mesh, workdir, loop.logger)
   result = dict(
     step=plan.total_steps,
     seconds=round(time.monotonic() - began, 1),
@@ -144,6 +145,7 @@ class _Loop:
   """The steps of a run, and what happens between them: logging, saving, evaluating, stopping.
 
   Attributes:
+    logger: writes the metrics.
     meter: logged metrics and counts.
     bad_images: the examples that could not be read.
   """
@@ -173,11 +175,14 @@ class _Loop:
     # An evaluation at the step that was restored may have been interrupted.
     self._redo_evaluation = start_step > 0 and self._evaluates_at(start_step)
     rewrites_evaluation = self._redo_evaluation or start_step == plan.total_steps
-    self._logger = MetricWriter(
-      workdir, plan.total_steps, name, start_step, redo_evaluation=rewrites_evaluation
+    self.logger = MetricWriter(
+      workdir, start_step, redo_evaluation=rewrites_evaluation, wandb=config.wandb, name=name
     )
-    stack.enter_context(contextlib.closing(self._logger))
-    self.meter = Meter(config, self._logger, workdir, name, plan.schedules, start_step)
+    stack.enter_context(contextlib.closing(self.logger))
+    self.logger.write_hyper_parameters(record.flatten_config(config.to_dict()))
+    self._progress = Progress(name, plan.total_steps, start_step)
+    stack.enter_context(contextlib.closing(self._progress))
+    self.meter = Meter(config, self.logger, self._progress, workdir, name, plan.schedules, start_step)
     self._trace = Trace(config.profile_steps, workdir / "profile", plan.total_steps)
     stack.enter_context(contextlib.closing(self._trace))
     self._eval_step = evaluation.make_eval_step(plan.objective, mesh)
@@ -201,6 +206,8 @@ class _Loop:
       batch = self.meter.next_batch(batches)
       if step == 1:
         state = self._with_data(state, batch, shardings)
+      if step == self._start_step + 1:
+        self._progress.compiling()
       state, step_metrics = train_step(state, self._frozen, batch)
       self._trace.after(step, state)
       self._watch.nothing_to_save = False
@@ -261,7 +268,7 @@ class _Loop:
         )
         metrics |= {prefix + key: value for key, value in values.items()}
     evaluation.check_finite(metrics, source, is_result=step == self._plan.total_steps)
-    self._logger.write(step, {f"eval_{key}": value for key, value in metrics.items()})
+    self.logger.write(step, {f"eval_{key}": value for key, value in metrics.items()})
     text = "  ".join(f"{key} {value:.4g}" for key, value in metrics.items())
     log.info("%s step %d  eval  %s", self._name, step, text)
     objective.check_eval(step, metrics)
@@ -380,11 +387,17 @@ def _log_plan(config: ConfigDict, name: str, plan: Plan, start_step: int, mesh: 
       no_decay=o.no_decay,
       decay=o.decay,
     )
-    log.info("parameter groups\n%s", report)
+    only_file(f"parameter groups\n{report}")
 
 
 def _write_figures(
-  config: ConfigDict, plan: Plan, state: TrainState, frozen: PyTree, mesh: jax.sharding.Mesh, workdir: Path
+  config: ConfigDict,
+  plan: Plan,
+  state: TrainState,
+  frozen: PyTree,
+  mesh: jax.sharding.Mesh,
+  workdir: Path,
+  logger: MetricWriter,
 ) -> None:
   """Writes the objective's figures of the first evaluation (or training) examples to workdir/figures."""
   source = plan.eval_source or plan.source
@@ -403,3 +416,4 @@ def _write_figures(
   for name, image in images.items():
     Image.fromarray(image).save(bucket.local(folder) / f"{name}.png")
     log.info("figure: %s", folder / f"{name}.png")
+  logger.write_figures(plan.total_steps, images)

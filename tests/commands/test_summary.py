@@ -22,13 +22,13 @@ def test_one_value_many_values_and_none():
 
 
 def test_a_resume_forgets_what_came_after(tmp_path):
-  logger = MetricWriter(tmp_path, 10)
+  logger = MetricWriter(tmp_path)
   for step in (1, 2, 3):
     logger.write(step, {"loss": 1.0 / step, "bad": float("nan")})
   logger.close()
   with (tmp_path / "metrics.jsonl").open("a") as file:
     file.write('{"step": 4, "lo')  # cut off by a kill
-  MetricWriter(tmp_path, 10, start_step=2).close()
+  MetricWriter(tmp_path, start_step=2).close()
   rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
   assert [row["step"] for row in rows] == [1, 2]
   assert rows[1]["loss"] == 0.5 and rows[1]["bad"] is None

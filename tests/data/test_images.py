@@ -425,7 +425,10 @@ class _RecordingLogger:
   def write(self, step, row):
     self.rows.append((step, row))
 
-  def progress(self, step, row):
+  def completed(self, step):
+    pass
+
+  def show(self, step, row):
     pass
 
 
@@ -440,7 +443,7 @@ def test_share_of_time_waiting_for_data_is_logged(monkeypatch, tmp_path):
 
   logger, source = _RecordingLogger(), batches()
   meter = meter_lib.Meter(
-    tiny.config("beit"), logger, tmp_path, "run", {"learning_rate": lambda step: 0.1}, 0
+    tiny.config("beit"), logger, logger, tmp_path, "run", {"learning_rate": lambda step: 0.1}, 0
   )
   for step in (1, 2, 3, 4):
     meter.next_batch(source)

@@ -546,7 +546,7 @@ def test_incomplete_lines_after_a_kill_or_a_power_cut_are_ignored(tmp_path):
   (tmp_path / "metrics.jsonl").write_bytes(rows)
   assert [row["step"] for row in record.rows(tmp_path)] == [1, 2]
   assert record.first_and_last(tmp_path)[1]["loss"] == 1.0 and record.count(tmp_path, "loss") == 2
-  MetricWriter(tmp_path, 10, start_step=1).close()
+  MetricWriter(tmp_path, start_step=1).close()
   assert _rows(tmp_path) == [{"step": 1, "loss": 2.0}]
 
   path = tmp_path / "bad_images.jsonl"
@@ -620,7 +620,7 @@ def test_tensorboard_on_a_full_disk_raises_and_does_not_hang(tmp_path, monkeypat
   """tensorboardX's own writer thread ends at such an error, and the next write waits forever."""
   from tensorboardX import record_writer
 
-  logger = MetricWriter(tmp_path, 10)
+  logger = MetricWriter(tmp_path)
   logger.write(1, {"loss": 1.0})
 
   def fail(*_):
@@ -635,7 +635,7 @@ def test_tensorboard_on_a_full_disk_raises_and_does_not_hang(tmp_path, monkeypat
 def test_tensorboard_can_read_the_event_file(tmp_path):
   from tensorboardX.proto.event_pb2 import Event
 
-  logger = MetricWriter(tmp_path, 10, start_step=4)
+  logger = MetricWriter(tmp_path, start_step=4)
   logger.write(5, {"loss": 1.5, "nothing": float("nan")})
   logger.close()
   (path,) = (tmp_path / "tensorboard").iterdir()
