@@ -32,7 +32,7 @@ class Progress:
       (start_step, math.inf),
     )  # first step of this call and when it ended
     self._last_line = -math.inf
-    self._passed = self._milestones(start_step)
+    self._passed = 0
     self._bar: tqdm | None = None
     self._stack = contextlib.ExitStack()
 
