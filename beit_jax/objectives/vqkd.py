@@ -171,7 +171,8 @@ class VqkdTraining(codebook.CodebookObjective):
     preprocessing = self.teacher.preprocessing
     image = views.get("teacher_image", views["token_image"])
     image = augment.normalize(image, preprocessing["mean"], preprocessing["std"])
-    tokens, _ = self._teacher.apply({"params": frozen["teacher"]}, image)
+    with jax.named_scope("teacher"):  # the name under which a plan counts it
+      tokens, _ = self._teacher.apply({"params": frozen["teacher"]}, image)
     return jax.lax.stop_gradient(tokens[:, 1:].astype(jnp.float32))
 
   def _losses(self, out: dict[str, Array], frozen: PyTree, views: dict[str, Array]) -> dict[str, Array]:

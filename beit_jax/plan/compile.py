@@ -148,8 +148,8 @@ def _part(scope: str, objective: Objective) -> str:
   """The part of the model that a named scope of the forward pass belongs to."""
   words = re.findall(r"\w+", scope)
   for word in words:
-    if word in PARTS:
-      return PARTS[word]
+    if word in PARTS or word in objective.frozen_sections:
+      return PARTS.get(word, word)
   frozen = {kind.module.__name__ for kind in KINDS.values()} - {type(objective.module).__name__}
   return objective.frozen_sections[0] if objective.frozen_sections and frozen & set(words) else REST
 
