@@ -3,8 +3,8 @@
     python -m beit_jax.main --config=configs/beit_v2_large.py --config.tokenizer.init_from=TOKENIZER
 
 Variants: `1600` epochs (default) and `300`, as in configs/beit_v2_base.py.
-Source: unilm beit2/PRETRAINING.md (LayerScale 1e-5, early block 21). Layer scan and rematerialization save memory and do
-not change the result.
+Source: unilm beit2/PRETRAINING.md (LayerScale 1e-5, early block 21). Layer scan and rematerialization save memory and
+do not change the result.
 Expected: 87.3 % top-1 after 1600 epochs and 86.6 % after 300, with configs/finetune_imagenet.py (unilm beit2). Not run
 here; its parameter count is tested.
 """

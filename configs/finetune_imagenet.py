@@ -16,9 +16,9 @@ accuracy that is expected:
   v2_ft21k     then fine-tuned on the labels of ImageNet-21K; 86.5 and 88.4
 pt1k and pt22k at 384 or 512 start from the result at 224 and train 10 more epochs (paper, Table 13). The paper leaves
 learning rate and mixup open there; we use those of the ft22k rows (no mixup).
-Source: BEiT paper, Table 13; unilm get_started_for_image_classification.md of beit and beit2, whose command for the
-large model leaves the warm-up of its v2_300 and v2_1600 rows open: here that of its v2_ft21k row. Not run here at this size; each
-variant is built and traced in the tests. docs/recipes.md shows them side by side.
+Source: BEiT paper, Table 13; unilm get_started_for_image_classification.md of beit and beit2. The latter leaves the
+warm-up of large_v2_300 and large_v2_1600 open; we use that of large_v2_ft21k. Not run here at this size; each variant
+is built and traced in the tests. docs/recipes.md shows them side by side.
 """
 
 import beit_base
