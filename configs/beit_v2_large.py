@@ -1,6 +1,6 @@
-"""BEiT v2-L on ImageNet-1K: masked image modeling with the tokens of a VQ-KD tokenizer, and patch aggregation.
+"""BEiT v2-L on ImageNet-1K: a tokenizer trained from CLIP (VQ-KD), then masked image modeling with patch aggregation.
 
-    python -m beit_jax.main --config=configs/beit_v2_large.py --config.tokenizer.init_from=TOKENIZER
+    python -m beit_jax.main --config=configs/beit_v2_large.py --config.tokenizer.init_from=vqkd.pth
 
 Variants: `1600` epochs (default) and `300`, as in configs/beit_v2_base.py.
 Source: unilm beit2/PRETRAINING.md (LayerScale 1e-5, early block 21). Layer scan and rematerialization save memory and
@@ -16,6 +16,6 @@ VARIANTS = beit_v2_base.VARIANTS
 
 
 def get_config(epochs="1600"):
-  run = beit_v2_base.pretrain("large", epochs, 21)
-  run["model"].update(scan=True, remat=True)
-  return ConfigDict(run)
+  runs = beit_v2_base.stages("large", epochs, 21)
+  runs["pretrain"]["model"].update(scan=True, remat=True)
+  return ConfigDict(dict(stages=tuple(runs), **runs))

@@ -8,8 +8,8 @@ v2 "v2" or "v2_ft21k"; CROP is 512 or 640. Data: SceneParse150 (ADEChallengeData
 label map means no class; the full ADE20K is a different data set.
 Source: semantic_segmentation configs of unilm beit and beit2. Expected mIoU, single scale: 53.6 for
 base_pt22k_ft22k_640, 56.7 for large_pt22k_ft22k_640 (paper, Table 7); 53.1 and 53.5 for base_v2_512 and
-base_v2_ft21k_512, 56.7 and 57.5 for the same with large (BEiT v2 paper, 1600 epochs). Not run here; built and traced in the
-tests.
+base_v2_ft21k_512, 56.7 and 57.5 for the same with large (BEiT v2 paper, 1600 epochs). Not run here; built and traced
+in the tests.
 """
 
 from beit_base import MEAN, STD
