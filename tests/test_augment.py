@@ -179,7 +179,8 @@ def test_rand_augment_replaces_color_jitter_only(rand_augment, jittered, monkeyp
   darken = augment.Augmentation(lambda keys, views, strength: [view * strength for view in views])
   monkeypatch.setitem(augment.AUGMENTATIONS, "darken", darken)
   monkeypatch.setitem(augment.PURPOSES, "darken", 99)
-  data = {"color_jitter": 0.4, "random_erasing": 0.0, "darken": 0.5, "rand_augment": rand_augment}
+  data = {name: 0.0 for name in augment.AUGMENTATIONS} | {"color_jitter": 0.4, "darken": 0.5}
+  data["rand_augment"] = rand_augment
   views, keys = {"image": jnp.full((1, 4, 4, 3), 0.5)}, jnp.zeros((1, 2), jnp.uint32)
   pixel = augment.augment_views(views, keys, seed=0, data=data, names=augment.ON_PIXELS + ("darken",))[
     "image"

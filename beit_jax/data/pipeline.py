@@ -32,7 +32,7 @@ from beit_jax.data.sources import Source
 from beit_jax.errors import BadImage, TransientError, UserError
 
 DEPTH = 2  # batches in preparation
-STUCK_SECONDS = 10  # after the end, for a worker to finish what it reads
+STUCK_SECONDS = 10  # that a worker has after the end to finish its read; then it is killed
 MIN_PIECE = 8  # examples that a thread reads at a time; fewer would cost more to pass on than to read
 
 
@@ -76,7 +76,7 @@ class _Rows:
   def __getitem__(self, i: int) -> HostBatch:
     step, row = divmod(int(i), len(self.rows))
     position = step * self.batch_size + int(self.rows[row])
-    epoch, index = divmod(position, len(self.source))
+    epoch, index = divmod(position, len(self.source))  # without shuffling, the position is the example
     if self.train:
       index = int(_order(self.seed, epoch, len(self.source))[index])
     arrays, replaced = self._read(index, (self.seed, epoch, index))
@@ -170,7 +170,7 @@ def _joined(pieces: Iterator[HostBatch], size: int) -> Generator[HostBatch, None
 
 @contextlib.contextmanager
 def _closing(iterator: grain.DatasetIterator) -> Iterator[None]:
-  """Ends the workers, which have not started yet, and removes what they left in shared memory."""
+  """On leaving, ends the workers and removes what they left in shared memory; entered before they start."""
   others = multiprocessing.active_children()
   try:
     yield
@@ -189,7 +189,7 @@ def _closing(iterator: grain.DatasetIterator) -> Iterator[None]:
 
 
 def _kill_workers(others: list[Any]) -> None:
-  """Kills the workers that were started after `others`, which may be those of the training data."""
+  """Kills grain's workers except `others`, which were there before, such as those of the training data."""
   for process in multiprocessing.active_children():
     if process.name.startswith("grain") and process not in others:
       process.kill()  # they ignore SIGTERM

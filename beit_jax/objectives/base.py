@@ -374,7 +374,8 @@ def _check_channels(config: ConfigDict) -> int:
         f"config key 'data.{key}': {len(data[key])} numbers, but model.in_channels={channels}; give one "
         "number for each channel"
       )
-  color = {f"data.{key}": data[key] for key in ("color_jitter", "rand_augment")}
+  names = [name for name, augmentation in augment.AUGMENTATIONS.items() if augmentation.colors]
+  color = {f"data.{key}": data[key] for key in (*names, "rand_augment")}
   color["segment.photometric"] = config.get("segment", {}).get("photometric")
   active = [key for key, value in color.items() if value]
   if channels != 3 and active:

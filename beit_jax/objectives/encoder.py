@@ -51,7 +51,11 @@ SHARED_FIELDS = (
 
 
 class EncoderObjective(Objective):
-  """Base class of objectives whose `module` has an encoder and sees images of `data.image_size`."""
+  """Base class of objectives whose `module` has an encoder and sees images of `data.image_size`.
+
+  A subclass must give `kind`, `config_section`, `make_module`, `expected_outputs`, `loss` and `eval_step`, set `module`
+  in `__init__`, and name in `augmentations` those that it uses.
+  """
 
   @classmethod
   @abc.abstractmethod

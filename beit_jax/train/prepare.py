@@ -52,11 +52,11 @@ def user_errors_of_files(workdir: Path) -> Iterator[None]:
 
 
 def make_data(config: ConfigDict, workdir: Path | None = None, name: str = "run") -> Data:
-  """Opens the data of a run that trains.
+  """Opens the data of a run.
 
   Args:
     config: a complete config.
-    workdir: the run's folder, whose checkpoints number the classes of the training data.
+    workdir: the run's folder, whose checkpoints say which number each class of the training data has.
     name: the run in messages.
 
   Raises:
@@ -78,7 +78,7 @@ def check_examples(objective: Objective, data: Data) -> None:
 def check_stages(runs: Sequence[Stage]) -> dict[str, Data]:
   """Validates every stage before the first one starts, so that no mistake in a later one appears after days.
 
-  The results of earlier stages are stand-ins, which have shapes; nothing is computed.
+  The results of earlier stages are stand-ins, which have shapes in place of parameters; nothing is computed.
 
   Returns:
     Stage -> its data, for `run`. Stages that have finished, or train nothing, are left out.
@@ -89,12 +89,13 @@ def check_stages(runs: Sequence[Stage]) -> dict[str, Data]:
   found: dict[str, Data] = {}
   made: dict[str, Data] = {}
   for stage in runs:
-    config, mesh = stage.config, sharding.make_mesh(stage.config.mesh.data, stage.config.mesh.fsdp)
+    config = stage.config
     if config.eval_only or record.finished(config, stage.folder) is not None:
       continue
     names = evaluation.class_names_of_run(config, stage.folder)
     key = json.dumps([config.data.to_dict(), config.eval.to_dict(), config.batch_size, names], default=str)
     try:
+      mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
       with user_errors_of_files(stage.folder), jax.set_mesh(mesh):
         data = made[key] = made.get(key) or make_data(config, stage.folder, stage.name)
         with silent():
@@ -187,7 +188,9 @@ def prepare(
   data: Data | None = None,
   load: Loader | None = None,
 ) -> Plan:
-  """Validates the whole config before the training state is allocated.
+  """Builds objective, schedules and optimizer, and validates the config on the way; allocates no training state.
+
+  `check_examples` looks at the data, and `check_start` at what the run starts from.
 
   Args:
     config: a complete config.

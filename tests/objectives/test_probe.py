@@ -38,7 +38,7 @@ def test_features_are_cls_and_the_mean_of_the_patches_of_every_block():
   last, out = module.apply(params, image)
   features = block_features(out)
   assert features.shape == (3, 4, 16)
-  np.testing.assert_array_equal(features[2, :, :8], last[:, 0])  # not normalised
+  np.testing.assert_array_equal(features[2, :, :8], last[:, 0])  # not normalized
   np.testing.assert_allclose(features[0, :, 8:], out["block_00"][:, 1:].mean(1), rtol=1e-6)
 
 
