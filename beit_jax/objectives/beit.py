@@ -47,8 +47,8 @@ class MaskedImageModeling(masked.MaskedObjective):
     self._tokenizer: Any = self.tokenizer.module
     self.module = self.make_module(config.model, self.image_size, self.tokenizer.module.vocab_size)
     self._check_aggregation()
-    self.prepare_masks()
     self._check_token_grid()
+    self.prepare_masks()
     self.cache = None
     if config.tokenizer.cache and not config.eval_only and load is None:
       steps = duration(config, "total", len(source) // config.batch_size)

@@ -55,7 +55,6 @@ class MaskedObjective(EncoderObjective):
     (r"loss\.pixels", ranges.one_of(*losses.PIXEL_LOSSES)),
     (r"tokenizer\.dtype", ranges.one_of(*ranges.DTYPES)),
   )
-  grid_size: tuple[int, int]  # in patches
 
   @classmethod
   def config_section(cls) -> dict[str, Any]:
@@ -82,19 +81,24 @@ class MaskedObjective(EncoderObjective):
   ) -> Metrics:
     """The metrics of a batch, "loss" among them. Pure."""
 
+  @property
+  def grid_size(self) -> tuple[int, int]:
+    """(h, w) in patches."""
+    patch = self.module.encoder["patch_size"]
+    return self.image_size[0] // patch, self.image_size[1] // patch
+
   def prepare_masks(self) -> None:
-    """Sets the grid and the mask sampler that the config describes.
+    """Sets the mask sampler that the config describes.
 
     Raises:
       UserError: no patch would be recovered, or see `make_sampler`.
     """
-    mask, patch = self.config.mask, self.module.encoder["patch_size"]
+    mask = self.config.mask
     if masking.MASKS[mask.kind] is masking.no_mask and self.config.recover != "all":
       raise UserError(
         f"config key 'mask.kind': 'none' masks no patch, so that recover={self.config.recover!r} leaves nothing to "
         "predict; set recover='all'"
       )
-    self.grid_size = self.image_size[0] // patch, self.image_size[1] // patch
     self._sample_masks = make_sampler(mask, self.grid_size)
 
   def masks(self, batch: Batch) -> Array:
