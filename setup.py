@@ -77,6 +77,7 @@ setup(
       "jax[tpu]>=0.10,<0.12"
     ],  # libtpu, which contains the TPU compiler, in the version that jax requires
     "tpu": ["jax[tpu]>=0.10,<0.12"],
+    "arrow": ["pyarrow>=17"],  # Parquet and Arrow files; tensorflow-datasets needs it too
     "gcs": ["gcsfs>=2026.10", "google-cloud-storage>=3.17,<4"],  # runs in a bucket
     "report": ["matplotlib>=3.9,<4"],  # plots
     "wandb": ["wandb>=0.31"],  # Weights & Biases beside TensorBoard

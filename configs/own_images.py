@@ -22,6 +22,7 @@ DATA = dict(
   workers=0,
   threads=4,
 )
+MODEL = dict(variant="tiny", depth=6, patch_size=8)
 EVAL = dict(split="train[:10%]", batch_size=64, every_steps=500)  # the other tenth
 
 
@@ -42,7 +43,7 @@ def get_config():
     tokenizer=dict(init_from="stage:tokenizer"),
     batch_size=64,
     total_steps=3000,
-    model=dict(variant="tiny", depth=6, patch_size=8),
+    model=MODEL,
     mask=dict(num_masked=25, min_block_patches=4),
     optimizer=dict(learning_rate=1.5e-3, warmup_steps=200, clip_norm=3.0, betas=(0.9, 0.98)),
     data={**DATA, "color_jitter": 0.4},

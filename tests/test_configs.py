@@ -45,6 +45,8 @@ QUICK = {
   "own_images",
   "knn",
   "linear_probe",
+  "finetune_folder",
+  "segment_folder",
 }
 QUICK |= {"finetune_imagenet:base_pt1k", "finetune_imagenet:base_ft22k,384"}
 CLASSES = {"imagenet2012": 1000, "cifar10": 10, "cifar100": 100}
@@ -128,6 +130,7 @@ class _Source(sources.Source):
   def __init__(self, data):
     self.num_classes = data.num_classes or CLASSES.get(data.name, 8) if data.label_key else 0
     self.class_names = tuple(map(str, range(self.num_classes)))
+    self.map_class_names = ("a", "b", "c")
     self.description = {"source": "none"}
 
   def __len__(self):

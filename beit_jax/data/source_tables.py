@@ -13,7 +13,7 @@ from beit_jax.data.source import Example, Source, class_label, indices_of_part
 from beit_jax.errors import BadImage, UserError
 from beit_jax.runtime.logs import log
 
-LARGE_GROUP = 64 << 20  # bytes of a row group that make random access slow
+LARGE_GROUP = 1 << 20  # bytes of a row group that make random access slow
 KEPT_GROUPS = 8  # of Parquet, in each process
 END = b"\xff\xff\xff\xff\0\0\0\0"  # of an Arrow stream
 
@@ -141,6 +141,17 @@ class ParquetSource(TableSource):
   """Parquet files. A row is read with its row group; each process keeps the last `KEPT_GROUPS`."""
 
   name, ending = "parquet", ".parquet"
+  _largest = 0  # bytes of a row group
+
+  def __init__(self, root: str, split: str, image_key: str, label_key: str):
+    super().__init__(root, split, image_key, label_key)
+    if self._largest > LARGE_GROUP:
+      log.warning(
+        "%s: each example of a random order reads one row group of up to %.0f MiB, which is slow; docs/data.md has the "
+        "lines that write the files as Arrow",
+        root,
+        self._largest / 2**20,
+      )
 
   def open_file(self, path: str) -> tuple[Any, list[int]]:
     arrow = _pyarrow()
@@ -149,13 +160,7 @@ class ParquetSource(TableSource):
     except (arrow.ArrowException, OSError) as error:
       raise _damaged(path, "a complete Parquet file, whose last bytes are its footer", error) from None
     groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
-    if groups and (size := max(group.total_byte_size for group in groups)) > LARGE_GROUP:
-      log.warning(
-        "%s: row groups of up to %d MiB, one of which is read for each example of a random order; write it anew with "
-        "smaller ones, or as Arrow or tar files (docs/data.md)",
-        path,
-        size >> 20,
-      )
+    self._largest = max([self._largest, *(group.total_byte_size for group in groups)])
     return metadata.schema.to_arrow_schema(), [group.num_rows for group in groups]
 
   def read_group(self, path: str, group: int) -> Any:
@@ -164,9 +169,11 @@ class ParquetSource(TableSource):
   @functools.cached_property
   def opened(self) -> Any:
     """The row groups read last."""
+    parquet = _pyarrow().parquet
+    metadata = functools.cache(parquet.read_metadata)
 
     def read(path: str, group: int) -> Any:
-      with _pyarrow().parquet.ParquetFile(path) as file:
+      with parquet.ParquetFile(path, metadata=metadata(path)) as file:
         return file.read_row_group(group, columns=self._columns, use_threads=False)
 
     return functools.lru_cache(maxsize=KEPT_GROUPS)(read)

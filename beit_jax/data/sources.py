@@ -1,6 +1,6 @@
 """The table of data sources.
 
-To add one, write a subclass of `Source` in a file `source_NAME.py` and add it to `SOURCES`.
+To add one, write a subclass of `Source` in a file `source_*.py` and add it to `SOURCES`.
 """
 
 from collections.abc import Callable

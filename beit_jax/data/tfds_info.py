@@ -9,6 +9,9 @@ import numpy as np
 
 from beit_jax.errors import UserError
 
+# What the command `tfds` of tensorflow-datasets 4.9.10 imports.
+NEEDS = "needs `pip install tensorflow apache-beam mlcroissant` once"
+
 
 def build_command(root: Path, name: str) -> str:
   """The command that prepares a data set."""
@@ -20,7 +23,7 @@ def no_random_access(folder: Path, file_format: Any) -> str:
   return (
     f"{folder}: expected a format with random access (array_record, parquet), found "
     f"{getattr(file_format, 'value', file_format)}, which is read in order only; convert it with: tfds convert_format "
-    f"--dataset_version_dir={folder} --out_file_format=array_record   (needs `pip install tensorflow` once)"
+    f"--dataset_version_dir={folder} --out_file_format=array_record   ({NEEDS})"
   )
 
 
@@ -59,7 +62,7 @@ def version_folder(root: Path, name: str) -> Path:
   hint = f" Did you mean {similar[0]!r}?" if similar else ""
   raise UserError(
     f"data.name={name!r}: no prepared data set in {folder} (found in {root}: {', '.join(sets) or 'nothing'})."
-    f"{hint} Build it with: {build_command(root, name)}   (needs `pip install tensorflow` once), or set data.data_dir"
+    f"{hint} Build it with: {build_command(root, name)}   ({NEEDS}), or set data.data_dir"
   )
 
 

@@ -60,17 +60,18 @@ class Segmentation(EncoderObjective):
   def __init__(self, config: ConfigDict, source: Source, load: Loader | None = None) -> None:
     super().__init__(config, source, load)
     options = config.segment
-    self.num_classes = self.expected_outputs(config)
+    self.num_classes = self.expected_outputs(config) or len(source.map_class_names)
+    self.palette = options.palette or source.map_colors
     if not self.num_classes:
       raise UserError(
-        "config key 'data.num_classes': label maps do not say how many classes there are; set it"
+        "config key 'data.num_classes': label maps do not say how many classes there are; set it, or data.class_file"
       )
     if not 2 <= self.num_classes < segmentation.IGNORE:
       raise UserError(
         f"config key 'data.num_classes': {self.num_classes} must lie in [2, 254]; with one class every pixel is right "
         "whatever the model predicts, so the background counts as a class"
       )
-    self.class_names, self.colors = _names_and_colors(options, source, self.num_classes)
+    self.class_names, self.colors = _names_and_colors(options, self.palette, source, self.num_classes)
     self.module = self.make_module(config.model, self.image_size, self.num_classes)
     self.stride = pair(options.stride, "segment.stride") if options.stride else self.image_size
     if any(step > side for step, side in zip(self.stride, self.image_size, strict=True)):
@@ -133,10 +134,8 @@ class Segmentation(EncoderObjective):
     return config.model.num_classes or config.data.num_classes or 0
 
   def reader(self) -> Any:
-    config = self.config
-    return segmentation.LabelMapReader(
-      self.image_size, self.num_classes, config.data.to_dict(), config.segment.to_dict()
-    )
+    data, options = self.config.data.to_dict(), {**self.config.segment.to_dict(), "palette": self.palette}
+    return segmentation.LabelMapReader(self.image_size, self.num_classes, data, options)
 
   def batch_shapes(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
     label_map = base.with_common_arrays({"label_map": (self.image_size, jnp.uint8)}, batch_size)
@@ -302,11 +301,13 @@ class Segmentation(EncoderObjective):
         "sliding": self.sliding.describe(),
       },
       labels=list(self.class_names),
-      palette=self.colors.tolist() if len(self.config.segment.palette) else [],
+      palette=self.colors.tolist() if len(self.palette) else [],
     )
 
 
-def _names_and_colors(options: Any, source: Any, count: int) -> tuple[tuple[str, ...], np.ndarray]:
+def _names_and_colors(
+  options: Any, palette: str | tuple[Any, ...], source: Any, count: int
+) -> tuple[tuple[str, ...], np.ndarray]:
   """Names of the classes (() if neither config nor data give them) and their colors, uint8 [C, 3]."""
   names = tuple(options.class_names)
   if names and not (len(names) == count and all(isinstance(name, str) for name in names)):
@@ -317,17 +318,17 @@ def _names_and_colors(options: Any, source: Any, count: int) -> tuple[tuple[str,
   own = source.map_class_names
   try:
     if options.label_colors:
-      colors = _colors_of_classes(options, count)
+      colors = _colors_of_classes(options, palette, count)
     else:
-      colors = drawing.class_colors(options.palette, count)
+      colors = drawing.class_colors(palette, count)
   except ValueError as error:
     raise UserError(f"config key 'segment.palette': {error}") from None
   return names or (own if len(own) == count else ()), colors
 
 
-def _colors_of_classes(options: Any, count: int) -> np.ndarray:
+def _colors_of_classes(options: Any, palette: str | tuple[Any, ...], count: int) -> np.ndarray:
   """The part of the palette that belongs to the classes, uint8 [C, 3], where label maps have its colors."""
-  found, first = drawing.as_colors(options.palette), int(options.reduce_zero_label)
+  found, first = drawing.as_colors(palette), int(options.reduce_zero_label)
   wanted = first + count
   if len(found) not in (wanted, wanted + (options.ignore_label == wanted)):
     raise ValueError(

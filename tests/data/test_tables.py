@@ -1,6 +1,7 @@
 """Parquet and Arrow files: columns, names of classes, and files that are cut off or damaged."""
 
 import json
+import re
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -8,6 +9,7 @@ import pytest
 
 from beit_jax.data import source_tables, sources
 from beit_jax.errors import BadImage, UserError
+from tests.conftest import ROOT
 from tests.data import source_files
 from tests.data.test_folders import PNG
 from tests.data.test_sources import make
@@ -166,7 +168,21 @@ def test_one_row_group_is_read_for_an_example(tmp_path, monkeypatch):
 def test_large_row_groups_are_told(tmp_path, monkeypatch, caplog):
   monkeypatch.setattr(source_tables, "LARGE_GROUP", 100)
   _source(_write(tmp_path, source_files.table(ROWS), ".parquet"))
-  assert "one of which is read for each example of a random order" in caplog.text
+  assert caplog.text.count("each example of a random order reads one row group of up to 0 MiB") == 1
+
+
+def test_the_conversion_in_the_documentation(tmp_path, monkeypatch):
+  """The lines of docs/data.md write a data set as Arrow with the names of the classes."""
+  wanted = sources.ParquetSource(
+    str(_write(tmp_path / "dataset", source_files.table(ROWS), ".parquet")), "train", "image", "label"
+  )
+  monkeypatch.chdir(tmp_path)
+  exec(re.search(r"```python\n(.*?)```", (ROOT / "docs" / "data.md").read_text(), re.S)[1], {})
+  found = _source(tmp_path / "dataset" / "train.arrow")
+  assert found.class_names == wanted.class_names and len(found) == len(wanted)
+  assert all(
+    found[i]["image"] == wanted[i]["image"] and found[i]["label"] == wanted[i]["label"] for i in range(9)
+  )
 
 
 def test_pyarrow_is_optional(tmp_path, monkeypatch):
