@@ -1,6 +1,6 @@
 """Training of BEiT v2's tokenizer: the same on every mesh, resumed to the bit, with any teacher, and used by `beit`."""
 
-import json
+import shutil
 
 import jax
 import numpy as np
@@ -12,8 +12,11 @@ from beit_jax.data import sources
 from beit_jax.errors import UserError
 from beit_jax.models.beit import Beit
 from beit_jax.objectives import OBJECTIVES
+from beit_jax.run import checkpoint, record
+from beit_jax.runtime import sharding
 from beit_jax.weights.pretrained import Pretrained, module_fields
 from tests import tiny
+from tests.runtime import test_distributed
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +42,7 @@ def _expected(objective, **changes):
 
 
 def _losses(workdir):
-  rows = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-  return [row["loss"] for row in rows if "loss" in row]
+  return [row["loss"] for row in record.rows(workdir) if "loss" in row]
 
 
 @pytest.fixture(scope="module")
@@ -61,47 +63,62 @@ def vqkd_run(tmp_path_factory, teacher):
 
 @pytest.fixture(scope="module")
 def plain_run(tmp_path_factory, teacher):
-  """The same without that decoder."""
-  workdir = tmp_path_factory.mktemp("plain")
-  train.run(_config(teacher), workdir)
+  """The same without that decoder, evaluated in between."""
+  workdir = tmp_path_factory.mktemp("plain") / "run"
+  train.run(_config(teacher, **SAVING), workdir)
   return workdir
 
 
-def _same(first, second, atol):
-  first, second = (beit_jax.load(path) for path in (first, second))
-  for name, value in trees.flatten(second.variables).items():
-    found = trees.flatten(first.variables)[name]
-    np.testing.assert_allclose(found, value, atol=atol, err_msg=name)
+SAVING = {"checkpoint.every_steps": 3, "checkpoint.keep": 9, "eval.every_steps": 3}
 
 
-MESHES = [
-  pytest.param(dict(mesh=(8, 1), microbatches=1), marks=pytest.mark.slow),
-  pytest.param(dict(mesh=(2, 4), microbatches=1), marks=pytest.mark.slow),
-  pytest.param(dict(mesh=(1, 1), microbatches=4), marks=pytest.mark.slow),
-  pytest.param(dict(mesh=(2, 1), microbatches=2), marks=pytest.mark.slow),
-]
+def _assert_same_run(workdir, other):
+  """The same losses and codebook, also where one run was evaluated in between."""
+  np.testing.assert_allclose(_losses(workdir), _losses(other), atol=1e-5)
+  first, second = (beit_jax.load(path) for path in (workdir, other))
+  for name, value in second.collections["codebook"].items():
+    np.testing.assert_allclose(first.collections["codebook"][name], value, atol=1e-5, rtol=1e-5, err_msg=name)
+  assert second.collections["codebook"]["initialized"] == 1
 
 
-@pytest.mark.parametrize("case", MESHES, ids=str)
-def test_meshes_and_microbatches_give_the_same_losses_and_codebook(case, teacher, plain_run, tmp_path):
-  data, fsdp = case["mesh"]
-  changes = {"mesh.data": data, "mesh.fsdp": fsdp, "microbatches": case["microbatches"]}
+@pytest.mark.slow
+@pytest.mark.parametrize("data, fsdp, microbatches", [(8, 1, 1), (2, 4, 1), (1, 1, 4), (2, 4, 2)])
+def test_meshes_and_microbatches_give_the_same_losses_and_codebook(
+  data, fsdp, microbatches, teacher, plain_run, tmp_path, monkeypatch
+):
+  """k-means too sees the same first batch, in the order of the data."""
+  monkeypatch.setattr(sharding, "MIN_FSDP_SIZE", 64)
+  changes = {"mesh.data": data, "mesh.fsdp": fsdp, "microbatches": microbatches}
   train.run(_config(teacher, **changes), tmp_path)
-  np.testing.assert_allclose(_losses(tmp_path), _losses(plain_run), atol=1e-5)
-  _same(tmp_path, plain_run, 1e-5)
+  _assert_same_run(tmp_path, plain_run)
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_same_run(teacher, tmp_path):
+  config = tmp_path / "config.py"
+  changes = {
+    "mesh.data": 8,
+    "teacher.init_from": str(teacher),
+    "codebook.replace_below": 0.5,
+    "codebook.decay": 0.5,
+  }
+  config.write_text(f"from tests import tiny\ndef get_config():\n  return tiny.raw('vqkd', **{changes!r})\n")
+  for count in (1, 2):
+    test_distributed._train(config, tmp_path / str(count), count)
+  _assert_same_run(tmp_path / "1", tmp_path / "2")
 
 
 @pytest.mark.slow
 def test_stopped_and_resumed_is_the_same_to_the_bit(teacher, plain_run, tmp_path):
-  changes = {"checkpoint.every_steps": 3, "eval.every_steps": 3, "eval.split": "test"}
-  whole = tmp_path / "whole"
-  train.run(_config(teacher, **changes), whole)
-  part = tmp_path / "part"
-  (part / "checkpoints").mkdir(parents=True)
-  (whole / "checkpoints" / "3").rename(part / "checkpoints" / "3")
-  train.run(_config(teacher, **changes), part)
-  _same(part, whole, 0)
-  _same(whole, plain_run, 0)  # an evaluation in between changes nothing, the codebook included
+  workdir = tmp_path / "resumed"
+  shutil.copytree(plain_run, workdir)
+  shutil.rmtree(workdir / "checkpoints" / "6")
+  (workdir / "result.json").unlink()
+  train.run(_config(teacher, **SAVING), workdir)
+  assert _losses(workdir) == _losses(plain_run)
+  for item in ("params", "rest"):
+    found, wanted = (checkpoint.load_params(run / "checkpoints" / "6", item) for run in (workdir, plain_run))
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
 
 
 def test_the_codebook_follows_the_first_batch():
