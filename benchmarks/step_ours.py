@@ -101,11 +101,11 @@ def parts(step, state, frozen, batch, objective) -> dict[str, tuple[float, float
     return objective.loss({"params": params}, frozen, batch, key, 0).metrics["loss"].total
 
   def masks(batch):
-    return objective._sample_masks(augment.example_keys(0, batch["example_key"], "mask"))
+    return objective.masks(batch)
 
   def tokenize(frozen, batch):
     pixels = augment.to_float(batch["token_image"])
-    return objective.tokenizer.module.apply({"params": frozen}, pixels, method="tokenize")
+    return objective.tokenizer.module.apply(frozen, pixels, method="tokenize")
 
   programs = {
     "masks": (masks, given),

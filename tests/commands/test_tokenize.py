@@ -98,7 +98,7 @@ def _check_tokens(objective, cache, steps, bad_images=None):
 
   @jax.jit
   def logits(params, batch):
-    view = objective._pixels(batch, train=True)["token_image"]
+    view = objective.pixels(batch, train=True)["token_image"]
     return module.apply({"params": params}, map_pixels(view), method="logits")
 
   compared = 0
