@@ -64,6 +64,8 @@ class TableSource(Source):
       for group, count in enumerate(counts):
         self._groups.append((number, group))
         starts.append(starts[-1] + count)
+    if not starts[-1]:
+      raise UserError(f"data.root={root!r}: the files {', '.join(self._paths[:3])} hold no rows")
     self._starts = np.array(starts, np.int64)
     chosen = indices_of_part([str(i) for i in range(starts[-1])], split) if part else range(starts[-1])
     self._rows = np.array(chosen, np.int64)

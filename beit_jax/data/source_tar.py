@@ -49,9 +49,7 @@ class TarSource(Source):
   def __init__(self, root: str, split: str, label_key: str):
     paths, part = find_shards(root, split, ".tar")
     report = Listing(root)
-    rows = [
-      row for number, path in enumerate(paths) for row in _rows(number, read_index(path), label_key, report)
-    ]
+    rows = [row for number, path in enumerate(paths) for row in _rows(number, path, label_key, report)]
     report.files = [row.image.name for row in rows]
     report.check_not_empty(f"data.root={root}")
     report.log_report()
@@ -140,13 +138,18 @@ class TarSource(Source):
     return found
 
 
-def _rows(shard: int, members: list[Member], label_key: str, report: Listing) -> Iterator[_Row]:
+def _rows(shard: int, path: Path, label_key: str, report: Listing) -> Iterator[_Row]:
   """The examples in a shard; counts the members that are neither an image nor a label."""
   groups: dict[str, dict[str, Member]] = {}
-  for member in members:
+  for member in read_index(path):
     folder, _, name = member.name.rpartition("/")
     key, dot, rest = name.partition(".")
-    groups.setdefault(f"{folder}/{key}", {})[dot + rest.lower()] = member
+    group, ending = groups.setdefault(f"{folder}/{key}", {}), dot + rest.lower()
+    if ending in group:
+      raise UserError(
+        f"{path}: {group[ending].name!r} and {member.name!r} belong to one example; rename one of them"
+      )
+    group[ending] = member
   kinds = {f".{label_key.lower()}{ending}": ending for ending in MAP_ENDINGS} | {
     ".cls": ".cls",
     ".json": ".json",

@@ -90,6 +90,12 @@ def test_other_columns_are_refused(tmp_path, ending, column, values, fact):
 
 
 @BOTH
+def test_files_without_rows_are_refused(tmp_path, ending):
+  with pytest.raises(UserError, match="the files .*train.* hold no rows"):
+    _source(_write(tmp_path, source_files.table([]), ending))
+
+
+@BOTH
 def test_files_of_other_types_are_refused(tmp_path, ending):
   _write(tmp_path, source_files.table(ROWS), ending).rename(tmp_path / f"train-0{ending}")
   path = _write(tmp_path, pa.table({"image": _images(2), "label": [0, 1]}), ending)

@@ -150,6 +150,7 @@ def test_members_that_are_left_out_are_named(tmp_path, caplog):
     ([*SET, ("c.png", PNG)], "'c.png' has no label, and the first example .cls; .*found 2 .cls, 1 no label"),
     ([("a.png", PNG), ("a.cls", b"cat")], "'a.cls' holds 'cat'; expected the number of a class"),
     ([("a.png", PNG), ("a.cls", b"")], "'a.cls' holds ''"),
+    ([*SET, ("a.PNG", PNG)], "train-0.tar: 'a.png' and 'a.PNG' belong to one example"),
     ([*SET, ("a.png", PNG)], "holds 'a.png' twice, at bytes 512 and"),
   ],
 )

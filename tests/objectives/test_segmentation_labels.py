@@ -111,3 +111,29 @@ def test_a_run_with_colors_equals_one_with_numbers(tmp_path):
     config = _config(**data, **changes, **{"eval.split": "training", "total_steps": 1})
     results.append(train.run(config, tmp_path / f"{name}_run")["eval"])
   assert results[0] == results[1]
+
+
+def test_names_number_and_colors_come_from_the_class_file(tmp_path):
+  """The config's own values come first; label maps may have the colors."""
+  pairs(tmp_path, [[[0, 1, 2]]], "train")
+  (tmp_path / "classes.csv").write_text("sky,10,10,10\nroad,200,0,0\ntree,0,200,0\n")
+  keys = {"model.num_classes": None, "data.class_file": str(tmp_path / "classes.csv")}
+  keys |= {"data.source": "pairs", "data.root": str(tmp_path), "data.split": "train"}
+
+  def made(**changes):
+    config = _config(**{**keys, **changes})
+    return Segmentation(config, sources.make_source(config.data.to_dict()))
+
+  objective = made()
+  assert objective.class_names == ("sky", "road", "tree") and objective.num_classes == 3
+  assert objective.describe()["palette"] == objective.colors.tolist() == [list(color) for color in COLORS]
+  other = made(**{"segment.class_names": ("a", "b", "c"), "segment.palette": COLORS[::-1]})
+  assert other.class_names == ("a", "b", "c") and other.colors.tolist() == [
+    list(color) for color in COLORS[::-1]
+  ]
+  with pytest.raises(UserError, match="data.num_classes': .*set it, or data.class_file"):
+    made(**{"data.class_file": ""})
+  found = (
+    made(**{"segment.label_colors": True}).reader().stored({"label_map": np.array([COLORS], np.uint8)}, 0)
+  )
+  assert found.tolist() == [[0, 1, 2]]
