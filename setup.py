@@ -44,6 +44,7 @@ setup(
   packages=find_packages(include=["beit_jax", "beit_jax.*"]),
   package_data={"beit_jax": ["py.typed"]},
   cmdclass={"build_py": BuildWithConfigs},
+  entry_points={"console_scripts": ["beit-jax = beit_jax.__main__:main"]},
   python_requires=">=3.11",
   install_requires=[
     "jax>=0.10,<0.12",

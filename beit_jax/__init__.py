@@ -47,7 +47,10 @@ def load(
     activation: "gelu", "quick_gelu" or "gelu_tanh", if the file of a ViT does not say it.
 
   Returns:
-    The model: `model(images)` prepares images and runs it; `model.params` and `model.module` are the Flax parts.
+    The model. `model(images)` prepares images (`preprocess`) and runs it (`forward`). `features`, `attention` and
+    `attention_map` show what its blocks compute; `at` changes the image size; `tokenize` and `decode` are those of a
+    tokenizer. `params`, `module` and `collections` are the Flax parts; `preprocessing` and `description` are what
+    the checkpoint says of itself. `help(type(model))` has all of it.
 
   Raises:
     UserError: there is nothing usable at `path`; the file contradicts an argument; or tensors are missing, unexpected
@@ -56,6 +59,8 @@ def load(
   Example:
     >>> model = beit_jax.load("beit_base_patch16_224_pt22k_ft22kto1k.pth")
     >>> logits = model(images)  # uint8 [B, H, W, 3], any size
+    >>> tokens = model.features(images, blocks=-1)  # [B, 1 + N, D]
+    >>> print(model)  # what it is, what it takes, where it comes from
   """
   from beit_jax.weights import io as weights_io
 

@@ -13,7 +13,7 @@ from tests.conftest import ROOT
 
 # The layers of docs/architecture.md. A module imports only from rows below its own and from its own folder.
 ROWS = (
-  ("main", "convert", "plan", "predict", "doctor", "tokenize", "__init__"),
+  ("main", "convert", "plan", "predict", "doctor", "tokenize", "__init__", "__main__"),
   ("train",),
   ("evaluate", "step"),
   ("objectives",),

@@ -296,6 +296,28 @@ class Pretrained:
     preprocessing = {key: _lists_to_tuples(value) for key, value in self.preprocessing.items()}
     object.__setattr__(self, "preprocessing", preprocessing)
 
+  def __repr__(self) -> str:
+    """Three lines: what the model is, what it takes, where it comes from."""
+    fields, p = module_fields(self.module), self.preprocessing
+    if self.has_encoder:
+      e = self.encoder_fields
+      parts = [
+        f"{e['depth']} blocks of width {e['width']}, {e['num_heads']} heads, patches of {e['patch_size']}"
+      ]
+    else:
+      parts = [type(self.module).__name__]
+    units = {"num_classes": "classes", "vocab_size": "words"}
+    parts += [f"{fields[name]:,} {unit}" for name, unit in units.items() if name in fields]
+    height, width = p["image_size"]
+    numbers = [" ".join(f"{value:.4g}" for value in p[name]) for name in ("mean", "std")]
+    source = self.description.get("path", "memory")
+    step = f", step {self.description['step']}" if "step" in self.description else ""
+    return (
+      f"{self.kind}: {', '.join(parts)}; {trees.num_params(self.params):,} parameters\n"
+      f"images: {height}x{width}x{len(p['mean'])}, mean {numbers[0]}, std {numbers[1]}\n"
+      f"from: {source}{step}"
+    )
+
   @property
   def spec(self) -> ModelKind:
     """The row of `KINDS` for this model."""
