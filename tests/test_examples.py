@@ -16,6 +16,7 @@ import beit_jax
 from beit_jax import __main__ as console
 from beit_jax.weights.pretrained import Pretrained, make_module, variable_shapes
 from tests.conftest import ROOT
+from tests.test_layout import ROWS
 
 SOURCES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "beit_jax", "configs")
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -111,6 +112,7 @@ def test_help_is_complete():
 
 
 def test_every_command_is_listed(monkeypatch, capsys):
+  assert set(console.COMMANDS) == set(ROWS[0]) - {"__init__", "__main__"}
   monkeypatch.setattr(sys, "argv", ["beit-jax"])
   console.main()
   text = capsys.readouterr().out
