@@ -5,11 +5,11 @@
     python -m beit_jax.main --config=configs/table1.py:imagenet   # the paper's size, one seed
 
 Rows: the network from scratch; pre-trained with labels; DINO; BEiT; BEiT with intermediate fine-tuning on labels; BEiT
-v2 (VQ-KD tokens of a DINO trained here, patch aggregation). At the small sizes "labels" are those of all training
-images, of which fine-tuning sees few, so that the rows with labels are upper bounds. At the paper's size they are those
-of ImageNet-22K, and the row pre-trained with labels starts from published weights, which must be given:
---config.finetune_supervised_0.init_from=FILE --config.segment_supervised_0.init_from=FILE.
-Source: BEiT paper, Tables 1 and 3 (ViT-B with absolute positions, 800 epochs; SETR-PUP on ADE20K).
+v2 (tokens of a VQ-KD that learned from the DINO trained here, patch aggregation). All rows have the same network, with
+absolute positions. At the small sizes "labels" are those of all training images, of which fine-tuning sees few, so that
+rows with labels are upper bounds. At the paper's size they are those of ImageNet-22K, and the row pre-trained with
+labels starts from published weights: --config.finetune_supervised_0.init_from=FILE, the same for segment_supervised_0.
+Source: BEiT paper, Tables 1 and 3 (ViT-B, 800 epochs, here 300; SETR-PUP on ADE20K).
 Expected at the paper's size: the numbers in the columns "paper". Run here: docs/results.md.
 """
 
@@ -26,6 +26,10 @@ ROWS = {
   "beit-labels": ("BEiT, intermediate fine-tuning", ("", "47.7")),
   "beit-v2": ("BEiT v2", ("", "")),
 }
+STARTS = {
+  "scratch": "",
+  "supervised": "path/to/vit_base_in22k.pth",
+}  # of rows without a stage of pre-training
 
 
 def pretraining(size: dict, row: str, seed: int) -> dict:
@@ -38,7 +42,7 @@ def pretraining(size: dict, row: str, seed: int) -> dict:
   elif row == "beit-v2":
     runs[name] = table4.changed(size["pretrain_v2"], {"tokenizer": {"init_from": "stage:vqkd"}})
   elif row in ("dino", "beit"):
-    runs[name] = size["dino" if row == "dino" else "pretrain"]
+    runs[name] = size[{"dino": "dino", "beit": "pretrain"}[row]]
   return {name: {**run, "seed": seed} for name, run in runs.items()}
 
 
@@ -51,7 +55,7 @@ def get_config(variant="shapes"):
   for seed in size["seeds"]:
     for row in ROWS:
       stages |= pretraining(size, row, seed)
-      start = f"stage:pretrain_{row}_{seed}" if f"pretrain_{row}_{seed}" in stages else ""
+      start = f"stage:pretrain_{row}_{seed}" if f"pretrain_{row}_{seed}" in stages else STARTS[row]
       tasks = table4.transferred(size, row, seed, start)
       if row == "scratch" and "scratch" in size:
         tasks[f"finetune_{row}_{seed}"] = {**size["scratch"], "seed": seed}

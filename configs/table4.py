@@ -13,10 +13,15 @@ Expected at the paper's size: the numbers in the columns "paper". Run here: docs
 """
 
 import beit_base
+import beit_v2_base
 import cifar10
+import dino_base
 import finetune_imagenet
+import finetune_imagenet22k
 import quickstart
+import scratch_imagenet
 import setr_ade20k
+import vqkd
 from ml_collections import ConfigDict
 
 SCENES = ("source", "render_size", "image_size", "threads")
@@ -70,7 +75,7 @@ def small(
     data={**data, "crop_scale": (0.4, 1.0), "color_jitter": 0.4},
     eval=masked["eval"],
   )
-  vqkd = dict(
+  tokenizer_v2 = dict(
     objective="vqkd",
     teacher=dict(init_from="stage:teacher"),
     batch_size=masked["batch_size"],
@@ -93,7 +98,7 @@ def small(
     pretrain_v2=changed(masked, {"model": aggregation, "data": {"token_image_size": side}}),
     longer=longer,
     dino={**dino, **length},
-    vqkd={**vqkd, **length},
+    vqkd={**tokenizer_v2, **length},
     labels=supervised,
     finetune=finetune,
     seeds=seeds,
@@ -129,15 +134,29 @@ def cifar() -> dict:
 
 
 def imagenet() -> dict:
+  """The paper's size: ViT-B with absolute positions on ImageNet-1K, and ADE20K."""
   stages = beit_base.get_config("paper").to_dict()
-  finetune = finetune_imagenet.get_config("base_pt1k").to_dict()
-  finetune["model"]["preset"] = "paper"
+  paper = {"model": {"preset": "paper"}}
+
+  def finetune(start: str) -> dict:
+    return changed(finetune_imagenet.get_config(f"base_{start}").to_dict(), paper)
+
   return dict(
     tokenizer=stages["tokenizer"],
     pretrain={**stages["pretrain"], "total_epochs": 300.0},
+    pretrain_v2=changed(beit_v2_base.stages("base", "300", 9)["pretrain"], paper),
     longer=dict(total_epochs=800.0),
-    finetune=finetune,
+    dino=dino_base.get_config().to_dict(),
+    vqkd=vqkd.get_config("dino").to_dict(),
+    intermediate=changed(finetune_imagenet22k.get_config("base").to_dict(), paper),
+    scratch=scratch_imagenet.get_config("base").to_dict(),
+    finetune=finetune("pt1k"),
     segment=setr_ade20k.get_config().to_dict(),
+    # Rows with recipes of their own
+    recipes={
+      "finetune_supervised": finetune("supervised"),
+      "finetune_beit-labels": finetune("ft22k"),
+    },
     seeds=(0,),
   )
 
@@ -161,7 +180,8 @@ def changed(run: dict, changes: dict) -> dict:
 
 def transferred(size: dict, row: str, seed: int, init_from: str) -> dict:
   """The stages that fine-tune one backbone."""
-  tasks = {name: size[name] for name in ("finetune", "segment") if name in size}
+  recipes = size.get("recipes", {})
+  tasks = {name: recipes.get(f"{name}_{row}", size[name]) for name in ("finetune", "segment") if name in size}
   return {
     f"{name}_{row}_{seed}": {**run, "seed": seed, "init_from": init_from} for name, run in tasks.items()
   }

@@ -24,10 +24,9 @@ ROWS = {
 
 def get_config(variant="shapes"):
   size = table4.size_of(variant)
-  untrained = table4.changed(
-    size["tokenizer"],
-    {"total_steps": 1, "total_epochs": None, "optimizer": {"learning_rate": 0.0, "min_lr": 0.0}},
-  )
+  frozen = {"learning_rate": 0.0, "min_lr": 0.0, "warmup_steps": 0, "warmup_epochs": None}
+  one_step = {"total_steps": 1, "total_epochs": None, "optimizer": frozen}
+  untrained = table4.changed(size["tokenizer"], one_step)
   stages = dict(dvae=size["tokenizer"], random=untrained, teacher=size["dino"], vqkd=size["vqkd"])
   for seed in size["seeds"]:
     for name in ROWS:

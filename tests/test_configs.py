@@ -2,11 +2,13 @@
 
 import ast
 import importlib.util
+import json
 import os
 import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,7 @@ from beit_jax import step as step_lib
 from beit_jax.config import parse as config_lib
 from beit_jax.data import sources
 from beit_jax.errors import UserError
+from beit_jax.objectives import stages as stages_lib
 from beit_jax.run import state as train_state
 from beit_jax.runtime import sharding
 from beit_jax.weights import io as weights_io
@@ -151,16 +154,22 @@ def _traced(module, kind, config, size):
 )
 def test_a_train_step_and_an_eval_step_are_traced(spec, monkeypatch):
   """Frozen parts are replaced by shapes: of the tokenizer that the config trains, and of the encoder of a probe."""
-  stages, seen = _stages(_load(spec)), set()
+  config, seen = _load(spec), set()
+  runs = stages_lib.resolve(config, Path("runs"))
+  stages = {run.name: run.config for run in runs}
   mesh = sharding.make_mesh(data=1)
-  for stage in stages.values():
-    if (kind := (stage.objective, stage.init_from, str(stage.get("encoder")))) in seen:
-      continue  # the same run with a different seed
+  for run in runs:
+    stage = run.config
+    if (kind := _without_start_and_seed(run)) in seen:
+      continue
     seen.add(kind)
-    if stage.objective == "beit":
+    if stage.objective == "beit" and not run.uses:
       stage.tokenizer.init_from = "earlier stage"
 
-    def load(path, stage=stage, **_):
+    def load(path, stage=stage, run=run, **_):
+      for earlier in run.uses.values():
+        if str(earlier.folder) == path:
+          return earlier.objective.expected_result(earlier.config)
       if stage.objective == "beit":
         # upernet_camvid uses the tokenizer of cifar10.
         own = stages if "tokenizer" in stages else _stages(_load("cifar10"))
@@ -174,6 +183,15 @@ def test_a_train_step_and_an_eval_step_are_traced(spec, monkeypatch):
 
     monkeypatch.setattr(weights_io, "load", load)
     _trace(stage, mesh)
+
+
+def _without_start_and_seed(run):
+  """What decides the programs of a run: its config, but for its seed and for which run it starts from."""
+  config = {**run.config.to_dict(), "seed": 0, "init_from": bool(run.config.init_from)}
+  for section in ("tokenizer", "teacher"):  # these decide shapes
+    if (earlier := run.uses.get(f"{section}.init_from")) is not None:
+      config[section] = {**config[section], "init_from": earlier.config.objective}
+  return json.dumps(config, default=str, sort_keys=True)
 
 
 def _trace(config, mesh):
