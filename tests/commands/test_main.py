@@ -17,7 +17,9 @@ from beit_jax import objectives, train
 from beit_jax.config import parse
 from beit_jax.data import sources
 from beit_jax.doctor import __main__ as doctor
+from beit_jax.errors import UserError
 from beit_jax.objectives import stages as stages_lib
+from beit_jax.run import record
 from tests import tiny
 from tests.conftest import ROOT
 
@@ -213,6 +215,17 @@ def test_stages_are_validated_without_opening_the_data_again(tmp_path, monkeypat
   for run in runs:
     assert train.run(run.config, run.folder, run.name, data[run.name]) is data[run.name]
   assert len(opened) == 4
+
+
+def test_a_finished_stage_is_not_checked_again(tmp_path, monkeypatch):
+  """Its mesh may be that of another machine."""
+  runs = stages_lib.resolve(parse.load(str(_stages(tmp_path)), [], objectives.schemas()), tmp_path / "run")
+  runs[0].config.mesh.fsdp = 64
+  with pytest.raises(UserError, match="stage 'tokenizer': .*mesh.fsdp"):
+    train.check_stages(runs)
+  finished = lambda config, folder: {"step": 1} if folder == runs[0].folder else None
+  monkeypatch.setattr(record, "finished", finished)
+  assert list(train.check_stages(runs)) == ["pretrain", "finetune"]
 
 
 def test_whole_chain_without_tensorflow_or_torch(tmp_path):
