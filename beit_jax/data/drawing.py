@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+COLUMNS = 8  # images in a row
 CELL_HEIGHT = 96  # pixels of an image on a contact sheet
 TITLE_HEIGHT = 16  # pixels of a line of text on a contact sheet
 GAP = 4  # pixels between the images of a contact sheet
@@ -196,7 +197,7 @@ def _cell(image: np.ndarray) -> Image.Image:
   return cell.resize((width, CELL_HEIGHT), resample)
 
 
-def labeled_rows(rows: dict[str, np.ndarray], columns: int = 8) -> np.ndarray:
+def labeled_rows(rows: dict[str, np.ndarray], columns: int = COLUMNS) -> np.ndarray:
   """Draws one row of images per entry, with its name above it; at most `columns` images a row."""
   cells = {name: [_cell(image) for image in images[:columns]] for name, images in rows.items()}
   width = max(sum(cell.width + GAP for cell in row) for row in cells.values()) + GAP

@@ -266,19 +266,21 @@ class Segmentation(EncoderObjective):
     return [metrics.write_csv(folder / "per_class.csv", table)]
 
   def figures(self, variables: Variables, frozen: PyTree, batch: Batch) -> dict[str, np.ndarray]:
-    """Rows: image, the prediction laid over it, the label map laid over it."""
-    image = np.asarray(augment.to_float(batch["image"]))
+    """Rows: image, the prediction laid over it, the label map laid over it; below a legend of the classes shown."""
+    image = np.asarray(augment.to_float(batch["image"]))[: drawing.COLUMNS]
     logits = resize_bilinear(
       self.module.apply(variables, self._image(batch["image"]))["logits"], self.image_size
     )
-    label = np.asarray(batch["label_map"])
-    guess = np.asarray(logits.argmax(-1))
+    label = np.asarray(batch["label_map"])[: drawing.COLUMNS]
+    guess = np.asarray(logits.argmax(-1))[: drawing.COLUMNS]
     rows = {
       "image": image,
       "prediction": drawing.overlay(image, guess, self.colors),
       "label map": drawing.overlay(image, label, self.colors),
     }
-    return {"segmentation": drawing.labeled_rows(rows)}
+    shown = [i for i in range(self.num_classes) if (guess == i).any() or (label == i).any()]
+    legend = [(self.colors[i], self._names()[i]) for i in shown]
+    return {"segmentation": drawing.add_legend(drawing.labeled_rows(rows), legend)}
 
   def check_source(self, source: Source) -> None:
     super().check_source(source)

@@ -1,5 +1,7 @@
 """What a segmentation run says about its label maps: classes that do not occur, colors, sets without labels."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -137,3 +139,20 @@ def test_names_number_and_colors_come_from_the_class_file(tmp_path):
     made(**{"segment.label_colors": True}).reader().stored({"label_map": np.array([COLORS], np.uint8)}, 0)
   )
   assert found.tolist() == [[0, 1, 2]]
+
+
+def test_the_figure_has_a_legend_of_the_classes_shown():
+  objective = Segmentation(_config(**{"segment.palette": COLORS}), _source())
+  height, width = objective.image_size
+  logits = np.zeros((2, height, width, 3), np.float32)
+  logits[..., 2] = 1.0
+  objective.module = SimpleNamespace(apply=lambda *_: {"logits": logits})
+  batch = {"image": np.zeros((2, height, width, 3), np.uint8), "label_map": np.full((2, height, width), 255)}
+  sheet = objective.figures({}, None, batch)["segmentation"]
+  colors = {tuple(color) for color in sheet.reshape(-1, 3).tolist()}
+  assert COLORS[2] in colors and COLORS[1] not in colors
+  batch["label_map"][0, 0] = 1
+  colors = {
+    tuple(color) for color in objective.figures({}, None, batch)["segmentation"].reshape(-1, 3).tolist()
+  }
+  assert {COLORS[1], COLORS[2]} <= colors
