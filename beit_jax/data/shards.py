@@ -47,7 +47,7 @@ def find_shards(root: str, split: str, ending: str) -> tuple[list[Path], str]:
     listed = ", ".join([*found[:8], *["..."][: len(found) > 8]]) or "nothing"
     wanted = name or "NAME"
     raise UserError(
-      f"data.split={split!r}: {base} holds no {ending} files of this split (found {listed}); expected "
+      f"data.split or eval.split={split!r}: {base} holds no {ending} files of this split (found {listed}); expected "
       f"{wanted}-00000{ending}, ... or {wanted}/*{ending} in it"
     )
   _check_complete(chosen)
@@ -56,7 +56,9 @@ def find_shards(root: str, split: str, ending: str) -> tuple[list[Path], str]:
 
 def _files(folder: Path, ending: str) -> list[Path]:
   names = sorted(os.listdir(folder)) if folder.is_dir() else []
-  paths = (folder / name for name in names if not is_metadata(name) and name.lower().endswith(ending))
+  wanted = [name for name in names if name.lower().endswith(ending) and not is_metadata(name)]
+  # `datasets` keeps results of its functions beside the data, as cache-0123456789abcdef.arrow.
+  paths = [folder / name for name in wanted if not (ending == ".arrow" and name.startswith("cache-"))]
   return [path for path in paths if path.is_file()]
 
 

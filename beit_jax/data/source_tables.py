@@ -57,10 +57,10 @@ class TableSource(Source):
     for number, path in enumerate(self._paths):
       found, counts = self.open_file(path)
       schema = found if schema is None else schema
-      if [found.field(key) for key in self._columns if key in found.names] != [
-        schema.field(key) for key in self._columns if key in schema.names
-      ]:
-        raise UserError(f"{path}: the columns {self._columns} have other types than in {self._paths[0]}")
+      if self._facts(found) != self._facts(schema):
+        raise UserError(
+          f"{path}: the columns {self._columns} have other types or class names than in {self._paths[0]}"
+        )
       for group, count in enumerate(counts):
         self._groups.append((number, group))
         starts.append(starts[-1] + count)
@@ -72,6 +72,12 @@ class TableSource(Source):
     self._image_key, self._label_key = image_key, label_key
     self.description = {"source": self.name, "root": root, "split": split, "num_examples": len(self._rows)}
     self._check_columns(schema)
+
+  def _facts(self, schema: Any) -> list[Any]:
+    """What all files must have in common."""
+    return [
+      (schema.field(key).type, _class_names(schema, key)) for key in self._columns if key in schema.names
+    ]
 
   def open_file(self, path: str) -> tuple[Any, list[int]]:
     """Returns (schema, number of rows of each group) of a file; raises a UserError if it is damaged."""

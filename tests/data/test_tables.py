@@ -100,7 +100,13 @@ def test_files_of_other_types_are_refused(tmp_path, ending):
   _write(tmp_path, source_files.table(ROWS), ending).rename(tmp_path / f"train-0{ending}")
   path = _write(tmp_path, pa.table({"image": _images(2), "label": [0, 1]}), ending)
   path = path.rename(tmp_path / f"train-1{ending}")
-  with pytest.raises(UserError, match=f"{path}: the columns .* have other types than in .*train-0"):
+  with pytest.raises(
+    UserError, match=f"{path}: the columns .* have other types or class names than in .*train-0"
+  ):
+    _source(path)
+  other = {**source_files.HF, "label": {**source_files.HF["label"], "names": ["bee", "ant", "cat"]}}
+  _write(tmp_path, source_files.table(ROWS, other), ending).rename(path)
+  with pytest.raises(UserError, match="other types or class names"):
     _source(path)
 
 
@@ -142,6 +148,12 @@ def test_a_stream_that_ends_between_two_batches_is_cut_off(tmp_path):
   path.write_bytes(data)
   with pytest.raises(UserError, match="the end mark is missing after 3 record batches"):
     _source(path)
+
+
+def test_results_that_datasets_keeps_beside_the_data_are_left_out(tmp_path):
+  for name in ("data-00000-of-00001", "cache-1c80317fa3b1799d"):
+    source_files.write_arrow(tmp_path / "train" / f"{name}.arrow", source_files.table(ROWS))
+  assert len(sources.ArrowSource(str(tmp_path), "train", "image", "label")) == len(ROWS)
 
 
 def test_a_damaged_row_group_is_a_bad_image(tmp_path):
