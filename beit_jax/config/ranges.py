@@ -98,7 +98,8 @@ def _value_range() -> Rule:
   return lambda values: pair(values) and values[0] < values[1], text
 
 
-def _sides(low: int, high: int) -> Rule:
+def sides(low: int, high: int) -> Rule:
+  """A number of pixels, or (height, width)."""
   side, _ = integer(low, high)
 
   def allowed(size: Any) -> bool:
@@ -153,7 +154,7 @@ COMMON: Table = (
   (r"(data|eval)\.num_examples", integer(1, 2**24)),
   (r"data\.render_size", integer(1, 512)),
   (r"data\.num_classes", integer(1, 2**20)),
-  (r"data\.(token_)?image_size", _sides(1, 8192)),
+  (r"data\.(token_)?image_size", sides(1, 8192)),
   (r"data\.crop_scale", tuple_of(2, fraction(zero=False), "two numbers in (0, 1]", ascending=True)),
   (r"data\.crop_ratio", tuple_of(2, number(1e-3, 1e3), "two numbers in [0.001, 1000]", ascending=True)),
   (r"data\.color_jitter", number(0, 100)),
@@ -186,6 +187,7 @@ MODEL: Table = (
   (r"model\.activation", one_of(*ACTIVATIONS)),
   (r"model\.(register_tokens|early_block|head_blocks)", integer(0, 64)),
   (r"model\.vocab_size", integer(2, 2**20)),
+  (r"model\.(outputs|hidden|bottleneck)", integer(1, 2**20)),
   (r"model\.n_hid", integer(4, 8192)),
   (r"model\.(n_init|channels|aux_channels)", integer(1, 8192)),
   (r"model\.n_blk_per_group", integer(1, 8)),

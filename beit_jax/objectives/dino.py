@@ -56,13 +56,18 @@ class SelfDistillation(EncoderObjective):
     (r"loss\.(student_|teacher_|warmup_teacher_)temperature", ranges.number(1e-3, 1e3)),
     (r"loss\.(temperature_warmup|freeze_last_layer)_epochs", ranges.integer(0, 10**6)),
     (r"loss\.(center|teacher)_momentum", ranges.fraction()),
-    (r"model\.(outputs|hidden|bottleneck)", ranges.integer(1, 2**20)),
+    (r"local\.image_size", ranges.sides(1, 8192)),
   )
 
   def __init__(self, config: ConfigDict, source: Source, load: Loader | None = None) -> None:
     super().__init__(config, source, load)
     self.module = self.make_module(config.model, self.image_size, 0)
     self._check_encoder()
+    if config.optimizer.ema_decay:
+      raise UserError(
+        "config key 'optimizer.ema_decay': the teacher is the average of the student's weights; set it to 0 and see "
+        "loss.teacher_momentum"
+      )
     local, data = config.local, config.data
     self.crops = {"global_crops": Crops(NUM_GLOBAL, self.image_size, tuple(data.crop_scale))}
     if local.count:
@@ -117,7 +122,7 @@ class SelfDistillation(EncoderObjective):
 
   def _check_local_size(self, size: tuple[int, int]) -> None:
     patch = self.module.encoder["patch_size"]
-    if any(side % patch or not side for side in size):
+    if any(side % patch for side in size):
       near = tuple(max(round(side / patch), 1) * patch for side in size)
       raise UserError(
         f"config key 'local.image_size': {size} is not divisible by model.patch_size={patch}; choose e.g. {near}, or "

@@ -242,6 +242,12 @@ def test_a_trained_gain_is_refused(tmp_path, monkeypatch):
   assert beit_jax.load(path, num_heads=4).kind == "backbone"
 
 
+def test_what_later_stages_expect_is_the_backbone(whole_run):
+  expected, found = SelfDistillation.expected_result(_config()).loaded, beit_jax.load(whole_run)
+  assert (expected.kind, expected.module) == (found.kind, found.module)
+  assert jax.tree.map(lambda x: x.shape, expected.params) == jax.tree.map(lambda x: x.shape, found.params)
+
+
 # Views.
 
 CROPS = {"global": views.Crops(2, (16, 12), (0.4, 1.0)), "local": views.Crops(3, (8, 8), (0.05, 0.4))}
@@ -278,6 +284,8 @@ def test_every_crop_has_its_own_box(monkeypatch):
     ({"local.image_size": 7}, r"'local.image_size': \(7, 7\) is not divisible by model.patch_size=2; .* \(8, 8\)"),
     ({"model.preset": "plus"}, "'model.rel_pos': 'shared', but views of several sizes need absolute positions: 'none'"),
     ({"model.abs_pos": False}, "'model.abs_pos': False, but"),
+    ({"local.image_size": -8}, "'local.image_size': -8 must be a whole number from 1"),
+    ({"optimizer.ema_decay": 0.9}, "'optimizer.ema_decay': the teacher is the average"),
     ({"data.crop": "pad"}, "'data.crop': 'pad', but with several crops of an image it must be 'random_resized'"),
     ({"data.rand_augment": "rand-m9"}, "'data.rand_augment': 'rand-m9', but with several crops"),
     ({"optimizer.clip": "layer"}, "'optimizer.clip': 'layer' must be one of global, tensor"),
