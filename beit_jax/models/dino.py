@@ -37,7 +37,7 @@ class UnitDense(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     kernel = self.param("kernel", uniform_init(x.shape[-1]), (x.shape[-1], self.features))
-    return x @ _unit(kernel, 0)
+    return jnp.matmul(x, _unit(kernel, 0), precision="highest")
 
 
 class DinoHead(nn.Module):
