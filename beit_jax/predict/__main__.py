@@ -6,6 +6,7 @@ error. Exit status: 0; 1 if some images were skipped; 2 after a mistake in the c
 """
 
 import argparse
+import csv
 import json
 import os
 import sys
@@ -40,7 +41,11 @@ def _parser() -> argparse.ArgumentParser:
   add("checkpoint", help="anything that beit_jax.load reads")
   add("images", nargs="+", metavar="IMAGE", help="file, folder, or quoted pattern")
   add("--top", type=number(int, 1), default=5, help="number of classes that a classifier names (default 5)")
-  add("--json", action="store_true", help="print one JSON list instead of text")
+  form = parser.add_mutually_exclusive_group()
+  form.add_argument("--json", action="store_true", help="print one JSON list instead of text")
+  form.add_argument(
+    "--csv", action="store_true", help="print CSV with a header, one row for each class of an image"
+  )
   add("--out", default="predictions", help="folder for images that are drawn (default predictions)")
   add("--tokenizer", help="tokenizer of a masked image model, instead of the one its checkpoint names")
   add("--ema", action="store_true", help="use the averaged weights")
@@ -67,6 +72,22 @@ def as_text(facts: Facts) -> str:
   return "\n".join([facts["file"], *lines])
 
 
+def as_rows(facts: Facts) -> list[Facts]:
+  """The rows of one image in a table: its simple facts with those of each class or value."""
+  simple = {name: value for name, value in facts.items() if isinstance(value, str | int | float)}
+  entries: list[Facts] = next((facts[name] for name in ("predictions", "classes", "values") if facts.get(name)), [{}])
+  return [{**simple, **entry} for entry in entries]
+
+
+def print_csv(results: list[Facts]) -> None:
+  """Prints the table of all images; a column that an image does not have is empty."""
+  rows = [row for facts in results for row in as_rows(facts)]
+  columns = list(dict.fromkeys(name for row in rows for name in row))
+  writer = csv.DictWriter(sys.stdout, columns, lineterminator="\n")
+  writer.writeheader()
+  writer.writerows(rows)
+
+
 def _predict(argv: list[str]) -> int:
   args = _parser().parse_args(argv)
   files = find_images(args.images)
@@ -77,17 +98,19 @@ def _predict(argv: list[str]) -> int:
   if model.kind not in PREDICTORS:
     raise UserError(
       f"a {model.kind} has no output to show; fine-tune it (configs/finetune_imagenet.py), or compute features in "
-      "Python with beit_jax.load"
+      "Python with beit_jax.load(...).features"
     )
   if args.tokenizer is not None and not model.takes_mask:
     raise UserError(f"--tokenizer: only a masked image model needs one, this is a {model.kind}")
   results = []
   for facts in PREDICTORS[model.kind](model, files, args):
     results.append(facts)
-    if not args.json and "error" not in facts:
+    if not (args.json or args.csv) and "error" not in facts:
       print(as_text(facts), flush=True)
   if args.json:
     print(json.dumps(results, indent=1), flush=True)
+  if args.csv:
+    print_csv(results)
   skipped = sum("error" in facts for facts in results)
   if skipped == len(results):
     raise UserError(f"none of the {skipped} images could be read")

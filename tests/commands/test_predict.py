@@ -1,5 +1,6 @@
 """`python -m beit_jax.predict`: all formats of models but segmenters, image formats, and files that cannot be read."""
 
+import csv
 import dataclasses
 import io
 import json
@@ -151,6 +152,28 @@ def test_classifier_probabilities(classifier, formats, capsys):
     names = {p["class"]: p["label"] for p in found}
     assert names == {0: "disc", 1: "square", 2: "ring", 3: "class 3", 4: "class 4"}
   assert len({tuple(p["class"] for p in r["predictions"]) for r in results}) > 1
+
+
+def test_csv_has_one_row_for_each_class(classifier, formats, broken, capsys):
+  """The same facts as JSON; a file that cannot be read has a row with its error."""
+  files = [formats / "a.jpg", broken[0] / "empty.png", formats / "grey.png"]
+  status, out, _ = _run(capsys, classifier, *files, "--csv", "--top=2")
+  rows = list(csv.DictReader(io.StringIO(out)))
+  assert status == 1 and list(rows[0]) == ["file", "class", "label", "probability", "error"]
+  results = json.loads(_run(capsys, classifier, *files, "--json", "--top=2")[1])
+  assert [row["file"] for row in rows] == [str(files[i]) for i in (0, 0, 1, 2, 2)]
+  wanted = [entry for result in results for entry in result.get("predictions", [result])]
+  for row, entry in zip(rows, wanted, strict=True):
+    assert {key: value for key, value in row.items() if value and key != "file"} == {
+      key: str(value) for key, value in entry.items() if key != "file"
+    }
+  _fails(capsys, ["--csv: not allowed with argument --json"], classifier, files[0], "--json", "--csv")
+
+
+def test_csv_of_contact_sheets(tokenizer, formats, tmp_path, capsys):
+  status, out, _ = _run(capsys, tokenizer, formats / "a.jpg", "--csv", f"--out={tmp_path}")
+  (row,) = csv.DictReader(io.StringIO(out))
+  assert status == 0 and list(row) == ["file", "mean_absolute_error", "distinct_tokens", "sheet"]
 
 
 def test_folder_with_all_formats(classifier, formats, capsys):
