@@ -75,7 +75,9 @@ def as_text(facts: Facts) -> str:
 def as_rows(facts: Facts) -> list[Facts]:
   """The rows of one image in a table: its simple facts with those of each class or value."""
   simple = {name: value for name, value in facts.items() if isinstance(value, str | int | float)}
-  entries: list[Facts] = next((facts[name] for name in ("predictions", "classes", "values") if facts.get(name)), [{}])
+  entries: list[Facts] = next(
+    (facts[name] for name in ("predictions", "classes", "values") if facts.get(name)), [{}]
+  )
   return [{**simple, **entry} for entry in entries]
 
 

@@ -344,7 +344,10 @@ def test_tokenizer_without_decoder(tokenizer, formats, tmp_path, capsys, monkeyp
   loaded = beit_jax.load(tokenizer)
   half = dataclasses.replace(loaded, params={"encoder": loaded.params["encoder"]})
   monkeypatch.setattr(predict.weights_io, "load", lambda path, **_: half)
-  _fails(capsys, ["without its decoder", "load a folder with both"], "encoder.pkl", formats)
+  status, out, err = _run(capsys, "encoder.pkl", formats / "a.jpg", "--json", f"--out={tmp_path / 'out'}")
+  assert status == 0 and list(json.loads(out)[0]) == ["file", "distinct_tokens"]
+  assert "tokens are not drawn: it was loaded without its decoder; load a folder with both" in err
+  assert not (tmp_path / "out").exists()
 
 
 def test_masked_image_model_predicts_masked_tokens(tokenizer, formats, tmp_path, capsys):
