@@ -1,17 +1,20 @@
 """Training of BEiT v2's tokenizer: the same on every mesh, resumed to the bit, with any teacher, and used by `beit`."""
 
+import json
 import shutil
 
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 import beit_jax
-from beit_jax import train, trees
+from beit_jax import tokenize, train, trees
 from beit_jax.data import sources
 from beit_jax.errors import UserError
 from beit_jax.models.beit import Beit
 from beit_jax.objectives import OBJECTIVES
+from beit_jax.predict import __main__ as predict
 from beit_jax.run import checkpoint, record
 from beit_jax.runtime import sharding
 from beit_jax.weights.pretrained import Pretrained, module_fields
@@ -174,6 +177,35 @@ def test_it_serves_masked_image_modeling(vqkd_run, plain_run, tmp_path):
     config = tiny.config("beit", total_steps=3, figures=figures, **{"tokenizer.init_from": str(run)})
     result = train.run(config, workdir)
     assert np.isfinite(result["last"]["loss"]) and list((workdir / "figures").iterdir())
+
+
+@pytest.mark.slow
+def test_cached_tokens_are_those_of_training(plain_run, tmp_path):
+  """Through the token cache, a run has the same losses; its key covers the codebook."""
+
+  def config():
+    changes = {"eval.split": "", "tokenizer.init_from": str(plain_run)}
+    return tiny.config("beit", total_steps=3, **changes)
+
+  cache = tokenize.tokenize(config(), tmp_path / "cache", 1)
+  assert cache.key["tokenizer's sha256"] == beit_jax.load(plain_run).description["sha256"]
+  cached = config()
+  cached.tokenizer.cache = str(cache.folder)
+  for run, name in ((config(), "online"), (cached, "cached")):
+    train.run(run, tmp_path / name)
+  np.testing.assert_allclose(_losses(tmp_path / "cached"), _losses(tmp_path / "online"), rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", ["vqkd_run", "plain_run"])
+def test_predictions_are_drawn_if_there_is_a_decoder(run, request, tmp_path, capsys):
+  path = tmp_path / "image.png"
+  Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16, 3), np.uint8)).save(path)
+  assert (
+    predict.main([str(request.getfixturevalue(run)), str(path), "--json", f"--out={tmp_path / 'out'}"]) == 0
+  )
+  facts = json.loads(capsys.readouterr().out)[0]
+  assert facts["distinct_tokens"] > 0 and ("sheet" in facts) == (run == "vqkd_run")
 
 
 def _error(config, model=None):
