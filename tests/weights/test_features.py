@@ -10,7 +10,8 @@ from beit_jax import transfer, trees
 from beit_jax.errors import UserError
 from beit_jax.models import attention as attention_lib
 from beit_jax.models import layers
-from beit_jax.weights.pretrained import KINDS, Pretrained, variable_shapes
+from beit_jax.models.beit import Beit
+from beit_jax.weights.pretrained import KINDS, Pretrained, module_fields, variable_shapes
 
 IMAGES = np.random.default_rng(0).random((2, 64, 64, 3), np.float32)
 ENCODER = dict(image_size=(64, 64), patch_size=16, width=48, depth=2, num_heads=4)
@@ -42,7 +43,7 @@ def test_hf_hidden_states_and_attentions_agree(positions, masked, tmp_path):
 
 def _model(kind="mim", rel_pos="per_block", **fields):
   """A random model whose tables and positions are far from zero."""
-  encoder = {**ENCODER, "rel_pos": rel_pos, "abs_pos": rel_pos == "none", **fields}
+  encoder = module_fields(Beit(**{**ENCODER, "rel_pos": rel_pos, "abs_pos": rel_pos == "none", **fields}))
   spec = KINDS[kind]
   module = spec.module(**encoder) if spec.is_encoder else spec.module(encoder=encoder)
   rng = np.random.default_rng(3)
@@ -144,6 +145,17 @@ def test_other_image_sizes(kind, rel_pos, caplog):
   assert not caplog.records
   model.at(image_size=(64, 32))
   assert ("crops the relative-position tables" in caplog.text) == (rel_pos != "none")
+
+
+@pytest.mark.parametrize(
+  "kind", [kind for kind, spec in KINDS.items() if spec.encoder_path and not spec.teacher]
+)
+def test_every_kind_with_an_encoder_fits_another_size(kind):
+  """All parameters have the shapes of a module that was built for the new size; tables of decoders are among them."""
+  depth = 12 if hasattr(KINDS[kind].module, "out_indices") else 2
+  size, large = (32, 96), _model(kind, "shared", depth=depth).at(image_size=(32, 96))
+  shapes = jax.tree.map(lambda leaf: leaf.shape, variable_shapes(large.module, size)["params"])
+  assert jax.tree.map(lambda leaf: leaf.shape, large.params) == shapes
 
 
 @pytest.mark.parametrize(
