@@ -463,7 +463,8 @@ def test_cached_tokens_are_planned_without_the_tokenizer(flags_of, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  "objective", sorted(OBJECTIVES.keys() - {"beit", "vqkd", "knn"})
+  "objective",
+  [*sorted(OBJECTIVES.keys() - {"beit", "vqkd", "knn"}), pytest.param("beit_pixels", marks=pytest.mark.slow)],
 )  # needs a stage; trains nothing
 def test_every_objective_can_be_planned(objective, tmp_path, capsys):
   run = tiny.raw(objective, **{"mesh.data": -1}).to_dict()

@@ -560,7 +560,7 @@ def _bases(tokenizer):
   """Returns small configs, and configs of the size of the paper."""
   found = {name: tiny.raw(name).to_dict() for name in tiny.RUNS}
   for name in tiny.RUNS:
-    full = config_lib.complete({"objective": name}, objectives.schemas()).to_dict()
+    full = config_lib.complete({"objective": found[name]["objective"]}, objectives.schemas()).to_dict()
     full["data"] |= dict(source="shapes", num_classes=None, token_image_size=28)
     full["total_epochs"] = 3.0
     full["eval"]["split"] = "test"
@@ -569,8 +569,9 @@ def _bases(tokenizer):
       full["model"]["num_classes"] = 9
     if name == "dvae":
       full["data"]["token_image_size"] = 32
-  for run in (found["beit"], found["default beit"]):
-    run["tokenizer"] = {"init_from": tokenizer}
+  for run in found.values():
+    if run["objective"] == "beit":
+      run["tokenizer"] = {"init_from": tokenizer}
   return found
 
 
