@@ -20,7 +20,7 @@ from beit_jax.models.beit import Beit
 from beit_jax.models.vqkd import Vqkd
 from beit_jax.objectives import base, codebook
 from beit_jax.objectives.base import Array, Batch, EvalOutput, Loader, LossOutput, Metric, PyTree, Variables
-from beit_jax.objectives.encoder import encoder_fields, encoder_schema
+from beit_jax.objectives.encoder import SHARED_FIELDS, encoder_fields, encoder_schema
 from beit_jax.runtime.logs import log
 from beit_jax.weights.pretrained import KINDS, Pretrained
 
@@ -249,10 +249,14 @@ class VqkdTraining(codebook.CodebookObjective):
 
   def adapt(self, pretrained: Pretrained, shapes: PyTree) -> dict[str, Any]:
     if pretrained.kind == self.kind:
-      for key in ("vocab_size", "code_dim", "decoder_depth", "teacher_dim"):
-        found, expected = getattr(pretrained.module, key), getattr(self.module, key)
-        if found != expected:
-          raise UserError(f"config key 'model.{key}': {expected}, but the tokenizer of init_from has {found}")
+      found, expected = (
+        {**base.field_values(module), **module.encoder} for module in (pretrained.module, self.module)
+      )
+      for key in ("vocab_size", "code_dim", "decoder_depth", "teacher_dim", *SHARED_FIELDS):
+        if found.get(key, expected[key]) != expected[key]:
+          raise UserError(
+            f"config key 'model.{key}': {expected[key]}, but the tokenizer of init_from has {found[key]}"
+          )
       if not pretrained.can_decode:  # a decoder to pixels may be new
         shapes = {name: part for name, part in shapes.items() if not name.startswith("pixel_")}
     return super().adapt(pretrained, shapes)

@@ -234,9 +234,9 @@ def test_bad_teachers():
 def test_a_tokenizer_of_other_sizes_does_not_start_a_run():
   objective = _objective(_config("x"), _expected("beit", **{"model.vocab_size": 16}))
   shapes = jax.eval_shape(objective.init, jax.random.key(0))["params"]
-  for key, value in (("vocab_size", 17), ("teacher_dim", 7)):
+  for key, value in (("vocab_size", 17), ("teacher_dim", 7), ("num_heads", 4)):
     with pytest.raises(
-      UserError, match=f"'model.{key}': (16|32), but the tokenizer of init_from has {value}"
+      UserError, match=f"'model.{key}': (16|32|2), but the tokenizer of init_from has {value}"
     ):
       objective.adapt(_expected("vqkd", **{"model.teacher_dim": 32, f"model.{key}": value}), shapes)
 
