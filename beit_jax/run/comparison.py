@@ -159,12 +159,13 @@ def draw(comparison: dict[str, Any], table: list[list[Cell]], path: Path) -> Non
         continue
       half = half_interval(values)
       axes.plot(values, [y] * len(values), ".", color="0.6")
-      axes.errorbar(statistics.mean(values), y, xerr=None if math.isnan(half) else half, fmt="o", capsize=3)
+      error = None if math.isnan(half) else half
+      axes.errorbar(statistics.mean(values), y, xerr=error, fmt="o", color="C0", capsize=3)
     axes.set_yticks(range(len(labels)), labels)
     axes.set_xlabel(f"{name}, %")
     axes.grid(axis="x", alpha=0.3)
-  panels[0].invert_yaxis()
-  figure.suptitle(comparison["title"])
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+  figure.suptitle(f"{comparison['title']}: seeds, mean and its {CONFIDENCE:.0%} interval", fontsize="medium")
   figure.savefig(path)
 
 
