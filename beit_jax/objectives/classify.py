@@ -81,7 +81,7 @@ class Classification(EncoderObjective):
     source, wanted = self.source, self.config.model.num_classes
     if source.has_labels and not (source.num_classes or wanted):
       raise UserError(
-        "config key 'model.num_classes': the data do not say how many classes they have; set it"
+        "config key 'model.num_classes': the data do not say how many classes they have; set it, or data.class_file"
       )
     if not source.has_labels or not (source.num_classes or (wanted and not self.multi_label)):
       raise UserError(

@@ -1,15 +1,18 @@
-"""docs/own_data.md from an unlabeled folder to predictions, with the ready configs as they are but for their size."""
+"""The commands of docs/own_data.md and docs/data.md, with the ready configs as they are but for their size."""
 
 import json
 import re
+import shutil
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 import beit_jax
 from beit_jax import main as main_lib
 from beit_jax.predict import __main__ as predict
 from tests.conftest import ROOT
+from tests.data import source_files
 from tests.data.source_files import encoded
 
 pytestmark = pytest.mark.slow  # compiles four runs
@@ -37,17 +40,33 @@ def _pairs(root, count=20):
   (root / "classes.csv").write_text(CLASSES)
 
 
-def _commands():
-  """The commands of the page: config -> its arguments."""
-  text = (ROOT / "docs" / "own_data.md").read_text().replace("\\\n", " ")
+def _tables(root):
+  """The classes as tar shards and as Parquet, with the numbers of classes.csv."""
+  rows = []
+  for path in sorted((root / "classes").glob("*/*.png")):
+    label = [line.split(",")[0] for line in CLASSES.splitlines()].index(path.parent.name)
+    rows.append((path.name, path.read_bytes(), label))
+  source_files.tar(root / "shards", rows)
+  found = source_files.table(rows)
+  (root / "dataset").mkdir()
+  found = found.rename_columns(["img", "label"]).replace_schema_metadata(found.schema.metadata)
+  pq.write_table(found, root / "dataset" / "train-00000-of-00001.parquet")
+
+
+def _commands(page):
+  """The commands of a page: (config, its arguments)."""
+  text = (ROOT / "docs" / page).read_text().replace("\\\n", " ")
   found = re.findall(r"^python -m beit_jax.main --config=configs/(\w+).py (.*)$", text, re.M)
-  return {config: arguments.split() for config, arguments in found}
+  assert found
+  return [(config, arguments.split()) for config, arguments in found]
 
 
 def test_own_data(tmp_path, monkeypatch, capsys):
   monkeypatch.chdir(tmp_path)
   _pairs(tmp_path)
+  _tables(tmp_path)
   places = {"/path/to/images": "plain", "/path/to/labelled": "classes", "/path/to/pairs": "pairs"}
+  places |= {"/path/to/shards": "shards", "/path/to/dataset": "dataset"}
   sizes = {
     "own_images": [
       "--config.batch_size=4",
@@ -62,10 +81,14 @@ def test_own_data(tmp_path, monkeypatch, capsys):
       "--config.segment.stride=none",
     ],
   }
-  for name, arguments in _commands().items():
+
+  def run(name, arguments):
     for example, place in places.items():
       arguments = [argument.replace(example, place) for argument in arguments]
     assert main_lib.main([f"--config={ROOT}/configs/{name}.py", *arguments, *SMALL, *sizes[name]]) == 0, name
+
+  for command in _commands("own_data.md"):
+    run(*command)
   assert beit_jax.load("runs/mine_ft").description["labels"] == ["road", "sky", "tree"]
   segmented = beit_jax.load("runs/mine_seg").description
   assert segmented["labels"] == ["sky", "road", "tree"] and segmented["palette"][1] == [128, 64, 128]
@@ -74,3 +97,8 @@ def test_own_data(tmp_path, monkeypatch, capsys):
   assert json.loads(capsys.readouterr().out)[0]["file"] == "plain/0.png"
   assert predict.main(["runs/mine_seg", "plain/0.png", "--out=maps"]) == 0
   assert (tmp_path / "maps" / "class_maps" / "0.png").is_file()
+  classes = ["sky", "road", "tree"], list(source_files.CLASSES)
+  for wanted, (name, arguments) in zip(classes, _commands("data.md"), strict=True):
+    shutil.rmtree("runs/mine_ft")
+    run(name, arguments)
+    assert beit_jax.load("runs/mine_ft").description["labels"] == wanted

@@ -191,7 +191,7 @@ if __name__ == "__main__":
 
 @pytest.mark.slow  # starts processes, and workers in them
 def test_two_processes_give_the_batches_of_one(tmp_path):
-  """Each process reads its rows, of all sources the same ones, from the start and from step 3, with and without workers."""
+  """Each process reads its rows, the same ones of all sources, from the start and from step 3, some with workers."""
   rows = source_files.labeled()
   sections = {
     name: write(tmp_path / name, rows) for name, write in source_files.LABELED.items() if "json" not in name
