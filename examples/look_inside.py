@@ -28,7 +28,7 @@ print(model)
 # Scenes that no model has seen. A list of paths, such as `sorted(pathlib.Path("photos").iterdir())`, does as well.
 
 # %%
-scenes = [shapes.render("test", index, 32) for index in range(16)]
+scenes = [shapes.render("test", index, 32) for index in range(200)]
 images = [scene["image"] for scene in scenes]
 prepared = np.asarray(model.preprocess(images))
 mean, std = (np.asarray(model.preprocessing[name]) for name in ("mean", "std"))
@@ -72,8 +72,9 @@ rows["predicted"] = np.asarray(tokenizer.decode(np.where(mask.reshape(-1), predi
 weights = model.attention(images)  # [B, K, T, T]
 height, width = model.preprocessing["image_size"]
 looks = np.asarray(model.attention_map(images, point=(height // 2, width // 2)))
+sums = weights.sum(-1)
 print(
-  f"{weights.shape[1]} heads, {weights.shape[2]} tokens; sums of rows: {weights.sum(-1).min():.3f} and more"
+  f"{weights.shape[1]} heads, {weights.shape[2]} tokens; sums of rows from {sums.min():.3f} to {sums.max():.3f}"
 )
 brightness = looks / looks.max((1, 2), keepdims=True)
 rows["attention of the middle"] = pixels * (0.2 + 0.8 * brightness[..., None])

@@ -48,7 +48,9 @@ def test_look_inside(tokenizer_run, tmp_path, monkeypatch, capsys):
   ]
   text = capsys.readouterr().out
   assert (
-    "64 tokens per image" in text and "block 1: nearest neighbor" in text and "sums of rows: 1.000" in text
+    "64 tokens per image" in text
+    and "block 1: nearest neighbor" in text
+    and "sums of rows from 1.000 to 1.000" in text
   )
 
 
