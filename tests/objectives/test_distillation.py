@@ -137,7 +137,7 @@ def _start(path, **changes):
   """The state in which a run with `init_from` starts, by collection."""
   config = _config(**changes)
   objective = SelfDistillation(config, sources.make_source(config.data.to_dict()))
-  fresh = objective.init(jax.random.key(7))
+  fresh = jax.jit(objective.init)(jax.random.key(7))
   pretrained = objective.load_start(str(path))
   found = objective.adapt(pretrained, fresh["params"])
   params = trees.unflatten(
@@ -220,7 +220,7 @@ def test_a_full_checkpoint_of_the_reference(tmp_path, monkeypatch):
   assert whole.kind == "dino"
   views = [np.stack([arrays["in/global_0"], arrays["in/global_1"]], 1).transpose(0, 1, 3, 4, 2)]
   for params, name in ((whole.collections["teacher"]["params"], "teacher"), (whole.params, "student")):
-    found = np.asarray(whole.module.project(params, views)).swapaxes(0, 1).reshape(-1, config["out"])
+    found = np.asarray(jax.jit(whole.module.project)(params, views)).swapaxes(0, 1).reshape(-1, config["out"])
     np.testing.assert_allclose(found, arrays[f"out/{name}"][: len(found)], atol=5e-5)
   np.testing.assert_array_equal(whole.collections["teacher"]["center"], arrays["in/center"][0])
   cls = backbone.forward(image)[:, 0]
