@@ -86,6 +86,7 @@ def small(
       "decoder_depth": 1,
     },
     optimizer=dict(learning_rate=1e-3, warmup_steps=50, betas=(0.9, 0.99), weight_decay=1e-4),
+    codebook=dict(replace_below=0.1),  # few images: without it, 60 % of 256 words were in use on CIFAR-10
     data={**data, "token_image_size": side, "crop_scale": (0.5, 1.0)},
     eval=masked["eval"],
   )
