@@ -68,7 +68,7 @@ def small(
     batch_size=masked["batch_size"],
     model={**model, "outputs": 512, "hidden": 256, "bottleneck": 64},
     local=local,
-    loss=dict(teacher_momentum=0.99),
+    loss=dict(teacher_momentum=0.99, freeze_last_layer_epochs=0),
     optimizer=dict(
       learning_rate=1e-3, warmup_steps=100, weight_decay=0.04, weight_decay_end=0.4, clip_norm=3.0
     ),
@@ -138,9 +138,15 @@ def imagenet() -> dict:
   """The paper's size: ViT-B with absolute positions on ImageNet-1K, and ADE20K."""
   stages = beit_base.get_config("paper").to_dict()
   paper = {"model": {"preset": "paper"}}
+  ours = {"data": {"mean": beit_base.MEAN, "std": beit_base.STD}}
+  theirs = {
+    "data": {"mean": finetune_imagenet.HALF, "std": finetune_imagenet.HALF}
+  }  # of the published weights
 
-  def finetune(start: str) -> dict:
-    return changed(finetune_imagenet.get_config(f"base_{start}").to_dict(), paper)
+  def finetune(start: str, pixels: dict) -> dict:
+    return changed(finetune_imagenet.get_config(f"base_{start}").to_dict(), {**paper, **pixels})
+
+  segment = setr_ade20k.get_config().to_dict()
 
   return dict(
     tokenizer=stages["tokenizer"],
@@ -149,14 +155,15 @@ def imagenet() -> dict:
     longer=dict(total_epochs=800.0),
     dino=dino_base.get_config().to_dict(),
     vqkd=vqkd.get_config("dino").to_dict(),
-    intermediate=changed(finetune_imagenet22k.get_config("base").to_dict(), paper),
+    intermediate=changed(finetune_imagenet22k.get_config("base").to_dict(), {**paper, **ours}),
     scratch=scratch_imagenet.get_config("base").to_dict(),
-    finetune=finetune("pt1k"),
-    segment=setr_ade20k.get_config().to_dict(),
+    finetune=finetune("pt1k", ours),
+    segment=segment,
     # Rows with recipes of their own
     recipes={
-      "finetune_supervised": finetune("supervised"),
-      "finetune_beit-labels": finetune("ft22k"),
+      "finetune_supervised": finetune("supervised", theirs),
+      "segment_supervised": changed(segment, theirs),
+      "finetune_beit-labels": finetune("ft22k", ours),
     },
     seeds=(0,),
   )

@@ -27,12 +27,19 @@ def get_config(variant="shapes"):
   frozen = {"learning_rate": 0.0, "min_lr": 0.0, "warmup_steps": 0, "warmup_epochs": None}
   one_step = {"total_steps": 1, "total_epochs": None, "optimizer": frozen}
   untrained = table4.changed(size["tokenizer"], one_step)
-  stages = dict(dvae=size["tokenizer"], random=untrained, teacher=size["dino"], vqkd=size["vqkd"])
+  stages = dict(
+    dvae=size["tokenizer"],
+    random=untrained,
+    teacher=size["dino"],
+    vqkd=table4.changed(size["vqkd"], {"teacher": {"init_from": "stage:teacher"}}),
+  )
   for seed in size["seeds"]:
     for name in ROWS:
       changes = {"tokenizer": {"init_from": f"stage:{name}"}}
       if name == "vqkd":
-        changes["data"] = {"token_image_size": size["vqkd"]["data"]["token_image_size"]}
+        changes["data"] = {
+          key: size["vqkd"]["data"][key] for key in ("token_image_size", "token_interpolation")
+        }
       stages[f"pretrain_{name}_{seed}"] = {**table4.changed(size["pretrain"], changes), "seed": seed}
       stages |= table4.transferred(size, name, seed, f"stage:pretrain_{name}_{seed}")
   table = table4.comparison("BEiT, Table 8", size, ROWS)

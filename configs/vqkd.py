@@ -2,7 +2,7 @@
 
     python -m beit_jax.main --config=configs/vqkd.py --config.teacher.init_from=clip-vit-base-patch16
     python -m beit_jax.main --config=configs/vqkd.py:dino --config.teacher.init_from=dino_vitbase16_pretrain.pth
-    python -m beit_jax.main --config=configs/vqkd.py:pixels --config.init_from=runs/vqkd    # or unilm's .pth file
+    python -m beit_jax.main --config=configs/vqkd.py:pixels --config.init_from=runs/vqkd
 
 Variants: `clip` (default) and `dino` name the teacher, which sets the depth of the decoder. The teacher may be any
 backbone with 14x14 patches. `pixels` trains a decoder to pixels for a finished tokenizer, which it does not change;
@@ -44,5 +44,7 @@ def get_config(variant="clip"):
   if variant == "pixels":
     config.init_from, config.teacher.init_from = "path/to/vqkd.pth", ""
     config.total_epochs, config.optimizer.warmup_epochs, config.optimizer.weight_decay = 10.0, 1.0, 0.0
-    config.model.update(pixel_depth=4, teacher_dim=512)  # CLIP's features after its projection; 768: DINO's
+    config.model.update(
+      pixel_depth=4, teacher_dim=768
+    )  # of a teacher of base size; 512: of unilm's files for CLIP
   return config

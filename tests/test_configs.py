@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from beit_jax import evaluate, objectives
+from beit_jax import evaluate, objectives, train
 from beit_jax import step as step_lib
 from beit_jax.config import parse as config_lib
 from beit_jax.data import sources
@@ -183,6 +183,21 @@ def test_a_train_step_and_an_eval_step_are_traced(spec, monkeypatch):
 
     monkeypatch.setattr(weights_io, "load", load)
     _trace(stage, mesh)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("table", ["table1", "table4", "table8"])
+def test_stages_of_the_papers_tables_fit_together(table):
+  """Each starts from the result of an earlier one, whose model and pixels are those of its config."""
+  runs = stages_lib.resolve(_load(f"{table}:imagenet"), Path("runs"))
+  assert table != "table8" or all("path/to" not in json.dumps(run.config.to_dict()) for run in runs)
+  checked = 0
+  for run in runs:
+    if "init_from" in run.uses:
+      load = stages_lib.loader(run.uses.values())
+      objective = run.objective(run.config, _Source(run.config.data), load)
+      checked += bool(train.check_start(run, objective))
+  assert checked >= 6
 
 
 def _without_start_and_seed(run):

@@ -74,7 +74,10 @@ class ViewReader:
       return {"label": check_label(example, self._num_classes, self._multi_label, index)}
     if "label" not in example:
       return {}
-    label = np.asarray(example["label"])  # a class id; with several labels a float32 vector of 0 and 1
+    found = example["label"]
+    label = np.asarray(
+      -1 if found is None else found
+    )  # a class id; with several labels a float32 vector of 0 and 1
     return {"label": label if label.ndim else label.astype(np.int32)}
 
 

@@ -81,6 +81,11 @@ class VqkdTraining(codebook.CodebookObjective):
       self.eval_metrics = (*self.eval_metrics, "pixel_loss", "mae")
 
   @classmethod
+  def variant(cls, config: ConfigDict) -> type[base.Objective]:
+    decoder_only = config.model.pixel_depth and not config.teacher.init_from
+    return PixelDecoderTraining if decoder_only else cls
+
+  @classmethod
   def config_section(cls) -> dict[str, Any]:
     own = base.module_fields(Vqkd, without=("encoder",))
     return dict(
@@ -196,11 +201,12 @@ class VqkdTraining(codebook.CodebookObjective):
     del step
     views = self._pixels(batch, train=True)
     image = vqkd.normalize(views["token_image"])
-    out = self.module.apply(variables, image, train=True, rngs={"drop_path": key})
+    # Without a teacher the tokenizer is not trained, and has the tokens of inference.
+    out = self.module.apply(variables, image, train=self.teacher is not None, rngs={"drop_path": key})
     count = jnp.asarray(len(image), jnp.float32)
     metrics = {name: Metric(part.sum(), count) for name, part in self._losses(out, frozen, views).items()}
     counts, sums = vqkd.code_sums(jax.lax.stop_gradient(out["z"]), out["ids"], self.module.vocab_size)
-    return LossOutput(metrics, {"codebook": variables["codebook"]}, {"counts": counts, "sums": sums})
+    return LossOutput(metrics, statistics={"counts": counts, "sums": sums})
 
   def after_update(
     self, params: PyTree, collections: Variables, statistics: PyTree, step: Array
@@ -274,6 +280,12 @@ class VqkdTraining(codebook.CodebookObjective):
     facts = dict(path=teacher.get("path"), sha256=teacher.get("sha256"))
     module = base.field_values(self.module)
     return dict(kind=self.kind, module=module, preprocessing=preprocessing, teacher=facts)
+
+
+class PixelDecoderTraining(VqkdTraining):
+  """Trains the decoder to pixels of the tokenizer that `init_from` names."""
+
+  import_replaces_run = False
 
 
 def _make_module(config: ConfigDict, size: tuple[int, int], teacher_dim: int) -> Vqkd:

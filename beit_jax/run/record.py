@@ -215,7 +215,7 @@ def _data_changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 MAY_CHANGE = re.compile(
   r"log_every_steps|wandb|profile_steps|total_(steps|epochs)|eval_only|figures|microbatches|(.*\.)?init_from|resume"
   r"|(mesh|checkpoint|eval)\..*|data\.(workers|threads|data_dir|root|max_bad)|model\.(remat|scan|(residual_)?dtype|attention)"
-  r"|optimizer\.(max_skipped|ema_decay)|tokenizer\.cache"
+  r"|optimizer\.(max_skipped|ema_decay)|tokenizer\.cache|collapse\..*"
 )
 
 

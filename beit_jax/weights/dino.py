@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from beit_jax.errors import UserError
+from beit_jax.runtime import bucket
 from beit_jax.runtime.logs import log
 from beit_jax.weights import contents, orbax, timm, unilm
 from beit_jax.weights import io as weights_io
@@ -35,7 +36,7 @@ def load(path: str, *, ema: bool = False) -> Pretrained:
     UserError: as `beit_jax.load`; or the head is not one that this version has.
   """
   model = weights_io.load(path, ema=ema)
-  location = Path(model.description["path"])
+  location = bucket.path(model.description["path"])
   if "part_of" in model.description and location.is_dir():
     return orbax.load(location, ema=ema, whole=True)
   parts = contents.parts(location) if location.is_file() else {}

@@ -13,7 +13,7 @@ from beit_jax import tokenize, train, trees
 from beit_jax.data import sources
 from beit_jax.errors import UserError
 from beit_jax.models.beit import Beit
-from beit_jax.objectives import OBJECTIVES
+from beit_jax.objectives import OBJECTIVES, stages
 from beit_jax.predict import __main__ as predict
 from beit_jax.run import checkpoint, record
 from beit_jax.runtime import sharding
@@ -212,6 +212,26 @@ def _error(config, model=None):
   with pytest.raises(UserError) as error:
     _objective(config, model)
   return str(error.value)
+
+
+def test_a_loss_leaves_the_codebook_out():
+  """The mean of its copies in several microbatches would be rounded."""
+  teacher = _expected("classify", **{"model.num_classes": 8})
+  objective = _objective(_config("a teacher"), teacher)
+  variables = jax.eval_shape(objective.init, jax.random.key(0))
+  frozen = jax.eval_shape(lambda: objective.frozen_params(sharding.make_mesh(1, 1)))
+  shapes = objective.batch_shapes(16)
+  arguments = (variables, {"teacher": frozen["teacher"]}, shapes, jax.eval_shape(jax.random.key, 0))
+  output = jax.eval_shape(objective.loss, *arguments, jax.ShapeDtypeStruct((), np.int32))
+  assert output.collections == {} and output.statistics.keys() == {"counts", "sums"}
+
+
+def test_a_stage_that_adds_a_decoder_to_pixels_is_run(tmp_path):
+  """Any other stage of a tokenizer with `init_from` is replaced by what that names."""
+  added = tiny.config("vqkd", init_from="runs/vqkd", **{"model.pixel_depth": 1})
+  replaced = _config("a teacher", init_from="runs/vqkd")
+  assert not stages.Stage("pixels", added, tmp_path).is_replaced
+  assert stages.Stage("tokenizer", replaced, tmp_path).is_replaced
 
 
 def test_bad_teachers():

@@ -39,11 +39,13 @@ from beit_jax.data import examples, images, listing, source_folder, sources
 from beit_jax.data.image_files import find_images
 from beit_jax.data.resize import RESAMPLE
 from beit_jax.errors import BadImage, UserError
+from beit_jax.models.beit import Beit
 from beit_jax.objectives.probe import Knn
 from beit_jax.predict import class_maps
 from beit_jax.run import state as train_state
 from beit_jax.runtime import sharding
 from beit_jax.weights import io as weights_io
+from beit_jax.weights.pretrained import Pretrained, variable_shapes
 from tests import tiny
 from tests.conftest import ROOT
 from tests.limits import Limits
@@ -539,6 +541,16 @@ class Reached(Exception):
   """Raised where a run would create its first array."""
 
 
+TEACHERS = {"teacher 8x8": 8, "teacher 2x2": 2}  # path -> patches in each direction
+
+
+def _teacher(side):
+  module = Beit(image_size=(4 * side, 4 * side), patch_size=4, width=8, depth=1, num_heads=2)
+  params = jax.tree.map(lambda x: np.zeros(x.shape), variable_shapes(module, module.image_size)["params"])
+  preprocessing = dict(mean=(0.5,) * 3, std=(0.5,) * 3, image_size=module.image_size)
+  return Pretrained("backbone", params, module, preprocessing)
+
+
 @pytest.fixture
 def no_arrays(monkeypatch, tokenizer_run):
   """Stops runs before they create their first array, and reads the tokenizer only once."""
@@ -549,6 +561,8 @@ def no_arrays(monkeypatch, tokenizer_run):
   loaded, original = weights_io.load(tokenizer_run), weights_io.load
 
   def load(path, **options):
+    if path in TEACHERS:
+      return _teacher(TEACHERS[path])
     return loaded if path == str(tokenizer_run) else original(path, **options)
 
   monkeypatch.setattr(train_state, "create", stop)
@@ -567,9 +581,11 @@ def _bases(tokenizer):
     found[f"default {name}"] = full
     if name == "segment":
       full["model"]["num_classes"] = 9
-    if name == "dvae":
+    if name in ("dvae", "vqkd"):
       full["data"]["token_image_size"] = 32
-  for run in found.values():
+  for name, run in found.items():
+    if run["objective"] == "vqkd":
+      run["teacher"] = {"init_from": "teacher 2x2" if "default" in name else "teacher 8x8"}
     if run["objective"] == "beit":
       run["tokenizer"] = {"init_from": tokenizer}
   return found
