@@ -7,12 +7,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from beit_jax.data import source_tables, sources
+from beit_jax.data import examples, source_tables, sources
+from beit_jax.data.views import ViewReader
 from beit_jax.errors import BadImage, UserError
 from tests.conftest import ROOT
 from tests.data import source_files
 from tests.data.test_folders import PNG
-from tests.data.test_sources import make
+from tests.data.test_sources import make, options
 
 ROWS = source_files.labeled(9)
 
@@ -232,3 +233,10 @@ def test_the_schema_of_other_writers_has_no_names():
   schema = pa.schema({"label": pa.int64()}, metadata={b"huggingface": json.dumps({"info": {}}).encode()})
   assert source_tables._class_names(schema, "label") == ()
   assert source_tables._class_names(pa.schema({"label": pa.int64()}), "label") == ()
+
+
+def test_objectives_that_need_no_label_read_rows_without_one():
+  reader = ViewReader({"image": ((8, 8), "bicubic")}, options())
+  source = [{"image": PNG, "label": None}]
+  arrays = reader.eval(examples.decode(source[0], 0), source[0])
+  assert arrays["label"] == -1 and arrays["image"].shape == (8, 8, 3)
