@@ -21,11 +21,11 @@ NO_MEMBER = Member("", 0, 0)
 
 
 class _Row(NamedTuple):
-  """An example: its image and its label in shard number `shard`; `kind` is the ending of the label."""
+  """An example: its image and its label in shard number `shard`; `ending` is that of the label."""
 
   shard: int
   image: Member
-  kind: str
+  ending: str
   label: Member
 
 
@@ -55,7 +55,8 @@ class TarSource(Source):
     report.log_report()
     rows.sort(key=lambda row: row.image.name.replace("/", "\0"))
     rows = [rows[i] for i in indices_of_part([row.image.name for row in rows], split if part else "")]
-    self._paths, self._label_key, self._kind = [str(path) for path in paths], label_key, _kind(rows, paths)
+    self._paths, self._label_key = [str(path) for path in paths], label_key
+    self._ending = _ending_of_labels(rows, paths)
     self._names = [row.image.name for row in rows]
     # Arrays, since there may be many millions of examples, and every data worker gets a copy.
     self._places = np.array(
@@ -63,7 +64,7 @@ class TarSource(Source):
       np.int64,
     )
     self._numbers = np.zeros(0, np.int32)
-    if self._kind == ".cls":
+    if self._ending == ".cls":
       self._numbers = np.array([self._class_number(row) for row in rows], np.int32)
     self.description = {"source": "tar", "root": root, "split": split, "num_examples": len(rows)}
     self._set_kind_of_labels()
@@ -78,8 +79,8 @@ class TarSource(Source):
       ) from None
 
   def _set_kind_of_labels(self) -> None:
-    self.has_labels = self._kind in (".cls", ".json")
-    if self._kind == ".json":
+    self.has_labels = self._ending in (".cls", ".json")
+    if self._ending == ".json":
       found = self._json(0).get(self._label_key)
       self.has_labels, self.multi_label = found is not None, isinstance(found, list)
       if found is None:
@@ -101,13 +102,13 @@ class TarSource(Source):
   def __getitem__(self, index: int) -> Example:
     where = self._where(index)
     example: Example = {"image": self._read(index, 1), "file": where}
-    if self._kind in MAP_ENDINGS:
+    if self._ending in MAP_ENDINGS:
       return {
         **example,
         "label_map": self._read(index, 3),
-        "label_file": f"{where} ({self._label_key}{self._kind})",
+        "label_file": f"{where} ({self._label_key}{self._ending})",
       }
-    if self._kind == ".cls":
+    if self._ending == ".cls":
       return {**example, "label": int(self._numbers[index])}
     if self.has_labels:
       return {**example, "label": class_label(self._json(index).get(self._label_key), self, where)}
@@ -166,14 +167,14 @@ def _rows(shard: int, path: Path, label_key: str, report: Listing) -> Iterator[_
       )
 
 
-def _kind(rows: list[_Row], paths: list[Path]) -> str:
+def _ending_of_labels(rows: list[_Row], paths: list[Path]) -> str:
   """The ending of all labels: of maps, ".cls" or ".json"; `UNLABELED` if there are none."""
-  kinds = [row.kind for row in rows]
+  found = [row.ending for row in rows]
   for row in rows:
-    if row.kind != kinds[0]:
-      counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in sorted(set(kinds)))
+    if row.ending != found[0]:
+      counts = ", ".join(f"{found.count(ending)} {ending}" for ending in sorted(set(found)))
       raise UserError(
-        f"{paths[row.shard]}: {row.image.name!r} has {row.kind}, and the first example {kinds[0]}; expected the same "
+        f"{paths[row.shard]}: {row.image.name!r} has {row.ending}, and the first example {found[0]}; expected the same "
         f"for all, found {counts}; add the missing labels, or set data.label_key= to use none"
       )
-  return kinds[0]
+  return found[0]

@@ -252,8 +252,10 @@ class SelfDistillation(EncoderObjective):
   def adapt(self, pretrained: Pretrained, shapes: PyTree) -> dict[str, Any]:
     """The encoder of any backbone; of a DINO checkpoint, the student with its head."""
     found = super().adapt(pretrained, shapes)
+    if pretrained.kind != self.kind:
+      return found
     missing = [name for name in trees.flatten(shapes) if name not in found]
-    if pretrained.kind == self.kind and missing:
+    if missing:
       raise UserError(
         f"init_from: the head of {pretrained.description.get('path')} does not fit, since {', '.join(missing)} differ; "
         "set model.outputs, model.hidden and model.bottleneck to those of the checkpoint"

@@ -254,17 +254,18 @@ class VqkdTraining(codebook.CodebookObjective):
     return {"reconstructions": drawing.labeled_rows(rows)}
 
   def adapt(self, pretrained: Pretrained, shapes: PyTree) -> dict[str, Any]:
-    if pretrained.kind == self.kind:
-      found, expected = (
-        {**base.field_values(module), **module.encoder} for module in (pretrained.module, self.module)
-      )
-      for key in ("vocab_size", "code_dim", "decoder_depth", "teacher_dim", *SHARED_FIELDS):
-        if found.get(key, expected[key]) != expected[key]:
-          raise UserError(
-            f"config key 'model.{key}': {expected[key]}, but the tokenizer of init_from has {found[key]}"
-          )
-      if not pretrained.can_decode:  # a decoder to pixels may be new
-        shapes = {name: part for name, part in shapes.items() if not name.startswith("pixel_")}
+    if pretrained.kind != self.kind:
+      return super().adapt(pretrained, shapes)  # refuses it
+    found, expected = (
+      {**base.field_values(module), **module.encoder} for module in (pretrained.module, self.module)
+    )
+    for key in ("vocab_size", "code_dim", "decoder_depth", "teacher_dim", *SHARED_FIELDS):
+      if found.get(key, expected[key]) != expected[key]:
+        raise UserError(
+          f"config key 'model.{key}': {expected[key]}, but the tokenizer of init_from has {found[key]}"
+        )
+    if not pretrained.can_decode:  # a decoder to pixels may be new
+      shapes = {name: part for name, part in shapes.items() if not name.startswith("pixel_")}
     return super().adapt(pretrained, shapes)
 
   def adapt_collections(self, pretrained: Pretrained, params: PyTree, collections: Variables) -> Variables:

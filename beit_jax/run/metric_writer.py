@@ -81,9 +81,15 @@ class MetricWriter:
       viewer.figures(int(step), figures)
 
   def write_hyper_parameters(self, config: Mapping[str, Any]) -> None:
-    """Shows the flat config in the viewers."""
+    """Shows the flat config in the viewers; they take UTF-8 only, which names of files need not be."""
+    values = {
+      key: value
+      if isinstance(value, bool | int | float)
+      else str(value).encode(errors="backslashreplace").decode()
+      for key, value in config.items()
+    }
     for viewer in self._viewers:
-      viewer.hyper_parameters(config)
+      viewer.hyper_parameters(values)
 
   def close(self) -> None:
     if self._active:
@@ -126,10 +132,7 @@ class _TensorBoard:
     self._write(step, *(self._summary.image(f"figures/{key}", x, dataformats="HWC") for key, x in named))
 
   def hyper_parameters(self, config: Mapping[str, Any]) -> None:
-    simple = {
-      key: value if isinstance(value, bool | int | float) else str(value) for key, value in config.items()
-    }
-    experiment, start, _ = self._summary.hparams(simple, {"loss": 0.0})
+    experiment, start, _ = self._summary.hparams(dict(config), {"loss": 0.0})
     self._write(0, experiment, start)
 
   def _write(self, step: int, *summaries: Any) -> None:
