@@ -21,7 +21,8 @@ from beit_jax.run import checkpoint, files, record
 from beit_jax.runtime import bucket, sharding
 from beit_jax.runtime.logs import log
 from beit_jax.weights import io as weights_io
-from beit_jax.weights.pretrained import KINDS, Pretrained
+from beit_jax.weights.kinds import KINDS
+from beit_jax.weights.pretrained import Pretrained
 
 Rows = dict[str, np.ndarray]
 EvalStep = Callable[[Variables, PyTree, Batch], EvalOutput]

@@ -26,7 +26,8 @@ from beit_jax.data.sources import Source
 from beit_jax.run import state as train_state
 from beit_jax.runtime import sharding
 from beit_jax.weights import io as weights_io
-from beit_jax.weights.pretrained import Pretrained, make_module
+from beit_jax.weights.kinds import make_module
+from beit_jax.weights.pretrained import Pretrained
 
 ROOT = Path(__file__).resolve().parent.parent
 TOTAL_STEPS = 100_000

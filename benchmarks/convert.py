@@ -30,7 +30,7 @@ def main():
   from beit_jax.models.beit import VARIANTS
   from beit_jax.weights import unilm
   from beit_jax.weights.files import torchfile
-  from beit_jax.weights.pretrained import make_module
+  from beit_jax.weights.kinds import make_module
 
   with tempfile.TemporaryDirectory() as folder:
     encoder = dict(VARIANTS["large"], rel_pos="per_block", layer_scale_init=1e-5)

@@ -25,7 +25,8 @@ from beit_jax.objectives.beit import MaskedImageModeling  # noqa: E402
 from beit_jax.run import state as train_state  # noqa: E402
 from beit_jax.runtime import sharding  # noqa: E402
 from beit_jax.step import make_optimizer, make_schedules, make_train_step  # noqa: E402
-from beit_jax.weights.pretrained import Pretrained, make_module  # noqa: E402
+from beit_jax.weights.kinds import make_module  # noqa: E402
+from beit_jax.weights.pretrained import Pretrained  # noqa: E402
 
 
 def random_tokenizer(folder: Path, dtype: str) -> Path:

@@ -23,7 +23,8 @@ from beit_jax.objectives import stages as stages_lib
 from beit_jax.run import state as train_state
 from beit_jax.runtime import sharding
 from beit_jax.weights import io as weights_io
-from beit_jax.weights.pretrained import Pretrained, make_module
+from beit_jax.weights.kinds import make_module
+from beit_jax.weights.pretrained import Pretrained
 from tests.conftest import ROOT
 
 

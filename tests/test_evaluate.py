@@ -16,7 +16,8 @@ from beit_jax import evaluate, metrics, train
 from beit_jax.data import sources
 from beit_jax.errors import UserError
 from beit_jax.weights import io as weights_io
-from beit_jax.weights.pretrained import Pretrained, make_module
+from beit_jax.weights.kinds import make_module
+from beit_jax.weights.pretrained import Pretrained
 from tests import tiny
 from tests.conftest import ROOT
 

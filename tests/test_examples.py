@@ -14,7 +14,8 @@ import pytest
 
 import beit_jax
 from beit_jax import __main__ as console
-from beit_jax.weights.pretrained import Pretrained, make_module, variable_shapes
+from beit_jax.weights.kinds import make_module, variable_shapes
+from beit_jax.weights.pretrained import Pretrained
 from tests.conftest import ROOT
 from tests.test_layout import ROWS
 

@@ -8,7 +8,7 @@ import pytest
 import beit_jax
 from beit_jax import masking, objectives, transfer
 from beit_jax.config import parse as config_lib
-from beit_jax.weights import pretrained
+from beit_jax.weights import kinds
 from tests.conftest import ROOT
 
 # The layers of docs/architecture.md. A module imports only from rows below its own and from its own folder.
@@ -121,7 +121,7 @@ def test_full_size_recipe_is_that_of_the_paper():
 
 
 # Where the names of objectives and kinds of models may be compared: the two tables.
-TABLES = ("objectives", "weights.pretrained")
+TABLES = ("objectives", "weights.kinds")
 
 
 def compared_names(source: str, names: set[str]) -> list[str]:
@@ -140,7 +140,7 @@ def compared_names(source: str, names: set[str]) -> list[str]:
 @pytest.mark.parametrize("name", MODULES)
 def test_objectives_and_kinds_are_compared_in_their_tables_only(name):
   """A new objective or kind of model is one row of a table, not an `if` elsewhere."""
-  names = {*objectives.OBJECTIVES, *pretrained.KINDS}
+  names = {*objectives.OBJECTIVES, *kinds.KINDS}
   assert name in TABLES or not compared_names(MODULES[name].read_text(), names)
 
 

@@ -16,7 +16,8 @@ from beit_jax.objectives.base import LossOutput, Metric
 from beit_jax.run import checkpoint
 from beit_jax.run import state as train_state
 from beit_jax.runtime import sharding
-from beit_jax.weights.pretrained import Pretrained, make_module
+from beit_jax.weights.kinds import make_module
+from beit_jax.weights.pretrained import Pretrained
 from tests import tiny
 
 

@@ -27,7 +27,8 @@ from beit_jax.data.images import ViewSizes
 from beit_jax.errors import UserError
 from beit_jax.runtime.logs import log
 from beit_jax.weights import io as weights_io
-from beit_jax.weights.pretrained import Pretrained, variable_shapes
+from beit_jax.weights.kinds import variable_shapes
+from beit_jax.weights.pretrained import Pretrained
 
 MAX_PARAMETERS = 2**35  # 128 GiB of float32; a larger value is almost certainly a typo
 
@@ -87,7 +88,7 @@ class Objective(abc.ABC):
     load: replaces `beit_jax.load` for frozen parts: path -> model, whose parameters may be shapes.
 
   Attributes:
-    kind: what a checkpoint of this objective holds: a row of `weights.pretrained.KINDS`, which several objectives may
+    kind: what a checkpoint of this objective holds: a row of `weights.kinds.KINDS`, which several objectives may
       share, or a name of its own if only this objective reads it.
     eval_metrics: names of the metrics of an evaluation.
     augmentations: which of `augment.AUGMENTATIONS` are used in training.

@@ -22,7 +22,8 @@ from beit_jax.objectives import base, codebook
 from beit_jax.objectives.base import Array, Batch, EvalOutput, Loader, LossOutput, Metric, PyTree, Variables
 from beit_jax.objectives.encoder import SHARED_FIELDS, encoder_fields, encoder_schema
 from beit_jax.runtime.logs import log
-from beit_jax.weights.pretrained import KINDS, Pretrained
+from beit_jax.weights.kinds import KINDS
+from beit_jax.weights.pretrained import Pretrained
 
 TEACHER_DIM = 768  # where a plan does not know the teacher
 

@@ -21,7 +21,7 @@ from beit_jax.errors import UserError
 from beit_jax.objectives import Objective, stages
 from beit_jax.objectives.stages import Stage
 from beit_jax.plan import ANSWER, abstract, flops, hlo, topology
-from beit_jax.weights.pretrained import KINDS
+from beit_jax.weights.kinds import KINDS
 
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 # Name of a submodule -> part of the model.

@@ -22,7 +22,7 @@ from beit_jax.runtime.flags import Parser, number
 from beit_jax.weights import io as weights_io
 from beit_jax.weights.pretrained import Pretrained
 
-# Kind of model (a key of `weights.pretrained.KINDS`) -> function that yields the facts of each file in order: "file",
+# Kind of model (a key of `weights.kinds.KINDS`) -> function that yields the facts of each file in order: "file",
 # then those of the kind or "error".
 PREDICTORS: dict[str, Callable[[Pretrained, list[Path], argparse.Namespace], Iterator[Facts]]] = {
   "classifier": batches.classify,

@@ -16,7 +16,8 @@ from beit_jax.runtime.logs import log
 from beit_jax.weights import contents, orbax, timm, unilm
 from beit_jax.weights import io as weights_io
 from beit_jax.weights.files import lazy
-from beit_jax.weights.pretrained import Pretrained, make_module
+from beit_jax.weights.kinds import make_module
+from beit_jax.weights.pretrained import Pretrained
 
 HEAD, GAIN = "head.last_layer.weight_v", "head.last_layer.weight_g"
 

@@ -27,7 +27,8 @@ from beit_jax.weights.hf_types import (
   OWN_NAMES,
   traits,
 )
-from beit_jax.weights.pretrained import KINDS, Pretrained, module_fields
+from beit_jax.weights.kinds import KINDS, module_fields
+from beit_jax.weights.pretrained import Pretrained
 from beit_jax.weights.unilm import TABLE, export_beit
 
 RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers

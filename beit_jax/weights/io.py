@@ -22,7 +22,8 @@ from beit_jax.runtime import bucket
 from beit_jax.runtime.logs import log
 from beit_jax.weights import contents, dalle, hf, mmseg, openmmlab, orbax, timm, unilm, vqkd
 from beit_jax.weights.files import lazy, safetensors, torchfile
-from beit_jax.weights.pretrained import Pretrained, module_fields
+from beit_jax.weights.kinds import module_fields
+from beit_jax.weights.pretrained import Pretrained
 
 Size = tuple[int, int]
 HF_FILES = (

@@ -24,7 +24,8 @@ from beit_jax.models.upernet import OUT_INDICES, BeitForSemanticSegmentation
 from beit_jax.runtime.logs import log
 from beit_jax.weights import hf, unilm
 from beit_jax.weights.files import lazy
-from beit_jax.weights.pretrained import Pretrained, make_module, variable_shapes
+from beit_jax.weights.kinds import make_module, variable_shapes
+from beit_jax.weights.pretrained import Pretrained
 
 BACKBONE = "backbone."
 # Our names -> mmseg's; `unilm.torch_name` translates those of the encoder.

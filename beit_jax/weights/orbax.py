@@ -11,7 +11,8 @@ import orbax.checkpoint as ocp
 from beit_jax import trees
 from beit_jax.errors import UserError
 from beit_jax.run import checkpoint
-from beit_jax.weights.pretrained import KINDS, Pretrained, fingerprint, make_module, variable_shapes
+from beit_jax.weights.kinds import KINDS, make_module, variable_shapes
+from beit_jax.weights.pretrained import Pretrained, fingerprint
 
 MAX_SIDE = 8192  # pixels
 

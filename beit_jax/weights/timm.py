@@ -14,7 +14,8 @@ from beit_jax.runtime.logs import log
 from beit_jax.weights import families
 from beit_jax.weights.files import lazy
 from beit_jax.weights.hf import class_names, stated_labels
-from beit_jax.weights.pretrained import Pretrained, module_fields
+from beit_jax.weights.kinds import module_fields
+from beit_jax.weights.pretrained import Pretrained
 from beit_jax.weights.unilm import TABLE, export_beit
 
 # timm's names -> ours, with unilm's names for what BEiT has.

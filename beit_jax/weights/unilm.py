@@ -22,7 +22,8 @@ from beit_jax.models.layers import relative_position_index
 from beit_jax.runtime.logs import log
 from beit_jax.weights import families
 from beit_jax.weights.files import lazy
-from beit_jax.weights.pretrained import KINDS, Pretrained, fingerprint, make_module, variable_shapes
+from beit_jax.weights.kinds import KINDS, make_module, variable_shapes
+from beit_jax.weights.pretrained import Pretrained, fingerprint
 
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 CLIP = dict(mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))

@@ -8,7 +8,8 @@ from beit_jax import trees
 from beit_jax.models.beit import Beit
 from beit_jax.weights import unilm
 from beit_jax.weights.files import lazy
-from beit_jax.weights.pretrained import Pretrained, make_module, module_fields, variable_shapes
+from beit_jax.weights.kinds import make_module, module_fields, variable_shapes
+from beit_jax.weights.pretrained import Pretrained
 
 # A training checkpoint also has the teacher (unilm drops the same when it loads a tokenizer).
 LEFT_OUT = r"^(teacher_model|scaling_layer|loss)\."

@@ -27,7 +27,8 @@ from beit_jax.objectives import MaskedImageModeling
 from beit_jax.run import record
 from beit_jax.runtime import sharding
 from beit_jax.weights import io as weights_io
-from beit_jax.weights.pretrained import Pretrained, make_module
+from beit_jax.weights.kinds import make_module
+from beit_jax.weights.pretrained import Pretrained
 from tests import tiny
 from tests.conftest import ROOT
 

@@ -9,7 +9,7 @@ from beit_jax import losses, trees
 from beit_jax.models import beit, vqkd
 from beit_jax.models.vqkd import Vqkd
 from beit_jax.weights import vqkd as files
-from beit_jax.weights.pretrained import variable_shapes
+from beit_jax.weights.kinds import variable_shapes
 from tests import reference
 
 DECAY = 0.99

@@ -15,7 +15,8 @@ from beit_jax.objectives import OBJECTIVES
 from beit_jax.run import checkpoint
 from beit_jax.weights import io as weights_io
 from beit_jax.weights.files import safetensors
-from beit_jax.weights.pretrained import Pretrained, make_module
+from beit_jax.weights.kinds import make_module
+from beit_jax.weights.pretrained import Pretrained
 from tests import tiny
 from tests.data.test_labels import Numbers
 

@@ -19,7 +19,8 @@ from tests import tiny
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory):
   """A masked image model with random weights, saved in our format."""
-  from beit_jax.weights.pretrained import Pretrained, make_module
+  from beit_jax.weights.kinds import make_module
+  from beit_jax.weights.pretrained import Pretrained
 
   encoder = dict(image_size=(16, 16), patch_size=2, width=32, depth=2, num_heads=2, weight_init="finetune")
   module = make_module("mim", dict(encoder=encoder, vocab_size=16))

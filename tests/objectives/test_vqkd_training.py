@@ -17,7 +17,8 @@ from beit_jax.objectives import OBJECTIVES, stages
 from beit_jax.predict import __main__ as predict
 from beit_jax.run import checkpoint, record
 from beit_jax.runtime import sharding
-from beit_jax.weights.pretrained import Pretrained, module_fields
+from beit_jax.weights.kinds import module_fields
+from beit_jax.weights.pretrained import Pretrained
 from tests import tiny
 from tests.runtime import test_distributed
 

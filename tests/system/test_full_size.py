@@ -14,7 +14,8 @@ from beit_jax import objectives, train
 from beit_jax.config import parse as config_lib
 from beit_jax.data import sources
 from beit_jax.models.beit import VARIANTS, preset_fields
-from beit_jax.weights.pretrained import Pretrained, make_module
+from beit_jax.weights.kinds import make_module
+from beit_jax.weights.pretrained import Pretrained
 from tests.conftest import ROOT
 from tests.peers import torch, transformers
 

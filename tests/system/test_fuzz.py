@@ -45,7 +45,8 @@ from beit_jax.predict import class_maps
 from beit_jax.run import state as train_state
 from beit_jax.runtime import sharding
 from beit_jax.weights import io as weights_io
-from beit_jax.weights.pretrained import Pretrained, variable_shapes
+from beit_jax.weights.kinds import variable_shapes
+from beit_jax.weights.pretrained import Pretrained
 from tests import tiny
 from tests.conftest import ROOT
 from tests.limits import Limits

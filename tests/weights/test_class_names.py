@@ -10,7 +10,8 @@ from PIL import Image
 import beit_jax
 from beit_jax.errors import UserError
 from beit_jax.predict import __main__ as predict
-from beit_jax.weights.pretrained import Pretrained, make_module
+from beit_jax.weights.kinds import make_module
+from beit_jax.weights.pretrained import Pretrained
 
 LOOK = dict(mean=(0.5,) * 3, std=(0.5,) * 3, image_size=(16, 16), crop_pct=1.0)
 LOOK |= dict(interpolation="bicubic", resize="short_side")

@@ -11,7 +11,8 @@ from beit_jax.errors import UserError
 from beit_jax.models import attention as attention_lib
 from beit_jax.models import layers
 from beit_jax.models.beit import Beit
-from beit_jax.weights.pretrained import KINDS, Pretrained, module_fields, variable_shapes
+from beit_jax.weights.kinds import KINDS, module_fields, variable_shapes
+from beit_jax.weights.pretrained import Pretrained
 
 IMAGES = np.random.default_rng(0).random((2, 64, 64, 3), np.float32)
 ENCODER = dict(image_size=(64, 64), patch_size=16, width=48, depth=2, num_heads=4)

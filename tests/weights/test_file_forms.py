@@ -18,7 +18,8 @@ from beit_jax.run import checkpoint
 from beit_jax.weights import contents, mmseg, unilm
 from beit_jax.weights import io as weights_io
 from beit_jax.weights.files import safetensors, torchfile
-from beit_jax.weights.pretrained import Pretrained, make_module
+from beit_jax.weights.kinds import make_module
+from beit_jax.weights.pretrained import Pretrained
 from tests.weights.test_segmentation_weights import _random as _segmenter
 
 ENCODER = dict(image_size=(16, 16), patch_size=8, width=8, depth=2, num_heads=2)

@@ -23,7 +23,8 @@ from beit_jax.run import checkpoint
 from beit_jax.weights import io as weights_io
 from beit_jax.weights import mmseg as segmentation
 from beit_jax.weights.files import safetensors, torchfile
-from beit_jax.weights.pretrained import Pretrained, make_module
+from beit_jax.weights.kinds import make_module
+from beit_jax.weights.pretrained import Pretrained
 from tests import reference
 from tests.models.test_segmentation_models import MMSEG_NAMES
 

@@ -17,7 +17,8 @@ from beit_jax.models.layers import relative_position_index
 from beit_jax.weights import io as weights_io
 from beit_jax.weights import unilm
 from beit_jax.weights.files import safetensors, torchfile
-from beit_jax.weights.pretrained import Pretrained, make_module
+from beit_jax.weights.kinds import make_module
+from beit_jax.weights.pretrained import Pretrained
 from tests import reference, tiny
 
 GOLDEN = reference.HERE
